@@ -1,0 +1,48 @@
+# Needs Python 3.10 or newer with venv, make and a package index; everything else goes into $(VENV).
+# On Linux, PyPI's torch brings CUDA. For the CPU build: make PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+SOURCES := nncf_compactprune tests examples
+
+# NNCF compiles a small extension at first use and gives up after 60 s; a slow machine takes longer.
+export NNCF_EXTENSION_LOAD_TIMEOUT := 0
+
+.PHONY: demo test test-all lint bench-deps clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.installed ## Trains, prunes, fine-tunes and exports a network for handwritten digits: about five minutes.
+	$(BIN)/nncf-compactprune run configs/digits_fbnet.json
+
+test: lint ## The checks every change must pass.
+	$(BIN)/python -m pytest -n 2
+
+test-all: lint ## The same with the slow tests.
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench-deps: $(VENV)/.installed-dev ## What only the benchmarks need.
+	$(PIP) --no-deps torch-pruning
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+# Without dependencies: torchvision, which timm imports, must not bring a CUDA build of torch.
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps timm torchvision
+	$(PIP) huggingface_hub pyyaml pillow
+	touch $@

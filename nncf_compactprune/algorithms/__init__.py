@@ -1,0 +1,13 @@
+"""The algorithms: one file each, entering through the same plugin door as a third party's."""
+
+from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
+
+__all__ = [
+    "ChannelPruning",
+    "ChannelPruningConfig",
+    "ChannelPruningParams",
+    "CompressionAlgorithm",
+    "CompressionStage",
+    "Context",
+]

@@ -1,0 +1,134 @@
+"""What an algorithm is: built on a model from one configuration entry, driven by the controller's schedule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from nncf_compactprune.config import AlgorithmConfig
+from nncf_compactprune.plugins import Plugins
+
+TARGET_KEYS = ("labels", "label", "target", "targets")
+
+
+class CompressionStage(IntEnum):
+    """How far the compression is; names and meaning as in NNCF 2.x."""
+
+    UNCOMPRESSED = 0
+    PARTIALLY_COMPRESSED = 1
+    FULLY_COMPRESSED = 2
+
+
+@dataclass
+class Context:
+    """What an algorithm works with.
+
+    :param model: compressed in place.
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+    :param plugins: installed criteria, rules, facts.
+    :param train_loader: batches of ``(inputs, targets)`` or of keyword dicts, or None.
+    :param optimizer: whose state follows when the model shrinks while training, or None.
+    :param ema: a shadow copy that follows too, or None.
+    """
+
+    model: nn.Module
+    example_inputs: Any
+    plugins: Plugins
+    train_loader: Iterable[Any] | None = None
+    optimizer: Optimizer | None = None
+    ema: nn.Module | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def batches(self) -> Iterator[Any]:
+        """Model inputs of the training loader, targets dropped, on the model's device."""
+        for batch in self.train_loader or ():
+            yield to_device(model_inputs(batch), self.device)
+
+
+def model_inputs(batch: Any) -> Any:
+    """The inputs of a batch: ``(inputs, targets)`` gives inputs, a mapping loses its label keys."""
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+    if isinstance(batch, (tuple, list)):
+        return batch[0]
+    return batch
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Moves every tensor."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+class CompressionAlgorithm(ABC):
+    """One algorithm at work on one model.
+
+    The controller calls :meth:`prepare` once, then :meth:`epoch_step` and :meth:`step` as training goes, and
+    :meth:`strip` at the end. Everything else reads.
+
+    :param config: the validated configuration entry, an instance of ``Config``.
+    :param context: the model and what comes with it.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+
+    def __init__(self, config: AlgorithmConfig, context: Context) -> None:
+        self.config = config
+        self.context = context
+
+    @abstractmethod
+    def prepare(self, state: Mapping[str, Any] | None = None) -> None:
+        """Starts: analyses the model and installs what training needs.
+
+        :param state: what :meth:`get_state` gave in an earlier run, to continue from; the model is the dense one.
+        """
+
+    @abstractmethod
+    def strip(self) -> None:
+        """Ends: the model is left compact, without hooks."""
+
+    @abstractmethod
+    def stage(self) -> CompressionStage:
+        """How far the compression is."""
+
+    @abstractmethod
+    def statistics(self) -> Mapping[str, Any]:
+        """Figures to report, by name."""
+
+    def epoch_step(self, epoch: int) -> None:  # noqa: B027  not every algorithm has a schedule
+        """An epoch begins."""
+
+    def step(self, step: int) -> None:  # noqa: B027
+        """A training step begins."""
+
+    def loss(self) -> Tensor | float:
+        """What to add to the task's loss."""
+        return 0.0
+
+    @property
+    def compression_rate(self) -> float:
+        """Share of the cost removed now, in [0, 1)."""
+        return 0.0
+
+    @compression_rate.setter
+    def compression_rate(self, value: float) -> None:
+        msg = f"the compression rate of '{self.name}' cannot be set"
+        raise NotImplementedError(msg)
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able state to continue from."""
+        return {}

@@ -1,0 +1,317 @@
+"""Structured pruning of channel groups under a budget: the part that every pruning algorithm shares.
+
+A subclass says how channels score; this class traces, allocates, masks while a schedule ramps up, cuts, and adapts
+BatchNorm statistics.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import nncf
+import numpy as np
+import numpy.typing as npt
+import torch
+from nncf.common.logging import nncf_logger
+from pydantic import Field
+from torch import Tensor
+
+from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.schedules import SCHEDULES
+from nncf_compactprune.budget import Allocation, Limits, allocate
+from nncf_compactprune.channels import ChannelGraph, trace
+from nncf_compactprune.config import AlgorithmConfig, Budget, Section
+from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError
+from nncf_compactprune.masks import Masks
+from nncf_compactprune.plan import PruningPlan, make_plan
+from nncf_compactprune.scopes import prunable_groups
+from nncf_compactprune.surgery import SelfCheck, prune_in_place
+
+Kind = Literal["macs", "params"]
+KINDS: tuple[Kind, ...] = ("macs", "params")
+
+
+class ChannelPruningParams(Section):
+    """How channels are removed.
+
+    :param schedule: ``"one_shot"`` prunes before training; ``"exponential"`` masks more each epoch and cuts at the end.
+    :param num_init_steps: epochs before pruning starts.
+    :param pruning_init: share of the budgeted cost removed when it starts, in [0, 1).
+    :param pruning_steps: epochs from there to the full budget.
+    :param allocation: how many channels each group loses: ``"uniform"``, ``"global"`` or ``"greedy"``.
+    :param round_to: widths are multiples of this (vector units like 8); groups may also stay whole.
+    :param min_channels: least channels kept in any group.
+    :param max_ratio: largest share removed from any group, in [0, 1].
+    :param allow_approximate: also prune channels that a LayerNorm normalises over.
+    """
+
+    schedule: Literal["one_shot", "exponential"] = "exponential"
+    num_init_steps: int = Field(default=0, ge=0)
+    pruning_init: float = Field(default=0.0, ge=0, lt=1)
+    pruning_steps: int = Field(default=10, ge=1)
+    allocation: Literal["uniform", "global", "greedy"] = "global"
+    round_to: int = Field(default=8, ge=1)
+    min_channels: int = Field(default=1, ge=1)
+    max_ratio: float = Field(default=0.9, ge=0, le=1)
+    allow_approximate: bool = False
+
+
+class ChannelPruningConfig(AlgorithmConfig):
+    """An entry of a pruning algorithm.
+
+    :param budget: what may be left.
+    """
+
+    budget: Budget
+    params: ChannelPruningParams = ChannelPruningParams()
+
+
+class ChannelPruning(CompressionAlgorithm):
+    """Base of the pruning algorithms. A subclass implements :meth:`scores`."""
+
+    Config: ClassVar[type[AlgorithmConfig]] = ChannelPruningConfig
+    config: ChannelPruningConfig
+
+    def __init__(self, config: ChannelPruningConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.plan: PruningPlan | None = None
+        self.self_check: SelfCheck | None = None
+        self._graph: ChannelGraph | None = None
+        self._masks: Masks | None = None
+        self._rate = 0.0
+        self._done = False
+
+    # -- for subclasses ------------------------------------------------------------------------------------------
+
+    def scores(self, graph: ChannelGraph) -> Sequence[Tensor]:
+        """One score a channel for every group, shape ``[group.size]``, larger kept."""
+        raise NotImplementedError
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, state: Mapping[str, Any] | None = None) -> None:
+        params = self.config.params
+        with self._timed("trace"):
+            self._graph = trace(
+                self.context.model,
+                self.context.example_inputs,
+                plugins=self.context.plugins,
+                allow_approximate=params.allow_approximate,
+            )
+        self._prunable = self._select_groups(self._graph)
+        self._problem(self.target_rate)  # an impossible budget is told now, not after an hour of training
+        self.context.plugins.emit("traced", graph=self._graph)
+        if state is not None:
+            self._restore(state)
+        elif params.schedule == "one_shot" and params.num_init_steps == 0:
+            self._prune_now()
+        else:
+            self._masks = Masks(self.context.model, self._graph)
+
+    def epoch_step(self, epoch: int) -> None:
+        params = self.config.params
+        if self._done or epoch < params.num_init_steps:
+            return
+        at = epoch - params.num_init_steps
+        schedule = SCHEDULES[params.schedule]
+        rate = schedule(at, initial=params.pruning_init, target=self.target_rate, steps=params.pruning_steps)
+        if rate >= self.target_rate and self.context.optimizer is not None:
+            self._prune_now()
+        elif rate != self._rate:
+            self.compression_rate = rate
+
+    def strip(self) -> None:
+        if not self._done:
+            self._prune_now()
+
+    def stage(self) -> CompressionStage:
+        if self._done or self._rate >= self.target_rate:
+            return CompressionStage.FULLY_COMPRESSED
+        return CompressionStage.PARTIALLY_COMPRESSED if self._rate > 0 else CompressionStage.UNCOMPRESSED
+
+    @property
+    def target_rate(self) -> float:
+        """Share of the cost to be removed in the end: that of the tightest budget."""
+        graph = self.graph
+        return max(
+            1 - self.config.budget.resolve(kind, graph.cost[kind](graph.sizes)) / max(graph.cost[kind](graph.sizes), 1)
+            for kind in KINDS
+        )
+
+    @property
+    def compression_rate(self) -> float:
+        return self._rate
+
+    @compression_rate.setter
+    def compression_rate(self, value: float) -> None:
+        if self._masks is None:
+            msg = f"the model is cut already: the compression rate stays at {self._rate:.3f}"
+            raise CompactPruneError(msg)
+        self._rate = value
+        self.plan = self._decide(value)
+        self._masks.update(self.plan)
+        self.context.plugins.emit("masked", plan=self.plan)
+
+    @property
+    def graph(self) -> ChannelGraph:
+        """The dense model's channels."""
+        if self._graph is None:
+            msg = "call prepare() first"
+            raise nncf.InternalError(msg)
+        return self._graph
+
+    @property
+    def final_plan(self) -> PruningPlan:
+        """The plan that the model was cut to."""
+        if self.plan is None or not self._done:
+            msg = "the model is not cut yet: call strip() first"
+            raise nncf.InternalError(msg)
+        return self.plan
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "rate": self._rate,
+            "cut": self._done,
+        }
+
+    def statistics(self) -> Mapping[str, Any]:
+        plan = self.plan
+        macs, params = (self.graph.macs, self.graph.params) if plan is None else (plan.after.macs, plan.after.params)
+        pruned = sum(g.after < g.before for g in plan.groups) if plan is not None else 0
+        return {
+            "stage": self.stage().name.lower(),
+            "MACs": f"{macs:,} of {self.graph.macs:,} ({macs / max(self.graph.macs, 1):.1%})",
+            "parameters": f"{params:,} of {self.graph.params:,} ({params / max(self.graph.params, 1):.1%})",
+            "groups pruned": f"{pruned} of {len(self.graph.groups)}",
+            "pinned": len(self.graph.pinned),
+        }
+
+    # -- how -----------------------------------------------------------------------------------------------------
+
+    def _select_groups(self, graph: ChannelGraph) -> list[bool]:
+        prunable = prunable_groups(
+            self.context.model,
+            self.context.example_inputs,
+            graph,
+            self.config.ignored_scopes,
+            self.config.target_scopes,
+        )
+        if any(prunable):
+            return prunable
+        reasons = sorted({f"'{p.name}' ({p.size} channels): {p.reason}" for p in graph.pinned})
+        shown = "\n  ".join(reasons[:10] + ([f"and {len(reasons) - 10} more"] if len(reasons) > 10 else []))
+        scoped = f"All {len(graph.groups)} groups are left out by the scopes. " if graph.groups else ""
+        msg = f"nothing can be pruned in {type(self.context.model).__name__}. {scoped}Pinned:\n  {shown or 'nothing'}"
+        raise NothingPrunableError(msg)
+
+    def _problem(self, rate: float) -> Allocation:
+        """The allocation on the way to the target: every budget loosened by the same share of its way."""
+        target, params = self.target_rate, self.config.params
+        share = 1.0 if target <= 0 else min(rate / target, 1.0)
+        budgets: dict[str, int] = {}
+        for kind in KINDS:
+            dense = self.graph.cost[kind](self.graph.sizes)
+            final = min(self.config.budget.resolve(kind, dense), dense)
+            budgets[kind] = dense - math.floor((dense - final) * share) if share < 1 else final
+        limits = Limits(params.min_channels, params.max_ratio, params.round_to)
+        return Allocation(self.graph, self._prunable, budgets, limits)
+
+    def _decide(self, rate: float) -> PruningPlan:
+        with self._timed("scores"):
+            scores = [_checked(s, g.name) for s, g in zip(self.scores(self.graph), self.graph.groups, strict=True)]
+        with self._timed("allocation"):
+            keep = allocate(self._problem(rate), scores, self.config.params.allocation)
+            return make_plan(self.graph, keep, algorithm=self.name)
+
+    def _prune_now(self) -> None:
+        """Decides for the full budget (or keeps the schedule's last decision), cuts, adapts BatchNorm."""
+        if self.plan is None or self._rate < self.target_rate:
+            plan = self._decide(self.target_rate)
+        else:
+            plan = self.plan
+        self._cut(plan)
+        self._rate = self.target_rate
+        self._adapt_batch_norm()
+        self.context.plugins.emit("pruned", plan=plan, self_check=self.self_check)
+
+    def _cut(self, plan: PruningPlan) -> None:
+        if self._masks is not None:
+            self._masks.remove()
+        context = self.context
+        try:
+            with self._timed("surgery"):
+                self.self_check = prune_in_place(
+                    context.model,
+                    plan,
+                    context.example_inputs,
+                    optimizer=context.optimizer,
+                    ema=context.ema,
+                    plugins=context.plugins,
+                )
+        except BaseException:
+            if self._masks is not None:
+                self._masks = Masks(context.model, self.graph)
+                if self.plan is not None:
+                    self._masks.update(self.plan)
+            raise
+        self._masks = None
+        self.plan = plan
+        self._done = True
+
+    def _adapt_batch_norm(self) -> None:
+        samples = self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples
+        has_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.context.model.modules())
+        if samples == 0 or not has_norm:
+            return
+        if self.context.train_loader is None:
+            if "initializer" in self.config.model_fields_set:
+                nncf_logger.warning("BatchNorm statistics are not adapted after pruning: no train_loader was given.")
+            return
+        with self._timed("batchnorm_adaptation"):
+            batches = _until(self.context.batches(), samples)
+            nncf.batch_norm_adaptation(self.context.model, nncf.Dataset(batches))
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        plan = None if state["plan"] is None else PruningPlan.from_json(state["plan"])
+        self._rate = float(state["rate"])
+        if state["cut"] and plan is not None:
+            self._cut(plan)
+        else:
+            self._masks = Masks(self.context.model, self.graph)
+            self.plan = plan
+            if plan is not None:
+                plan.validate(self.context.model)
+                self._masks.update(plan)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.context.seconds[what] = self.context.seconds.get(what, 0.0) + time.perf_counter() - started
+
+
+def _checked(scores: Tensor, group: str) -> npt.NDArray[np.float64]:
+    values = scores.detach().double().cpu().numpy()
+    if not np.isfinite(values).all():
+        msg = (
+            f"group '{group}': the importance criterion gave a score that is not finite. Are there NaNs in the weights?"
+        )
+        raise BudgetError(msg)
+    return values
+
+
+def _until(batches: Iterator[Any], samples: int) -> list[Any]:
+    """The first batches with at least this many examples in all."""
+    chosen, seen = [], 0
+    for batch in batches:
+        first = next((leaf for leaf in torch.utils._pytree.tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+        chosen.append(batch)
+        seen += 1 if first is None else len(first)
+        if seen >= samples:
+            break
+    return chosen

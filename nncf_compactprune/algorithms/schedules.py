@@ -1,0 +1,23 @@
+"""How far a scheduled algorithm is at each epoch: 0 at the start, 1 at its target."""
+
+from __future__ import annotations
+
+from nncf.torch.function_hook.pruning.scheduler_fns import exponential_ratio_scheduler
+
+
+def one_shot(epoch: int, *, initial: float, target: float, steps: int) -> float:
+    """Everything at once."""
+    return target
+
+
+def exponential(epoch: int, *, initial: float, target: float, steps: int) -> float:
+    """Share removed after ``epoch`` of ``steps`` epochs, fast at first (NNCF's exponential ratio).
+
+    :param initial: share removed at epoch 0; :param target: at epoch ``steps`` and after.
+    """
+    if epoch >= steps or initial >= target:
+        return target
+    return float(exponential_ratio_scheduler(epoch, initial_ratio=initial, target_ratio=target, target_epoch=steps))
+
+
+SCHEDULES = {"one_shot": one_shot, "exponential": exponential}

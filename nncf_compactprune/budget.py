@@ -1,0 +1,206 @@
+"""Who goes: allocation of channels under budgets of MACs and parameters, always on exact costs.
+
+Scores rank channels inside a group; an allocation decides how many each group keeps. All budgets hold at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from nncf_compactprune.channels import ChannelGraph, ChannelGroup
+from nncf_compactprune.errors import BudgetError, nearest
+
+Widths = npt.NDArray[np.float64]
+Scores = Sequence[npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds every group.
+
+    :param min_channels: least channels kept.
+    :param max_ratio: largest share removed, in [0, 1].
+    :param round_to: widths are multiples of this many positions; a group that is no multiple may stay whole.
+    """
+
+    min_channels: int = 1
+    max_ratio: float = 1.0
+    round_to: int = 1
+
+
+def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]:
+    """Widths a group may take, ascending, the dense width last.
+
+    A channel of a grouped or repeated group stands for several positions of its producer; ``round_to`` counts
+    positions.
+    """
+    repeats = group.members[0].indices.shape[1]
+    step = limits.round_to // math.gcd(limits.round_to, repeats)
+    least = max(limits.min_channels, math.ceil((1 - limits.max_ratio) * group.size - 1e-9), 1)
+    if least >= group.size:
+        return np.array([group.size])
+    multiples = np.arange(math.ceil(least / step) * step, group.size, step)
+    return np.append(multiples, group.size)
+
+
+class Allocation:
+    """The problem: groups, their allowed widths, costs and budgets.
+
+    :param graph: the dense model's channels.
+    :param prunable: which groups may be cut, shape ``[groups]``.
+    :param budgets: kind (``"macs"``, ``"params"``) to the most that may be left.
+    :param limits: bounds of every group.
+    :raises BudgetError: the floors make a budget unreachable; the message states the reachable minimum.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        prunable: Sequence[bool],
+        budgets: Mapping[str, int],
+        limits: Limits,
+    ) -> None:
+        self.graph = graph
+        self.budgets = dict(budgets)
+        self.sizes = graph.sizes.astype(np.float64)
+        self.allowed = [
+            allowed_widths(group, limits) if free else np.array([group.size])
+            for group, free in zip(graph.groups, prunable, strict=True)
+        ]
+        self.floor = np.array([options[0] for options in self.allowed], np.float64)
+        for kind, most in self.budgets.items():
+            least, dense = graph.cost[kind](self.floor), graph.cost[kind](self.sizes)
+            if least > most:
+                msg = (
+                    f"budget: {kind} of at most {most:,} ({most / max(dense, 1):.1%} of {dense:,}) cannot be reached: "
+                    f"with min_channels={limits.min_channels}, max_ratio={limits.max_ratio}, "
+                    f"round_to={limits.round_to} and {sum(map(bool, prunable))} of {len(self.allowed)} groups prunable "
+                    f"the least is {least:,} ({least / max(dense, 1):.1%}). Raise the budget or loosen the floors."
+                )
+                raise BudgetError(msg)
+
+    def fits(self, widths: Widths) -> bool:
+        """Whether all budgets hold."""
+        return all(self.graph.cost[kind](widths) <= most for kind, most in self.budgets.items())
+
+    def round_up(self, group: int, width: float) -> int:
+        """The smallest allowed width of at least ``width``."""
+        options = self.allowed[group]
+        return int(options[min(int(np.searchsorted(options, width - 1e-9)), len(options) - 1)])
+
+
+def uniform(problem: Allocation, scores: Scores) -> Widths:
+    """The same share of every group: the largest share whose widths fit (bisection; scores play no part)."""
+
+    def widths_at(share: float) -> Widths:
+        return np.array([problem.round_up(g, share * size) for g, size in enumerate(problem.sizes)], np.float64)
+
+    return _largest(problem, widths_at, 0.0, 1.0)
+
+
+def global_ranking(problem: Allocation, scores: Scores) -> Widths:
+    """One threshold for all channels, on scores scaled to mean 1 in each group (as the layers' scales differ)."""
+    scaled = [np.sort(s / max(float(np.mean(s)), 1e-12))[::-1] for s in scores]
+    thresholds = np.unique(np.concatenate(scaled)) if scaled else np.zeros(0)
+
+    def widths_at(position: float) -> Widths:
+        """Position 1 keeps everything above the lowest threshold, position 0 nothing above the highest."""
+        at = round((1 - position) * len(thresholds))
+        bound = thresholds[at] if at < len(thresholds) else math.inf
+        return np.array(
+            [problem.round_up(g, float(np.count_nonzero(s >= bound))) for g, s in enumerate(scaled)], np.float64
+        )
+
+    return _largest(problem, widths_at, 0.0, 1.0)
+
+
+def _largest(problem: Allocation, widths_at: Callable[[float], Widths], low: float, high: float) -> Widths:
+    """Bisection for the largest argument that fits; ``widths_at`` grows with it and fits at ``low``."""
+    if problem.fits(widths_at(high)):
+        return widths_at(high)
+    for _ in range(50):
+        middle = (low + high) / 2
+        if problem.fits(widths_at(middle)):
+            low = middle
+        else:
+            high = middle
+    return widths_at(low)
+
+
+def greedy(problem: Allocation, scores: Scores) -> Widths:
+    """Removes step by step what costs the least score for the most budget (lazy greedy on exact savings).
+
+    A step takes a group to its next allowed width. Its price is the score lost (scaled to sum 1 over the group's mean,
+    as in :func:`global_ranking`) over the share of the missing budget that it saves, the tightest budget deciding.
+    """
+    scaled = [np.sort(s / max(float(np.mean(s)), 1e-12)) for s in scores]
+    lost = [np.concatenate([[0.0], np.cumsum(s)]) for s in scaled]
+    widths = problem.sizes.copy()
+    level = [len(options) - 1 for options in problem.allowed]
+
+    def price(group: int) -> float:
+        options, at = problem.allowed[group], level[group]
+        if at == 0:
+            return math.inf
+        removed_before, removed = int(problem.sizes[group] - options[at]), int(options[at] - options[at - 1])
+        loss = lost[group][removed_before + removed] - lost[group][removed_before]
+        saving = 0.0
+        for kind, most in problem.budgets.items():
+            excess = problem.graph.cost[kind](widths) - most
+            if excess > 0:
+                saving = max(saving, min(problem.graph.cost[kind].saved(widths, group, removed), excess) / excess)
+        return float(loss / saving) if saving > 0 else math.inf
+
+    heap = [(price(group), group) for group in range(len(widths))]
+    heapq.heapify(heap)
+    while heap and not problem.fits(widths):
+        _, group = heapq.heappop(heap)
+        current = price(group)
+        if heap and current > heap[0][0] and math.isfinite(current):
+            heapq.heappush(heap, (current, group))  # the price rose since it was pushed: look again later
+            continue
+        if math.isinf(current):
+            continue
+        level[group] -= 1
+        widths[group] = problem.allowed[group][level[group]]
+        heapq.heappush(heap, (price(group), group))
+    return widths if problem.fits(widths) else problem.floor
+
+
+ALLOCATIONS: Mapping[str, Callable[[Allocation, Scores], Widths]] = {
+    "uniform": uniform,
+    "global": global_ranking,
+    "greedy": greedy,
+}
+
+
+def choose(widths: Widths, scores: Scores) -> list[npt.NDArray[np.bool_]]:
+    """Keeps the highest scores of every group; among equals the earlier channel.
+
+    :return: for each group which channels stay, shape ``[group.size]``.
+    """
+    result = []
+    for width, score in zip(widths, scores, strict=True):
+        keep = np.zeros(len(score), bool)
+        keep[np.argsort(-score, kind="stable")[: int(width)]] = True
+        result.append(keep)
+    return result
+
+
+def allocate(problem: Allocation, scores: Scores, method: str) -> list[npt.NDArray[np.bool_]]:
+    """Solves the problem by a named method.
+
+    :param scores: for each group one score a channel, finite, larger kept.
+    :param method: ``"uniform"``, ``"global"`` or ``"greedy"``.
+    :return: for each group which channels stay.
+    """
+    if method not in ALLOCATIONS:
+        msg = f"allocation: expected one of {', '.join(ALLOCATIONS)}, got '{method}'.{nearest(method, ALLOCATIONS)}"
+        raise BudgetError(msg)
+    return choose(ALLOCATIONS[method](problem, scores), scores)

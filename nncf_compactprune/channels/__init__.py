@@ -1,0 +1,7 @@
+"""What hangs together in a network, and what it costs: trace, rules, groups, cost."""
+
+from nncf_compactprune.channels.cost import CostModel
+from nncf_compactprune.channels.groups import ChannelGraph, ChannelGroup, Member, PinnedGroup
+from nncf_compactprune.channels.trace import trace
+
+__all__ = ["ChannelGraph", "ChannelGroup", "CostModel", "Member", "PinnedGroup", "trace"]

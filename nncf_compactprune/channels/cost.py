@@ -1,0 +1,101 @@
+"""What a network costs at any channel counts: MACs and parameters as exact polynomials of the group widths.
+
+A term is a constant times a product of *linear forms* ``a · w + b``, one for each channel dimension of an operation
+or a
+parameter: ``w`` are the group widths, ``a`` how often a channel of each group appears in that dimension, ``b`` its
+pinned
+channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_matrix
+
+from nncf_compactprune.channels.labels import LabelArray
+
+Floats = npt.NDArray[np.float64]
+Widths = npt.NDArray[np.float64] | npt.NDArray[np.int64] | Sequence[float]
+
+
+class Polynomial:
+    """A sum of terms ``constant · Π (a · w + b)``.
+
+    :param terms: pairs of constant and label arrays (one array a factor).
+    :param group_of_label: group index of each label, -1 where it is pinned, shape ``[labels]``.
+    :param sizes: dense width of each group, shape ``[groups]``.
+    """
+
+    def __init__(
+        self, terms: Iterable[tuple[float, Sequence[LabelArray]]], group_of_label: LabelArray, sizes: LabelArray
+    ) -> None:
+        terms = list(terms)
+        groups = len(sizes)
+        order = max([len(dims) for _, dims in terms], default=0)
+        self.constants = np.array([constant for constant, _ in terms], np.float64)
+        self.offsets = [np.ones(len(terms)) for _ in range(order)]
+        entries: list[tuple[list[int], list[int], list[float]]] = [([], [], []) for _ in range(order)]
+        for row, (_, dims) in enumerate(terms):
+            for factor, labels in enumerate(dims):
+                owners = group_of_label[labels]
+                counts = np.bincount(owners + 1, minlength=groups + 1)
+                self.offsets[factor][row] = counts[0]
+                present = np.flatnonzero(counts[1:])
+                entries[factor][0].extend([row] * len(present))
+                entries[factor][1].extend(present.tolist())
+                entries[factor][2].extend((counts[1:][present] / sizes[present]).tolist())
+        self.slopes = [
+            csr_matrix((values, (rows, columns)), shape=(len(terms), groups)) for rows, columns, values in entries
+        ]
+        occurs = sum((slope != 0 for slope in self.slopes), csr_matrix((len(terms), groups), dtype=bool)).tocsc()
+        self._terms_of_group = [occurs.indices[occurs.indptr[g] : occurs.indptr[g + 1]] for g in range(groups)]
+
+    def factors(self, widths: Floats) -> list[Floats]:
+        """Value of every linear form, one array ``[terms]`` a factor position."""
+        return [slope @ widths + offset for slope, offset in zip(self.slopes, self.offsets, strict=True)]
+
+    def __call__(self, widths: Widths) -> int:
+        """The value at the given group widths, shape ``[groups]``."""
+        total = self.constants.copy()
+        for factor in self.factors(np.asarray(widths, np.float64)):
+            total *= factor
+        return round(float(total.sum()))
+
+    def gradient(self, widths: Floats) -> Floats:
+        """Change of the value for one channel more of each group, shape ``[groups]`` (first order)."""
+        factors = self.factors(widths)
+        result = np.zeros(len(widths))
+        for at, slope in enumerate(self.slopes):
+            others = self.constants.copy()
+            for other, factor in enumerate(factors):
+                if other != at:
+                    others *= factor
+            result += slope.T @ others
+        return result
+
+    def saved(self, widths: Floats, group: int, removed: int) -> float:
+        """What removing ``removed`` channels of one group saves, exactly."""
+        rows = self._terms_of_group[group]
+        before = self.constants[rows].copy()
+        after = before.copy()
+        for slope, offset in zip(self.slopes, self.offsets, strict=True):
+            part = slope[rows]
+            value = part @ widths + offset[rows]
+            before *= value
+            after *= value - np.asarray(part[:, [group]].todense()).ravel() * removed
+        return float((before - after).sum())
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """MACs (of one example) and parameters of a network as functions of its group widths."""
+
+    macs: Polynomial
+    params: Polynomial
+
+    def __getitem__(self, kind: str) -> Polynomial:
+        return {"macs": self.macs, "params": self.params}[kind]

@@ -1,0 +1,89 @@
+"""Static facts that modules keep about their own shapes, and what they become when parameters are cut.
+
+A facts function receives a module and the new shapes of its own parameters and buffers (``{"weight": (8, 16, 3, 3)}``;
+names of uncut tensors are there too) and returns the attributes to set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from nncf_compactprune.hookspecs import hookimpl
+
+Shapes = Mapping[str, tuple[int, ...]]
+Facts = Callable[[nn.Module, Shapes], dict[str, Any]]
+
+
+def convolution(module: Any, shapes: Shapes) -> dict[str, Any]:
+    """``in_channels``, ``out_channels`` and ``groups``; a depthwise convolution has one group a channel."""
+    first, second = shapes["weight"][:2]
+    depthwise = module.groups > 1 and module.groups == module.in_channels
+    if module.transposed:
+        groups = first if depthwise else module.groups
+        return {"in_channels": first, "out_channels": second * groups, "groups": groups}
+    groups = first // (module.out_channels // module.in_channels) if depthwise else module.groups
+    return {"in_channels": second * groups, "out_channels": first, "groups": groups}
+
+
+def linear(module: Any, shapes: Shapes) -> dict[str, Any]:
+    """``in_features`` and ``out_features``."""
+    out_features, in_features = shapes["weight"]
+    return {"in_features": in_features, "out_features": out_features}
+
+
+def batch_norm(module: Any, shapes: Shapes) -> dict[str, Any]:
+    """``num_features``, from the affine weight or the running statistics."""
+    for name in ("weight", "running_mean"):
+        if name in shapes:
+            return {"num_features": shapes[name][0]}
+    return {}
+
+
+def layer_norm(module: Any, shapes: Shapes) -> dict[str, Any]:
+    """``normalized_shape``."""
+    return {"normalized_shape": shapes["weight"]} if "weight" in shapes else {}
+
+
+def group_norm(module: Any, shapes: Shapes) -> dict[str, Any]:
+    """``num_channels`` and ``num_groups``; the width of a group stays unless there is one group only."""
+    if "weight" not in shapes:
+        return {}
+    channels = shapes["weight"][0]
+    groups = 1 if module.num_groups == 1 else channels // (module.num_channels // module.num_groups)
+    return {"num_channels": channels, "num_groups": groups}
+
+
+def embedding(module: Any, shapes: Shapes) -> dict[str, Any]:
+    """``embedding_dim``."""
+    return {"embedding_dim": shapes["weight"][1]}
+
+
+def prelu(module: Any, shapes: Shapes) -> dict[str, Any]:
+    """``num_parameters``."""
+    return {"num_parameters": shapes["weight"][0]}
+
+
+@hookimpl
+def compactprune_module_facts() -> Mapping[type[nn.Module], Facts]:
+    """Facts of torch's own layers; subclasses (timm's, Hugging Face's) inherit them."""
+    return {
+        nn.modules.conv._ConvNd: convolution,
+        nn.Linear: linear,
+        nn.modules.batchnorm._NormBase: batch_norm,
+        nn.LayerNorm: layer_norm,
+        nn.RMSNorm: layer_norm,
+        nn.GroupNorm: group_norm,
+        nn.Embedding: embedding,
+        nn.PReLU: prelu,
+    }
+
+
+def facts_for(module: nn.Module, registry: Mapping[type[nn.Module], Facts]) -> Facts | None:
+    """The facts function of the closest base class."""
+    for base in type(module).__mro__:
+        if base in registry:
+            return registry[base]
+    return None

@@ -1,0 +1,307 @@
+"""Groups of channels that can be removed, and what is pinned and why: the result of a trace."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from nncf_compactprune.channels.cost import CostModel, Polynomial
+from nncf_compactprune.channels.labels import LabelArray, LabelSpace, Reason, Solution
+
+if TYPE_CHECKING:
+    from nncf_compactprune.channels.trace import MacTerm
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """The slice of one parameter or buffer that belongs to a group.
+
+    :param parameter: name in ``named_parameters`` or ``named_buffers``.
+    :param dim: dimension that is cut.
+    :param indices: positions of each channel, shape ``[channels, repeats]``; channel j owns ``indices[j]``.
+    :param role: ``"out"`` (produces the channel), ``"in"`` (consumes it), ``"norm"`` (per-channel affine or
+        statistics), ``"other"``.
+    :param is_buffer: whether it is a buffer.
+    """
+
+    parameter: str
+    dim: int
+    indices: npt.NDArray[np.int64]
+    role: str
+    is_buffer: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels with the same members: channel j of every member goes or stays as one.
+
+    :param name: module of the first producer.
+    :param size: number of channels.
+    :param members: all slices, producers first.
+    :param approximate: why removal is not exact (LayerNorm over the channels), or empty.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    approximate: str = ""
+
+    def with_role(self, *roles: str) -> tuple[Member, ...]:
+        """Members of the given roles."""
+        return tuple(member for member in self.members if member.role in roles)
+
+
+@dataclass(frozen=True)
+class PinnedGroup:
+    """Channels that stay, with the reason.
+
+    :param name: module of the first producer among them.
+    :param size: number of channels.
+    :param reason: in words, naming operation and module.
+    :param location: ``file.py:line`` of the code that pins, or empty.
+    :param kind: ``"pinned"`` or ``"approximate"`` (could go with ``allow_approximate``).
+    """
+
+    name: str
+    size: int
+    reason: str
+    location: str
+    kind: str
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """What a trace found.
+
+    :param groups: prunable groups in order of their first parameter.
+    :param pinned: channels that stay, with reasons; dimensions that never were channels are left out.
+    :param cost: exact MACs and parameters as functions of the group widths.
+    :param parameters: name to shape of every floating parameter and buffer, in model order: the plan's fingerprint.
+    :param tied: other names of shared parameters, to the name used here.
+    :param unsupported_ops: operations without a rule, with how often they met channels.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    pinned: tuple[PinnedGroup, ...]
+    cost: CostModel
+    parameters: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    unsupported_ops: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Dense width of every group, shape ``[groups]``."""
+        return np.array([group.size for group in self.groups], np.int64)
+
+    @property
+    def macs(self) -> int:
+        """Dense multiply-accumulates for one example."""
+        return self.cost.macs(self.sizes)
+
+    @property
+    def params(self) -> int:
+        """Dense number of parameters."""
+        return self.cost.params(self.sizes)
+
+
+def model_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of every parameter and buffer a plan could cut, shared ones once, in model order."""
+    shapes = {}
+    for tensors in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in tensors:
+            if not name.startswith("__nncf_hooks") and tensor.is_floating_point() and tensor.dim() > 0:
+                shapes[name] = tuple(tensor.shape)
+    return shapes
+
+
+def build_graph(
+    *,
+    model: nn.Module,
+    space: LabelSpace,
+    mac_terms: Sequence[MacTerm],
+    batch: int,
+    unsupported_ops: Mapping[str, int],
+    allow_approximate: bool,
+) -> ChannelGraph:
+    """Solves the labels and sorts the classes into groups and pins."""
+    _pin_unused(space)
+    solution = space.solve()
+    free = solution.pin < 0
+    if not allow_approximate:
+        free &= solution.approximate < 0
+    groups, group_of_class = _groups(space, solution, free)
+    group_of_label = group_of_class[solution.component]
+    sizes = np.array([group.size for group in groups], np.int64)
+    macs = Polynomial(((t.constant / batch, t.dims) for t in mac_terms), group_of_label, sizes)
+    params = Polynomial(_parameter_terms(model, space, group_of_label), group_of_label, sizes)
+    return ChannelGraph(
+        groups=tuple(groups),
+        pinned=tuple(_pinned(space, solution, free)),
+        cost=CostModel(macs, params),
+        parameters=model_tensors(model),
+        tied=_tied(model),
+        unsupported_ops=dict(unsupported_ops),
+    )
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    first = {id(p): name for name, p in model.named_parameters()}
+    return {
+        name: first[id(p)]
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if id(p) in first and first[id(p)] != name
+    }
+
+
+def _pin_unused(space: LabelSpace) -> None:
+    """Pins dimensions that no rule ever spoke of."""
+    touched = np.zeros(space.size, bool)
+    for array in (*space._left, *space._right):
+        touched[array] = True
+    for array, _ in space._pins:
+        touched[array] = True
+    for index, slot in enumerate(space.slots):
+        run = slice(slot.start, slot.start + slot.size)
+        if slot.size and not touched[run].any() and index not in space.roles:
+            labels = np.arange(slot.start, slot.start + slot.size)
+            kind = "structural" if slot.is_buffer or slot.dim > 1 else "pinned"
+            space.pin(labels, Reason("not used in the forward pass", slot.parameter.rpartition(".")[0], kind=kind))
+
+
+def _slot_of_label(space: LabelSpace) -> LabelArray:
+    slot_of_label = np.full(space.size, -1, np.int64)
+    for index, slot in enumerate(space.slots):
+        slot_of_label[slot.start : slot.start + slot.size] = index
+    return slot_of_label
+
+
+def _groups(
+    space: LabelSpace, solution: Solution, free: npt.NDArray[np.bool_]
+) -> tuple[list[ChannelGroup], LabelArray]:
+    """Families of classes with the same slices: (slot, how often) pairs hashed per class, then split by hash."""
+    slot_of_label = _slot_of_label(space)
+    labels = np.flatnonzero((slot_of_label >= 0) & free[solution.component])
+    classes, slots = solution.component[labels], slot_of_label[labels]
+    group_of_class = np.full(len(solution.pin), -1, np.int64)
+    if not labels.size:
+        return [], group_of_class
+    order = np.lexsort((labels, slots, classes))
+    labels, classes, slots = labels[order], classes[order], slots[order]
+    starts = np.flatnonzero(np.r_[True, (classes[1:] != classes[:-1]) | (slots[1:] != slots[:-1])])
+    counts = np.diff(np.r_[starts, labels.size])
+    signatures = np.zeros(len(solution.pin), np.uint64)
+    np.add.at(signatures, classes[starts], _mix(slots[starts], counts))
+    present = np.unique(classes)
+    kinds, first, kind_of = np.unique(signatures[present], return_index=True, return_inverse=True)
+    rank = np.empty(len(kinds), np.int64)
+    rank[np.argsort(first)] = np.arange(len(kinds))
+    group_of_class[present] = rank[kind_of]
+
+    group_of_label = group_of_class[classes]
+    order = np.lexsort((labels, classes, slots, group_of_label))
+    labels, classes, slots, group_of_label = labels[order], classes[order], slots[order], group_of_label[order]
+    cuts = np.flatnonzero(np.r_[True, (group_of_label[1:] != group_of_label[:-1]) | (slots[1:] != slots[:-1])])
+    sizes = np.bincount(group_of_class[present], minlength=len(kinds))
+    members: list[list[Member]] = [[] for _ in kinds]
+    for begin, end in zip(cuts, [*cuts[1:].tolist(), labels.size], strict=True):
+        slot_index, group = int(slots[begin]), int(group_of_label[begin])
+        slot = space.slots[slot_index]
+        indices = (labels[begin:end] - slot.start).reshape(int(sizes[group]), -1)
+        role = space.roles.get(slot_index, "other")
+        members[group].append(Member(slot.parameter, slot.dim, indices, role, slot.is_buffer))
+    approximate = {
+        int(g): solution.reasons[solution.approximate[c]]
+        for c, g in zip(present.tolist(), group_of_class[present].tolist(), strict=True)
+        if solution.approximate[c] >= 0
+    }
+    return [
+        _named_group(members[g], int(sizes[g]), _words(approximate[g]) if g in approximate else "")
+        for g in range(len(kinds))
+    ], group_of_class
+
+
+def _mix(slots: LabelArray, counts: LabelArray) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of (slot, count) pairs (splitmix64), so that sums of pairs tell different sets apart."""
+    with np.errstate(over="ignore"):
+        z = slots.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + counts.astype(np.uint64) * np.uint64(
+            0xD1B54A32D192ED03
+        )
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+        return mixed
+
+
+def _named_group(members: list[Member], size: int, approximate: str) -> ChannelGroup:
+    rank = {"out": 0, "norm": 1, "in": 2, "other": 3}
+    ordered = sorted(members, key=lambda m: (rank[m.role], m.is_buffer))
+    return ChannelGroup(owner(ordered[0].parameter), size, tuple(ordered), approximate)
+
+
+def owner(parameter: str) -> str:
+    """Module that owns a parameter (``"layer1.0.conv1"`` for ``"layer1.0.conv1.weight"``)."""
+    module, _, leaf = parameter.rpartition(".")
+    return module or leaf
+
+
+def _words(reason: Reason) -> str:
+    where = f" in '{reason.module}'" if reason.module else ""
+    return f"{reason.text}{where}"
+
+
+def _pinned(space: LabelSpace, solution: Solution, free: npt.NDArray[np.bool_]) -> list[PinnedGroup]:
+    """Pinned producers, one entry for each parameter and reason."""
+    result = []
+    for index, slot in enumerate(space.slots):
+        role = space.roles.get(index, "other")
+        if slot.is_buffer or role in ("in", "norm"):
+            continue
+        classes = solution.component[slot.start : slot.start + slot.size]
+        held = classes[~free[classes]]
+        reasons = np.where(solution.pin[held] >= 0, solution.pin[held], solution.approximate[held])
+        for reason_index in np.unique(reasons):
+            reason = solution.reasons[reason_index]
+            if reason.kind == "structural" or (role == "other" and slot.dim > 0) or slot.parameter.endswith(".bias"):
+                continue
+            count = int((reasons == reason_index).sum())
+            result.append(PinnedGroup(owner(slot.parameter), count, _words(reason), reason.location, reason.kind))
+    return result
+
+
+def _parameter_terms(
+    model: nn.Module, space: LabelSpace, group_of_label: LabelArray
+) -> list[tuple[float, Sequence[LabelArray]]]:
+    """One term a parameter; dimensions without prunable channels go into the constant."""
+    terms: list[tuple[float, Sequence[LabelArray]]] = []
+    covered: dict[str, list[LabelArray]] = {}
+    for slot in space.slots:
+        if not slot.is_buffer:
+            covered.setdefault(slot.parameter, []).append(np.arange(slot.start, slot.start + slot.size))
+    for name, parameter in model.named_parameters():
+        if name.startswith("__nncf_hooks"):
+            continue
+        constant, dims = 1.0, []
+        arrays = covered.get(name)
+        if arrays is None:
+            constant = float(parameter.numel())
+        for array in arrays or ():
+            if (group_of_label[array] >= 0).any():
+                dims.append(array)
+            else:
+                constant *= array.size
+        terms.append((constant, dims))
+    return terms
+
+
+def fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
+    """SHA-256 of names and shapes: two models with the same one take the same plan."""
+    digest = hashlib.sha256()
+    for name in sorted(shapes):
+        digest.update(f"{name}:{tuple(shapes[name])}\n".encode())
+    return digest.hexdigest()

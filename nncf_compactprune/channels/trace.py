@@ -1,0 +1,313 @@
+"""Runs a model once and records which channels hang together (DESIGN: labels, rules, one solve)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nncf.common.logging import nncf_logger
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nncf_compactprune.channels.groups import ChannelGraph, build_graph
+from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Reason
+from nncf_compactprune.errors import TraceError
+from nncf_compactprune.plugins import Plugins, default_plugins
+
+NNCF_HOOKS = "__nncf_hooks"
+_LABELS = "_compactprune_labels"
+_CONSTANT = "_compactprune_constant"
+_TORCH_ROOT = os.path.dirname(torch.__file__) + os.sep
+_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+@dataclass(frozen=True)
+class MacTerm:
+    """Multiply-accumulates of one operation: ``constant`` times the kept counts of its channel dimensions.
+
+    :param constant: MACs for one kept channel in each of ``dims`` (whole example batch).
+    :param dims: label arrays; an unlabelled dimension is already in the constant.
+    :param module: name of the module that ran the operation.
+    """
+
+    constant: int
+    dims: tuple[LabelArray, ...]
+    module: str
+
+
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """Calls a model with a tensor, a tuple of positional inputs or a dict of keyword inputs."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no autocast and an untouched random state inside; training flags restored after."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)):
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    plugins: Plugins | None = None,
+    allow_approximate: bool = False,
+) -> ChannelGraph:
+    """Analyses which channels of a model can be removed together, and what they cost.
+
+    The model runs once in eval mode; it is not changed. Every ATen operation is interpreted by a rule that passes
+    channel labels on, declares them equal, or pins them with a reason.
+
+    :param model: any module; frozen parameters are analysed like others.
+    :param example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. MACs are counted for
+        its shape, divided by the size of the first input's leading dimension.
+    :param plugins: where op rules come from, default: all installed.
+    :param allow_approximate: offer groups whose removal changes a normalisation over channels (LayerNorm) instead of
+        pinning them.
+    :return: groups, pinned channels with reasons, exact cost model.
+    :raises TraceError: the model does not run on the example input, or still carries NNCF hooks.
+    """
+    _refuse_hooks(model)
+    space = LabelSpace()
+    tracer = Tracer(model, space, (plugins or default_plugins()).op_rules)
+    tracer.run(example_inputs)
+    return build_graph(
+        model=model,
+        space=space,
+        mac_terms=tracer.mac_terms,
+        batch=_batch_size(example_inputs),
+        unsupported_ops=dict(tracer.unsupported),
+        allow_approximate=allow_approximate,
+    )
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    storage = getattr(model, NNCF_HOOKS, None)
+    if storage is not None and not storage.is_empty():
+        msg = (
+            f"{type(model).__name__} carries NNCF hooks (masks, quantizers or re-parameterised weights), which hide "
+            "its weights from channel analysis. Strip it first (nncf.strip or controller.strip())."
+        )
+        raise TraceError(msg)
+
+
+def _batch_size(example_inputs: Any) -> int:
+    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    return max(int(tensors[0].shape[0]), 1) if tensors else 1
+
+
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The dispatch mode that rules talk to.
+
+    :param rules: ATen packet name (``"aten.convolution"``) to rule.
+    """
+
+    def __init__(self, model: nn.Module, space: LabelSpace, rules: Mapping[str, Callable[..., None]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.space = space
+        self.mac_terms: list[MacTerm] = []
+        self.unsupported: Counter[str] = Counter()
+        self._rules = rules
+        self._resolved: dict[Any, Callable[..., None] | None] = {}
+        self._constants: dict[int, DimLabels] = {}
+        self._module_names = {id(module): name for name, module in model.named_modules()}
+        self._stack: list[str] = []
+        for is_buffer, tensors in ((False, model.named_parameters()), (True, model.named_buffers())):
+            for name, tensor in tensors:
+                if (
+                    tensor.is_floating_point()
+                    and tensor.dim() > 0
+                    and not isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
+                ):
+                    self._constants[id(tensor)] = space.allocate(name, tensor.shape, is_buffer)
+
+    def run(self, example_inputs: Any) -> None:
+        """Runs the model under the mode and pins what leaves it."""
+        handles = [
+            torch_module.register_module_forward_pre_hook(self._enter),
+            torch_module.register_module_forward_hook(self._leave, always_call=True),
+        ]
+        try:
+            with evaluating(self.model), self:
+                output = call_model(self.model, example_inputs)
+        except TraceError:
+            raise
+        except Exception as error:
+            shapes = [tuple(x.shape) for x in tree_leaves(example_inputs) if isinstance(x, Tensor)]
+            where = f" in module '{self.module}'" if self.module else ""
+            msg = (
+                f"{type(self.model).__name__} does not run on the example input of shape {shapes}{where}: "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}. "
+                "Pass example inputs of the shape and dtype that the model is trained on."
+            )
+            raise TraceError(msg) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self.pin_tensor(leaf, "model output", locate=False)
+
+    # -- what rules use -----------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> str:
+        """Name of the module that is running."""
+        return self._stack[-1] if self._stack else ""
+
+    def labels(self, tensor: Tensor) -> DimLabels:
+        """Labels of a tensor, one entry a dimension."""
+        found = self._constants.get(id(tensor))
+        if found is None:
+            found = getattr(tensor, _LABELS, None)
+        return found if found is not None else (None,) * tensor.dim()
+
+    def has_labels(self, tensor: Tensor) -> bool:
+        """Whether any dimension carries labels."""
+        return any(array is not None for array in self.labels(tensor))
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer, or computed from these alone (a transposed or scaled weight)."""
+        return id(tensor) in self._constants or hasattr(tensor, _CONSTANT)
+
+    def set(self, tensor: Tensor, labels: Sequence[LabelArray | None]) -> None:
+        """States the labels of an operation's result."""
+        if id(tensor) not in self._constants:
+            setattr(tensor, _LABELS, tuple(labels))
+
+    def unify(self, left: LabelArray, right: LabelArray) -> None:
+        """Declares labels equal position by position."""
+        self.space.unify(left, right)
+
+    def same(self, left: LabelArray | None, right: LabelArray | None, reason: str) -> LabelArray | None:
+        """Declares two dimensions of equal size the same; where only one carries labels, it is pinned."""
+        if left is None or right is None:
+            only = left if right is None else right
+            if only is not None:
+                self.pin(only, reason)
+            return only
+        self.space.unify(left, right)
+        return left
+
+    def pin(self, labels: LabelArray | None, text: str, *, kind: str = "pinned", locate: bool = True) -> None:
+        """States why these channels must stay."""
+        if labels is not None:
+            location = _user_location() if locate and kind == "pinned" else ""
+            self.space.pin(labels, Reason(text, self.module, location, kind))
+
+    def pin_tensor(self, tensor: Tensor, text: str, *, kind: str = "pinned", locate: bool = True) -> None:
+        """Pins every labelled dimension of a tensor."""
+        for array in self.labels(tensor):
+            self.pin(array, text, kind=kind, locate=locate)
+
+    def mark(self, labels: LabelArray | None, role: str) -> None:
+        """States the role of a parameter dimension (``"out"``, ``"in"``, ``"norm"``)."""
+        self.space.mark(labels, role)
+
+    def count_macs(self, total: int, *dims: LabelArray | None) -> None:
+        """Adds an operation of ``total`` dense MACs, proportional to the kept counts of the labelled ``dims``."""
+        arrays = tuple(array for array in dims if array is not None)
+        constant = total
+        for array in arrays:
+            constant //= array.size
+        self.mac_terms.append(MacTerm(constant, arrays, self.module))
+
+    # -- machinery ----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        labelled, constant = False, True
+        for arg in (*args, *kwargs.values()):
+            for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if isinstance(tensor, Tensor):
+                    labelled = labelled or self.has_labels(tensor)
+                    constant = constant and self.is_constant(tensor)
+        if not labelled:
+            return out
+        if constant and isinstance(out, Tensor):
+            setattr(out, _CONSTANT, True)
+        rule = self._resolved.get(func, _UNRESOLVED)
+        if rule is _UNRESOLVED:
+            rule = self._resolved[func] = self._resolve(func)
+        if rule is None:
+            self.no_rule(func, args, kwargs, "no rule for the operation")
+            return out
+        try:
+            rule(self, func, args, kwargs, out)
+        except Exception as error:  # a rule that does not know this use of its operation must not end the analysis
+            nncf_logger.warning("The rule of %s failed in '%s': %s", func, self.module, error)
+            self.no_rule(func, args, kwargs, "the rule failed for this use of the operation")
+        return out
+
+    def _resolve(self, func: Any) -> Callable[..., None] | None:
+        name = str(func.overloadpacket)
+        rule = self._rules.get(f"{name}.{func._overloadname}") or self._rules.get(name)
+        if rule is None and name.endswith("_"):
+            rule = self._rules.get(name[:-1])
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = self._rules.get("pointwise")
+        return rule
+
+    def no_rule(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], why: str) -> None:
+        """Pins everything that an operation touches, and counts it as unsupported."""
+        name = str(func.overloadpacket)
+        tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        if any(self.has_labels(tensor) for tensor in tensors):
+            self.unsupported[name] += 1
+            for tensor in tensors:
+                self.pin_tensor(tensor, f"{why} {name}")
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._stack.append(self._module_names.get(id(module), self.module))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stack:
+            self._stack.pop()
+
+
+def _unresolved(*_: Any) -> None:
+    """Marks an operation whose rule was not looked up yet."""
+
+
+_UNRESOLVED: Callable[..., None] = _unresolved
+
+
+def _user_location() -> str:
+    """The innermost line of code outside torch and this package that is running."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith((_TORCH_ROOT, _PACKAGE_ROOT, "<")):
+            return f"{os.path.basename(filename)}:{frame.f_lineno}"
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return ""

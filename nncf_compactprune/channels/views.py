@@ -1,0 +1,116 @@
+"""How channel labels pass through a reshape.
+
+Old and new shape are walked together and cut into the smallest blocks of equal element count. Inside a block the old
+dimensions merge to one run of labels, and that run is split over the new dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from nncf_compactprune.channels.labels import DimLabels, LabelArray
+
+
+def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Pairs runs of old dimensions with runs of new ones of the same element count, dimensions of size 1 left out.
+
+    >>> list(blocks([2, 12, 5], [2, 3, 4, 5]))
+    [([0], [0]), ([1], [1, 2]), ([2], [3])]
+    """
+    old_dims = [d for d, size in enumerate(old) if size != 1]
+    new_dims = [d for d, size in enumerate(new) if size != 1]
+    i = j = 0
+    while i < len(old_dims) and j < len(new_dims):
+        left, right = [old_dims[i]], [new_dims[j]]
+        a, b = old[old_dims[i]], new[new_dims[j]]
+        i, j = i + 1, j + 1
+        while a != b:
+            if a < b:
+                a *= old[old_dims[i]]
+                left.append(old_dims[i])
+                i += 1
+            else:
+                b *= new[new_dims[j]]
+                right.append(new_dims[j])
+                j += 1
+        yield left, right
+
+
+def merge(labels: Sequence[LabelArray | None], sizes: Sequence[int]) -> LabelArray | None:
+    """Labels of several dimensions flattened to one (row-major); at most one of them may carry labels."""
+    for axis, array in enumerate(labels):
+        if array is not None:
+            shape = [1] * len(sizes)
+            shape[axis] = sizes[axis]
+            return np.broadcast_to(array.reshape(shape), tuple(sizes)).reshape(-1)
+    return None
+
+
+def split(
+    labels: LabelArray | None, sizes: Sequence[int], unify: Callable[[LabelArray, LabelArray], None]
+) -> list[LabelArray | None]:
+    """Labels of one dimension cut into several (row-major).
+
+    Where every row of the cut is one repeated label, the leading dimension carries the labels; otherwise the leading
+    factor is taken for the constant (groups, heads) and positions across it are declared equal.
+
+    :param labels: shape ``[prod(sizes)]``.
+    :param unify: receives the equalities the cut implies.
+    """
+    if labels is None or len(sizes) == 1:
+        return [labels] + [None] * (len(sizes) - 1)
+    rows = labels.reshape(sizes[0], -1)
+    if (rows == rows[:, :1]).all():
+        return [np.ascontiguousarray(rows[:, 0])] + [None] * (len(sizes) - 1)
+    if not (rows == rows[:1]).all():
+        unify(rows[1:], rows[:1])
+    return [None, *split(np.ascontiguousarray(rows[0]), sizes[1:], unify)]
+
+
+def reshape_labels(
+    labels: DimLabels,
+    old: Sequence[int],
+    new: Sequence[int],
+    unify: Callable[[LabelArray, LabelArray], None],
+    pin: Callable[[LabelArray, str], None],
+) -> DimLabels:
+    """Labels of a tensor after a reshape.
+
+    :param labels: one entry an old dimension.
+    :param old: the old shape; :param new: the new shape, same element count.
+    :param unify: receives implied equalities; :param pin: receives labels that cannot follow, with the reason.
+    """
+    result: list[LabelArray | None] = [None] * len(new)
+    for left, right in blocks(old, new):
+        if len(left) == len(right) == 1:
+            result[right[0]] = labels[left[0]]
+            continue
+        carrying = [d for d in left if labels[d] is not None]
+        if len(carrying) > 1:
+            for d in carrying:
+                pin(labels[d], "merged with another channel dimension by a reshape")  # type: ignore[arg-type]
+            continue
+        flat = merge([labels[d] for d in left], [old[d] for d in left])
+        for d, array in zip(right, split(flat, [new[d] for d in right], unify), strict=True):
+            result[d] = array
+    _pass_single_channels(labels, old, new, result, pin)
+    return tuple(result)
+
+
+def _pass_single_channels(
+    labels: DimLabels,
+    old: Sequence[int],
+    new: Sequence[int],
+    result: list[LabelArray | None],
+    pin: Callable[[LabelArray, str], None],
+) -> None:
+    """A labelled dimension of size 1 keeps its label where the dimension stays in place, and is pinned elsewhere."""
+    for d, size in enumerate(old):
+        array = labels[d]
+        if size == 1 and array is not None:
+            if d < len(new) and new[d] == 1 and tuple(old[:d]) == tuple(new[:d]):
+                result[d] = array
+            else:
+                pin(array, "a single channel dropped by a reshape")

@@ -1,0 +1,309 @@
+"""The way in: NNCF-style ``create_compressed_model`` with its controller, and one-shot ``prune``."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from nncf_compactprune.algorithms import ChannelPruning, CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.channels import ChannelGraph
+from nncf_compactprune.config import CompressionConfig, load_algorithm, load_config
+from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.export import ExportedFile, export_model
+from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.plugins import Plugins, default_plugins
+from nncf_compactprune.surgery import SelfCheck
+
+STATE_VERSION = 1
+
+
+class Scheduler:
+    """Steps all algorithms of a controller, as NNCF 2.x's scheduler does.
+
+    Call :meth:`epoch_step` at the start of every epoch and :meth:`step` before every training step.
+    """
+
+    def __init__(self, algorithms: Sequence[CompressionAlgorithm]) -> None:
+        self._algorithms = algorithms
+        self.current_epoch = -1
+        self.current_step = -1
+
+    def epoch_step(self, next_epoch: int | None = None) -> None:
+        """Begins the next epoch, or ``next_epoch`` (counted from 0)."""
+        self.current_epoch = self.current_epoch + 1 if next_epoch is None else next_epoch
+        for algorithm in self._algorithms:
+            algorithm.epoch_step(self.current_epoch)
+
+    def step(self, next_step: int | None = None) -> None:
+        """Begins the next training step, or ``next_step`` (counted from 0)."""
+        self.current_step = self.current_step + 1 if next_step is None else next_step
+        for algorithm in self._algorithms:
+            algorithm.step(self.current_step)
+
+    def get_state(self) -> dict[str, int]:
+        """Where it is."""
+        return {"current_epoch": self.current_epoch, "current_step": self.current_step}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Continues where :meth:`get_state` was taken."""
+        self.current_epoch, self.current_step = state["current_epoch"], state["current_step"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Figures of every algorithm, by name."""
+
+    algorithms: Mapping[str, Mapping[str, Any]]
+
+    def to_str(self) -> str:
+        """A table for logs."""
+        table = Table("algorithm", "figure", "value")
+        for name, figures in self.algorithms.items():
+            for figure, value in figures.items():
+                table.add_row(name, figure, str(value))
+        console = Console(file=io.StringIO(), width=100)
+        console.print(table)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
+
+
+class CompressionController:
+    """Drives the compression of one model; interface and names as in NNCF 2.x."""
+
+    def __init__(self, context: Context, algorithms: Sequence[CompressionAlgorithm]) -> None:
+        self._context = context
+        self.algorithms = tuple(algorithms)
+        self.scheduler = Scheduler(self.algorithms)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model under compression."""
+        return self._context.model
+
+    def attach(self, *, optimizer: Optimizer | None = None, ema: nn.Module | None = None) -> None:
+        """Lets the model shrink *while training*: as soon as the schedule reaches its target the channels are cut, the
+        optimizer's state and the EMA copy along with them, and the remaining epochs are really cheaper. Without an
+        optimizer the masks stay on until :meth:`strip`.
+
+        :param optimizer: holds the model's parameters; its references stay valid.
+        :param ema: a shadow copy (timm's ``ModelEma*``, ``torch.optim.swa_utils.AveragedModel``, or a plain copy).
+        """
+        self._context.optimizer = optimizer if optimizer is not None else self._context.optimizer
+        self._context.ema = ema if ema is not None else self._context.ema
+
+    def loss(self) -> Tensor | float:
+        """What to add to the task's loss."""
+        return sum((algorithm.loss() for algorithm in self.algorithms), 0.0)
+
+    def statistics(self) -> Statistics:
+        """Figures of every algorithm."""
+        return Statistics({algorithm.name: algorithm.statistics() for algorithm in self.algorithms})
+
+    def compression_stage(self) -> CompressionStage:
+        """The least advanced algorithm's stage; partial as soon as one has begun."""
+        stages = [algorithm.stage() for algorithm in self.algorithms]
+        if len(set(stages)) == 1:
+            return stages[0]
+        return CompressionStage.PARTIALLY_COMPRESSED
+
+    @property
+    def compression_rate(self) -> float:
+        """Largest share of the cost removed by any algorithm, in [0, 1)."""
+        return max(algorithm.compression_rate for algorithm in self.algorithms)
+
+    @compression_rate.setter
+    def compression_rate(self, value: float) -> None:
+        for algorithm in self.algorithms:
+            algorithm.compression_rate = value
+
+    def get_compression_state(self) -> dict[str, Any]:
+        """JSON-able state: pass it to :func:`create_compressed_model` with the dense model, then load the weights."""
+        return {
+            "version": STATE_VERSION,
+            "scheduler": self.scheduler.get_state(),
+            "algorithms": [{"name": a.name, "state": a.get_state()} for a in self.algorithms],
+        }
+
+    def strip(self) -> nn.Module:
+        """Ends the compression: cuts what is still masked and removes every hook. In place; returns the model."""
+        for algorithm in self.algorithms:
+            algorithm.strip()
+        self._context.plugins.emit("stripped", model=self.model)
+        return self.model
+
+    def export_model(
+        self, path: str | os.PathLike[str], *, precisions: Sequence[str] = ("fp32",)
+    ) -> list[ExportedFile]:
+        """Strips the model and writes it to ONNX (``.onnx``) or OpenVINO IR (``.xml``), reopened and compared.
+
+        :param path: the file; its suffix says the format.
+        :raises ExportError: unknown suffix, unwritable file, or the file computes something else.
+        """
+        files = export_model(self.strip(), self._context.example_inputs, Path(path), precisions=precisions)
+        self._context.plugins.emit("exported", files=files)
+        return files
+
+
+def create_compressed_model(
+    model: nn.Module,
+    config: CompressionConfig | str | os.PathLike[str] | Mapping[str, Any],
+    train_loader: Iterable[Any] | None = None,
+    compression_state: Mapping[str, Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    plugins: Plugins | None = None,
+) -> tuple[CompressionController, nn.Module]:
+    """Builds every algorithm of a configuration on a model, in the order of the list.
+
+    The model is compressed in place and returned. One-shot pruning happens here, before an optimizer is built.
+
+    :param model: a trained model, dense (also when continuing from ``compression_state``).
+    :param config: a configuration, its path, or a dict.
+    :param train_loader: batches of ``(inputs, targets)`` or keyword dicts, for BatchNorm adaptation and for algorithms
+        that need data.
+    :param compression_state: what :meth:`CompressionController.get_compression_state` gave in an earlier run. The plan
+        is replayed; load the weights after.
+    :param example_inputs: what to trace with; default: built from the configuration's ``input_info``.
+    :return: controller and model.
+    :raises ConfigError: every problem of the configuration at once.
+    :raises CompactPruneError: nothing prunable, unreachable budget, scope without a match, and the like; the model is
+        untouched.
+    """
+    plugins = plugins or default_plugins()
+    if not isinstance(config, CompressionConfig):
+        config = load_config(config, plugins)
+    context = Context(model, example_inputs, plugins, train_loader)
+    if example_inputs is None:
+        context.example_inputs = _varied(config.example_inputs(context.device))
+    algorithms = [_build(plugins, entry, context) for entry in config.compression]
+    states = _states(compression_state, algorithms)
+    controller = CompressionController(context, algorithms)
+    for algorithm, state in zip(algorithms, states, strict=True):
+        algorithm.prepare(state)
+    if compression_state is not None:
+        controller.scheduler.load_state(compression_state["scheduler"])
+    return controller, model
+
+
+def _build(plugins: Plugins, entry: Any, context: Context) -> CompressionAlgorithm:
+    algorithm: Any = plugins.get_algorithm(entry.algorithm)
+    return algorithm(entry, context)  # type: ignore[no-any-return]
+
+
+def _states(
+    state: Mapping[str, Any] | None, algorithms: Sequence[CompressionAlgorithm]
+) -> list[Mapping[str, Any] | None]:
+    if state is None:
+        return [None] * len(algorithms)
+    try:
+        names = [entry["name"] for entry in state["algorithms"]]
+        states = [entry["state"] for entry in state["algorithms"]]
+    except (KeyError, TypeError) as error:
+        got = type(state).__name__
+        msg = f"compression_state: expected what get_compression_state() gave, got {got} without {error}."
+        raise CompactPruneError(msg) from error
+    expected = [algorithm.name for algorithm in algorithms]
+    if names != expected or state.get("version") != STATE_VERSION:
+        msg = (
+            f"compression_state: made by {names} (version {state.get('version')}), but the configuration has "
+            f"{expected} (version {STATE_VERSION}). Use the configuration of that run."
+        )
+        raise CompactPruneError(msg)
+    return states
+
+
+def _varied(example_inputs: Any) -> Any:
+    """Constant floats (NNCF's default filler) become seeded noise: on equal pixels many wrong cuts would go unseen."""
+    generator = torch.Generator().manual_seed(0)
+
+    def vary(leaf: Any) -> Any:
+        if (
+            isinstance(leaf, Tensor)
+            and leaf.is_floating_point()
+            and leaf.numel()
+            and bool((leaf == leaf.view(-1)[0]).all())
+        ):
+            return torch.randn(leaf.shape, generator=generator).to(leaf)
+        return leaf
+
+    return tree_map(vary, example_inputs)
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """What :func:`prune` did.
+
+    :param model: the same object, now smaller.
+    :param plan: what was removed; write ``plan.to_json()`` beside the weights to rebuild the model elsewhere.
+    :param graph: the dense model's channels.
+    :param self_check: how far the pruned model is from the masked one.
+    :param seconds: wall time of each part (``"trace"``, ``"scores"``, ``"allocation"``, ``"surgery"``; the self-check's
+        forwards are inside ``"surgery"`` and stated in ``self_check.seconds``).
+    """
+
+    model: nn.Module
+    plan: PruningPlan
+    graph: ChannelGraph
+    self_check: SelfCheck | None
+    seconds: Mapping[str, float]
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    algorithm: str = "fbnet_pruning",
+    *,
+    budget: Mapping[str, Any],
+    train_loader: Iterable[Any] | None = None,
+    ignored_scopes: Sequence[str] = (),
+    target_scopes: Sequence[str] | None = None,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | None = None,
+    plugins: Plugins | None = None,
+    **params: Any,
+) -> PruningResult:
+    """Prunes a model in place, at once.
+
+    .. code-block:: python
+
+        result = prune(model, torch.randn(1, 3, 224, 224), budget={"macs": 0.5}, importance="l1")
+
+    :param model: a trained model.
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; MACs are counted for it.
+    :param algorithm: a pruning algorithm by name.
+    :param budget: what may be left: ``{"macs": 0.5}``, ``{"params": "3M"}``, both at once.
+    :param train_loader: batches for BatchNorm adaptation and for criteria that need data; none: no adaptation.
+    :param ignored_scopes: :param target_scopes: NNCF's scope grammar, see :mod:`nncf_compactprune.scopes`.
+    :param optimizer: :param ema: are cut by the same plan.
+    :param params: the algorithm's ``params`` (``round_to``, ``allocation``, ...).
+    :raises ConfigError: a wrong argument.
+    :raises CompactPruneError: nothing prunable, unreachable budget, failed self-check; the model is untouched.
+    """
+    plugins = plugins or default_plugins()
+    entry: dict[str, Any] = {
+        "algorithm": algorithm,
+        "budget": dict(budget),
+        "ignored_scopes": list(ignored_scopes),
+        "params": {"schedule": "one_shot", **params},
+    }
+    if target_scopes is not None:
+        entry["target_scopes"] = list(target_scopes)
+    config = load_algorithm(entry, plugins, source="prune")
+    context = Context(model, example_inputs, plugins, train_loader, optimizer, ema)
+    built = _build(plugins, config, context)
+    if not isinstance(built, ChannelPruning):
+        msg = f"prune: '{algorithm}' is no pruning algorithm. Use create_compressed_model with a configuration."
+        raise CompactPruneError(msg)
+    built.prepare()
+    built.strip()
+    return PruningResult(model, built.final_plan, built.graph, built.self_check, dict(context.seconds))

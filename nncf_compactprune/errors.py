@@ -1,0 +1,90 @@
+"""The errors a user can meet. Each is a :class:`nncf.ValidationError`, so host code that catches NNCF's sees ours.
+
+A message says where, what was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import nncf
+
+
+class CompactPruneError(nncf.ValidationError):  # type: ignore[misc]
+    """Base of every mistake this package reports to its user."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding in a configuration.
+
+    :param path: where, as a JSON path (``compression[0].params.round_to``); empty for the whole document.
+    :param message: what was expected, what came, and the remedy.
+    """
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class ConfigError(CompactPruneError):
+    """A configuration is wrong. Carries every problem found, not only the first.
+
+    :param source: the file name, or a word for where the configuration came from.
+    :param problems: all findings, in document order.
+    """
+
+    def __init__(self, source: str, problems: Iterable[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        super().__init__("\n".join(f"{source}: {problem}" for problem in self.problems))
+
+
+class ResolveError(CompactPruneError):
+    """The name of a model, weights file or dataset leads to nothing usable."""
+
+
+class TraceError(CompactPruneError):
+    """The model could not be run on the example input."""
+
+
+class ScopeError(CompactPruneError):
+    """An ignored or target scope matches nothing, or is no valid pattern."""
+
+
+class BudgetError(CompactPruneError):
+    """The floors make the budget unreachable. The message states the reachable minimum."""
+
+
+class NothingPrunableError(CompactPruneError):
+    """No channel group is left to prune. The message states why each was pinned."""
+
+
+class PlanError(CompactPruneError):
+    """A pruning plan does not fit the model, or is malformed."""
+
+
+class SelfCheckError(CompactPruneError):
+    """The pruned model did not compute what the masked model computed; the model was restored."""
+
+
+class ExportError(CompactPruneError):
+    """An exported file could not be written, or does not compute what the model computes."""
+
+
+class PluginError(CompactPruneError):
+    """A plugin is misspelt, duplicates a name, or does not load."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns ``" Did you mean 'x'?"`` for the closest known name, or an empty string.
+
+    >>> nearest("glboal", ["uniform", "global"])
+    " Did you mean 'global'?"
+    """
+    matches = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,133 @@
+"""Exported files must compute what the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from nncf_compactprune.errors import ExportError
+from nncf_compactprune.export.prepared import Array, Reference, prepared, reason_of
+from nncf_compactprune.export.runtimes import Session, in_file_order, open_exact
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1e-1}
+"""Largest accepted error by arithmetic, relative to the largest absolute value of the output.
+
+FP32 leaves two orders above what convolutional networks show (1e-7 to 1e-6: other summation orders). FP16 has 11 bits,
+and rounding adds up over the depth. A quantized file may round to a neighbouring level where torch did not.
+"""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a comparison with torch found.
+
+    :param path: the file.
+    :param runtime: the runtime that computed.
+    :param max_abs_error: largest absolute difference over all outputs and batches.
+    :param max_rel_error: the same, each output's difference divided by its largest absolute value.
+    :param tolerance: largest accepted ``max_rel_error``.
+    :param passed: whether it was kept.
+    :param batch_sizes: the batch sizes compared; two when the file's batch is dynamic. Empty for inputs without one.
+    """
+
+    path: Path
+    runtime: str
+    max_abs_error: float
+    max_rel_error: float
+    tolerance: float
+    passed: bool
+    batch_sizes: tuple[int, ...]
+
+
+def verify_export(
+    model: nn.Module, path: str | PathLike[str], inputs: Any, *, tolerance: float | None = None
+) -> Verification:
+    """Opens a file in its runtime and compares it with torch, at two batch sizes where the file's may vary.
+
+    :param model: the model the file was exported from; it is left as it was.
+    :param path: an ``.onnx`` or ``.xml`` file.
+    :param inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+    :param tolerance: largest accepted error relative to the largest absolute output; default: by the file's arithmetic,
+        see :data:`TOLERANCES`.
+    :raises ExportError: when the file does not load, does not run, or differs by more than the tolerance.
+    """
+    file = Path(path)
+    session = open_exact(file)
+    with prepared(model, inputs, dynamic_batch=session.dynamic_batch) as ready:
+        return compare(session, file, ready.references, ready.output_names, tolerance)
+
+
+def compare(
+    session: Session,
+    shown_as: Path,
+    references: Sequence[Reference],
+    output_names: Sequence[str],
+    tolerance: float | None,
+) -> Verification:
+    """Runs a session on every reference batch.
+
+    :param shown_as: the path for messages and the result; the file may still be in its staging place.
+    :raises ExportError: naming file, runtime, output, batch, error and tolerance.
+    """
+    limit = TOLERANCES[session.arithmetic] if tolerance is None else tolerance
+    worst_abs = worst_rel = 0.0
+    worst_at = ""
+    for reference in references:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in reference.inputs.tensors)
+        for name, expected, got in zip(
+            output_names, reference.outputs, _run(session, shown_as, reference, shapes), strict=True
+        ):
+            absolute, relative = _error(shown_as, session.runtime, name, shapes, expected, got)
+            worst_abs = max(worst_abs, absolute)
+            if relative > worst_rel:
+                worst_rel, worst_at = relative, f"output '{name}', input {shapes}"
+    # Written so that a NaN fails.
+    if not worst_rel <= limit:
+        msg = (
+            f"{shown_as}: {session.runtime} differs from torch by {worst_rel:.2e} of the largest output "
+            f"({worst_at}), more than the tolerance {limit:.0e} for {session.arithmetic}. "
+            "The file was not exported from this model as it is, or the precision is too low for it: export fp32, "
+            "or pass a larger tolerance."
+        )
+        raise ExportError(msg)
+    sizes = tuple(next((int(t.shape[0]) for t in r.inputs.tensors if t.dim()), 0) for r in references)
+    return Verification(shown_as, session.runtime, worst_abs, worst_rel, limit, True, tuple(s for s in sizes if s))
+
+
+def _run(session: Session, shown_as: Path, reference: Reference, shapes: str) -> list[Array]:
+    named = dict(zip(reference.inputs.names, reference.inputs.arrays(), strict=True))
+    arrays = in_file_order(shown_as, session.input_names, named)
+    try:
+        outputs = session.run(arrays)
+    except Exception as error:
+        msg = f"{shown_as}: {session.runtime} fails on input {shapes}: {reason_of(error)}."
+        if session.dynamic_batch:
+            msg += " Where the model has its batch size written into it, pass dynamic_batch=False."
+        raise ExportError(msg) from error
+    if len(outputs) != len(reference.outputs):
+        msg = f"{shown_as}: {session.runtime} returns {len(outputs)} outputs, torch {len(reference.outputs)}."
+        raise ExportError(msg)
+    return outputs
+
+
+def _error(path: Path, runtime: str, name: str, shapes: str, expected: Array, got: Array) -> tuple[float, float]:
+    if expected.shape != got.shape:
+        msg = (
+            f"{path}: {runtime} returns output '{name}' with shape {list(got.shape)} for input {shapes}, "
+            f"torch {list(expected.shape)}."
+        )
+        raise ExportError(msg)
+    if expected.size == 0:
+        return 0.0, 0.0
+    difference = np.abs(expected.astype(np.float64) - got.astype(np.float64))
+    if not np.isfinite(difference).all():
+        return float("inf"), float("inf")
+    absolute = float(difference.max())
+    scale = float(np.abs(expected.astype(np.float64)).max())
+    return absolute, absolute / scale if scale else absolute

@@ -1,0 +1,399 @@
+"""From a config to a report: what ``nncf-compactprune run`` does, in order, and how its results are read back.
+
+A run writes into one directory::
+
+    config.json         the config it ran with
+    dense.safetensors   weights before pruning
+    plan.json           what was removed
+    model.safetensors   weights after fine-tuning; with config and plan, the checkpoint
+    dense/, pruned/     ONNX and OpenVINO files of both
+    report.json, report.md, widths.png
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nncf_compactprune.algorithms import ChannelPruning
+from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
+from nncf_compactprune.config_json import plain_object, read
+from nncf_compactprune.controller import CompressionController, create_compressed_model
+from nncf_compactprune.errors import CompactPruneError, ConfigError, PlanError, Problem, ResolveError
+from nncf_compactprune.export import ExportedFile, export_model, measure_latency
+from nncf_compactprune.integrations.datasets import ResolvedDataset, resolve_dataset
+from nncf_compactprune.integrations.loading import require_package
+from nncf_compactprune.integrations.models import (
+    ExampleInputs,
+    ResolvedModel,
+    load_weights,
+    resolve_model,
+    save_weights,
+)
+from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.plugins import Plugins, default_plugins
+from nncf_compactprune.report import Comparison, NetworkFigures, plot_widths, to_json, to_markdown
+from nncf_compactprune.report.writing import write_whole
+from nncf_compactprune.surgery import apply_plan
+from nncf_compactprune.training import EpochRecord, RunConfig, class_scores, evaluate, fit, unread_key_warnings
+from nncf_compactprune.version import __version__
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A config as a run reads it.
+
+    :param document: the config as plain JSON data, overrides included.
+    :param compression: its part for the algorithms.
+    :param run: its part for the training script.
+    """
+
+    document: Mapping[str, Any]
+    compression: CompressionConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run came to.
+
+    :param comparison: dense and pruned figures.
+    :param plan: what was removed.
+    :param directory: where the artefacts are.
+    """
+
+    comparison: Comparison
+    plan: PruningPlan
+    directory: Path
+
+
+def read_settings(
+    source: str | PathLike[str], overrides: Mapping[str, Any] | None = None, plugins: Plugins | None = None
+) -> Settings:
+    """Reads and validates a config file.
+
+    :param overrides: values by dotted path, such as ``{"epochs": 3, "compression.budget.macs": 0.4}``.
+    :raises ConfigError: with all problems of the compression part, or all of the training part.
+    """
+    name, raw = read(source)
+    document = plain_object(name, raw)
+    for path, value in (overrides or {}).items():
+        _override(document, path, value, name)
+    try:
+        compression = load_config(document, plugins)
+    except ConfigError as error:
+        raise ConfigError(name, error.problems) from error
+    return Settings(document, compression, RunConfig.from_config(compression, name))
+
+
+def run(
+    source: str | PathLike[str],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    say: Say = print,
+    plugins: Plugins | None = None,
+) -> RunOutcome:
+    """Builds or loads the dense model, prunes and fine-tunes it, exports both, compares them and writes the report.
+
+    :param source: a config file.
+    :param overrides: see :func:`read_settings`.
+    :param say: is given one line for every step.
+    :raises CompactPruneError: as soon as anything is found wrong; what can be checked is checked before any training.
+    """
+    plugins = plugins or default_plugins()
+    settings = read_settings(source, overrides, plugins)
+    config = settings.run
+    for warning in unread_key_warnings(settings.document):
+        say(f"Warning: {warning}")
+    directory = Path(config.output_dir)
+    torch.manual_seed(config.seed)
+    dataset = resolve_dataset(config.dataset, config.dataset_options, plugins)
+    settings = _with_input_info(settings, dataset)
+    resolved = resolve_model(
+        config.model,
+        sample_size=(1, *dataset.input_shape),
+        options=config.model_options,
+        weights=config.weights,
+        plugins=plugins,
+    )
+    example = _real_example(resolved, dataset)
+    _check_classes(resolved, example, dataset)
+    # The first file written also tells whether the directory can be written, before hours of training.
+    write_whole(directory / "config.json", (json.dumps(settings.document, indent=2) + "\n").encode())
+
+    history = _pretrain(resolved.model, dataset, settings, example, plugins, say)
+    save_weights(resolved.model, directory / "dense.safetensors")
+    dense = copy.deepcopy(resolved.model)
+    dense_accuracy = evaluate(dense, dataset.test_loader(config.batch_size))
+    say(f"Dense: test accuracy {dense_accuracy:.2%}")
+
+    controller, model = create_compressed_model(
+        resolved.model,
+        settings.compression,
+        dataset.train_loader(config.batch_size, seed=config.seed),
+        example_inputs=example,
+        plugins=plugins,
+    )
+    history += _fine_tune(controller, model, dataset, config, say)
+    model = controller.strip()
+    plan = _plan_of(controller)
+    save_weights(model, directory / "model.safetensors")
+    write_whole(directory / "plan.json", (plan.to_json() + "\n").encode())
+    accuracy = evaluate(model, dataset.test_loader(config.batch_size))
+    say(f"Pruned: test accuracy {accuracy:.2%}")
+
+    say("Exporting and verifying")
+    networks = {"dense": dense, "pruned": model}
+    files = {name: _export(network, example, directory / name, config) for name, network in networks.items()}
+    latency = _latency(files, example)
+    comparison = Comparison(
+        _figures(plan.before.macs, plan.before.params, dense_accuracy, files["dense"], latency["dense"]),
+        _figures(plan.after.macs, plan.after.params, accuracy, files["pruned"], latency["pruned"]),
+    )
+    _write_report(directory, settings, comparison, plan, files, history)
+    return RunOutcome(comparison, plan, directory)
+
+
+def load_pruned(directory: str | PathLike[str], plugins: Plugins | None = None) -> ResolvedModel:
+    """Rebuilds the pruned model of a run: the dense architecture from its config, cut to its plan, with its weights.
+
+    :param directory: what a run wrote.
+    :raises CompactPruneError: if a file is missing, or config, plan and weights do not belong together.
+    """
+    folder = Path(directory)
+    missing = [name for name in ("config.json", "plan.json", "model.safetensors") if not (folder / name).is_file()]
+    if missing:
+        msg = f"{folder} is no directory of a finished run: {', '.join(missing)} not found there."
+        raise ResolveError(msg)
+    settings = read_settings(folder / "config.json", plugins=plugins)
+    resolved = resolve_model(
+        settings.run.model,
+        sample_size=settings.compression.input_info[0].sample_size if settings.compression.input_info else None,
+        options=settings.run.model_options,
+        plugins=plugins,
+    )
+    try:
+        plan = PruningPlan.from_json((folder / "plan.json").read_bytes())
+        apply_plan(resolved.model, plan, plugins=plugins)
+    except PlanError as error:
+        msg = f"{folder / 'plan.json'}: {error}"
+        raise PlanError(msg) from error
+    load_weights(resolved.model, folder / "model.safetensors")
+    return resolved
+
+
+def _override(document: dict[str, Any], path: str, value: Any, source: str) -> None:
+    """Sets ``document`` at a dotted path; list items are addressed by their index."""
+    *parents, last = path.split(".")
+    target: Any = document
+    try:
+        for step in parents:
+            target = target[int(step)] if isinstance(target, list) else target.setdefault(step, {})
+        target[int(last) if isinstance(target, list) else last] = value
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        message = f"cannot be set: the config has no such place. Parts of a path are joined by dots, as in {_EXAMPLE_PATH}."
+        raise ConfigError(source, [Problem(path, message)]) from error
+
+
+_EXAMPLE_PATH = "compression.budget.macs"
+
+
+def _with_input_info(settings: Settings, dataset: ResolvedDataset) -> Settings:
+    """States the input's shape in the config, so that the checkpoint does not need the dataset; checks it if stated."""
+    expected = list(dataset.input_shape)
+    given = settings.compression.input_info
+    if any(info.sample_size[1:] != expected for info in given):
+        message = f"expected [n, {', '.join(map(str, expected))}], the shape of '{dataset.name}' images"
+        message += f", got {given[0].sample_size}. Leave input_info out to take the dataset's."
+        raise ConfigError("config", [Problem("input_info.sample_size", message)])
+    if given:
+        return settings
+    sample_size = [1, *expected]
+    return Settings(
+        {**settings.document, "input_info": {"sample_size": sample_size}},
+        settings.compression.model_copy(update={"input_info": [InputInfo(sample_size=sample_size)]}),
+        settings.run,
+    )
+
+
+def _real_example(resolved: ResolvedModel, dataset: ResolvedDataset) -> ExampleInputs:
+    """The first test image, in the model's own kind of container: self-checks and exports are compared on real data."""
+    images, _ = next(iter(dataset.test_loader(1)))
+    if isinstance(resolved.example_inputs, dict):
+        return dict.fromkeys(resolved.example_inputs, images)
+    return images if isinstance(resolved.example_inputs, torch.Tensor) else (images,)
+
+
+@torch.no_grad()
+def _check_classes(resolved: ResolvedModel, example: ExampleInputs, dataset: ResolvedDataset) -> None:
+    model = resolved.model.eval()
+    try:
+        if isinstance(example, dict):
+            output = model(**example)
+        else:
+            output = model(*example) if isinstance(example, tuple) else model(example)
+        scores = class_scores(output)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
+        msg = f"Model '{resolved.name}' does not run on images of '{dataset.name}', {list(dataset.input_shape)}: {error}"
+        raise ResolveError(msg) from error
+    if scores.shape != (1, len(dataset.class_names)):
+        msg = f"Model '{resolved.name}' gives an output of shape {list(scores.shape)}, but '{dataset.name}' has "
+        msg += f"{len(dataset.class_names)} classes. Set model_options, such as {{\"num_classes\": {len(dataset.class_names)}}}."
+        raise ResolveError(msg)
+
+
+def _pretrain(
+    model: nn.Module,
+    dataset: ResolvedDataset,
+    settings: Settings,
+    example: ExampleInputs,
+    plugins: Plugins,
+    say: Say,
+) -> list[dict[str, Any]]:
+    config = settings.run
+    if config.weights is not None:
+        return []
+    if not config.pretrain_epochs:
+        say("Warning: neither weights nor pretrain_epochs are given: the dense model is untrained.")
+        return []
+    loader = dataset.train_loader(config.batch_size, seed=config.seed)
+    # A budget out of reach or a scope without a match shows on the untrained model too, before the training.
+    create_compressed_model(
+        copy.deepcopy(model), settings.compression, loader, example_inputs=example, plugins=plugins
+    )
+    say(f"Training the dense model for {config.pretrain_epochs} epochs")
+    history: list[dict[str, Any]] = []
+    fit(
+        model,
+        dataset.train_loader(config.batch_size, seed=config.seed),
+        config.optimizer.build(model),
+        epochs=config.pretrain_epochs,
+        lr_schedule=config.lr_schedule,
+        on_epoch=lambda record: _tell(record, "dense", config.pretrain_epochs, history, say),
+    )
+    return history
+
+
+def _fine_tune(
+    controller: CompressionController, model: nn.Module, dataset: ResolvedDataset, config: RunConfig, say: Say
+) -> list[dict[str, Any]]:
+    say(f"Fine-tuning for {config.epochs} epochs")
+    optimizer = config.optimizer.build(model)
+    controller.attach(optimizer=optimizer)
+    history: list[dict[str, Any]] = []
+    fit(
+        model,
+        dataset.train_loader(config.batch_size, seed=config.seed + 1),
+        optimizer,
+        epochs=config.epochs,
+        lr_schedule=config.lr_schedule,
+        controller=controller,
+        on_epoch=lambda record: _tell(record, "pruned", config.epochs, history, say, controller.compression_rate),
+    )
+    return history
+
+
+def _tell(
+    record: EpochRecord,
+    phase: str,
+    epochs: int,
+    history: list[dict[str, Any]],
+    say: Say,
+    compression_rate: float | None = None,
+) -> None:
+    history.append({"phase": phase, **vars(record)})
+    line = f"  epoch {record.epoch:>{len(str(epochs))}}/{epochs}  loss {record.loss:.4f}  accuracy {record.accuracy:.2%}"
+    if compression_rate is not None:
+        history[-1]["compression_rate"] = compression_rate
+        line += f"  removed {compression_rate:.0%}"
+    say(f"{line}  {record.seconds:.1f} s")
+
+
+def _plan_of(controller: CompressionController) -> PruningPlan:
+    """The one plan of the run; it is what turns the dense model into the pruned one."""
+    plans = [algorithm.final_plan for algorithm in controller.algorithms if isinstance(algorithm, ChannelPruning)]
+    if len(plans) != 1:
+        msg = f"run: expected one pruning algorithm under 'compression', got {len(plans)}. Prune in several runs instead."
+        raise CompactPruneError(msg)
+    return plans[0]
+
+
+def _export(model: nn.Module, example: ExampleInputs, directory: Path, config: RunConfig) -> list[ExportedFile]:
+    return export_model(model, example, directory, config.export.formats, config.export.precisions)
+
+
+def _latency(files: Mapping[str, Sequence[ExportedFile]], example: ExampleInputs) -> dict[str, dict[str, float]]:
+    """Median milliseconds by network and file label; dense and pruned of one kind are timed in turn."""
+    result: dict[str, dict[str, float]] = {network: {} for network in files}
+    for pair in zip(*files.values(), strict=True):
+        timed = measure_latency({network: file.path for network, file in zip(files, pair, strict=True)}, example)
+        for network, latency in timed.items():
+            result[network][pair[0].label] = latency.median_ms
+    return result
+
+
+def _figures(
+    macs: int, params: int, accuracy: float, files: Sequence[ExportedFile], latency_ms: Mapping[str, float]
+) -> NetworkFigures:
+    return NetworkFigures(macs, params, accuracy, {file.label: file.bytes for file in files}, latency_ms)
+
+
+def _write_report(
+    directory: Path,
+    settings: Settings,
+    comparison: Comparison,
+    plan: PruningPlan,
+    files: Mapping[str, Sequence[ExportedFile]],
+    history: Sequence[Mapping[str, Any]],
+) -> None:
+    config = settings.run
+    document = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "model": config.model,
+        "dataset": config.dataset,
+        "algorithm": plan.algorithm,
+        **json.loads(to_json(comparison)),
+        "verification": {
+            f"{network}/{file.path.name}": {
+                "runtime": file.verification.runtime,
+                "max_rel_error": file.verification.max_rel_error,
+                "tolerance": file.verification.tolerance,
+                "batch_sizes": list(file.verification.batch_sizes),
+            }
+            for network, exported in files.items()
+            for file in exported
+        },
+        "epochs": list(history),
+    }
+    write_whole(directory / "report.json", (json.dumps(document, indent=2) + "\n").encode())
+    lines = [
+        f"# {config.model}, pruned",
+        "",
+        f"Dataset `{config.dataset}`, algorithm `{plan.algorithm}`, seed {config.seed}, nncf-compactprune {__version__}.",
+        "",
+        to_markdown(comparison),
+        "## Channel widths",
+        "",
+        "| group | dense | pruned |",
+        "| --- | ---: | ---: |",
+        *(f"| `{group.name}` | {group.before} | {group.after} |" for group in plan.groups),
+    ]
+    if plan.pinned:
+        lines += ["", "## Not prunable", ""]
+        lines += [f"- `{name}` ({size} channels): {reason}" for name, size, reason in plan.pinned]
+    write_whole(directory / "report.md", ("\n".join(lines) + "\n").encode())
+    with suppress(ResolveError):  # a picture is an extra; the figures are in report.md
+        require_package("matplotlib", "nncf-compactprune[report]")
+        plot_widths(plan.groups, directory / "widths.png")

@@ -1,0 +1,111 @@
+"""Soft removal: masks as NNCF function hooks, so that training can ramp up before anything is cut.
+
+A masked model and its compact form compute the same function; only the compact one is smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from nncf.torch.function_hook import get_hook_storage, register_post_function_hook, wrap_model
+from nncf.torch.function_hook.wrapper import ForwardWithHooks
+from nncf.torch.layer_utils import StatefulModuleInterface
+from torch import Tensor, nn
+
+from nncf_compactprune.channels.groups import ChannelGraph
+from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.plan import PruningPlan
+
+
+class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
+    """Multiplies removed slices of one parameter by zero.
+
+    :param shape: the parameter's shape.
+    :param dims: the dimensions that can be masked; each has a 0/1 buffer ``mask_<dim>`` of its size.
+    """
+
+    def __init__(self, shape: Sequence[int], dims: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.dims = tuple(dims)
+        for dim in self.dims:
+            view = [1] * len(self.shape)
+            view[dim] = self.shape[dim]
+            self.register_buffer(f"mask_{dim}", torch.ones(view))
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """The masked parameter; gradients of removed slices are zero."""
+        for dim in self.dims:
+            parameter = parameter * getattr(self, f"mask_{dim}").to(parameter.dtype)
+        return parameter
+
+    @torch.no_grad()
+    def keep(self, dim: int, positions: Sequence[int] | None) -> None:
+        """Sets what stays along one dimension; None keeps all."""
+        mask = getattr(self, f"mask_{dim}")
+        if positions is None:
+            mask.fill_(1)
+        else:
+            mask.zero_().view(-1)[torch.as_tensor(positions, device=mask.device)] = 1
+
+    def get_config(self) -> dict[str, Any]:
+        """What :meth:`from_config` needs."""
+        return {"shape": list(self.shape), "dims": list(self.dims)}
+
+    @classmethod
+    def from_config(cls, state: dict[str, Any]) -> ChannelMask:
+        """Builds a mask that keeps everything; the buffers come from the state dict."""
+        return cls(state["shape"], state["dims"])
+
+
+class Masks:
+    """The masks of one model.
+
+    :param model: is wrapped for NNCF hooks (in place).
+    :param graph: its channels; every member parameter of every prunable group gets one mask.
+    :raises CompactPruneError: the model is a bare ``nn.Sequential``.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+        if isinstance(model, nn.Sequential):
+            msg = (
+                "NNCF's hooks do not work on a bare nn.Sequential (it would run the hook storage as a layer). Put it "
+                'inside a module of your own, or use "schedule": "one_shot", which needs no masks.'
+            )
+            raise CompactPruneError(msg)
+        self._model = wrap_model(model)
+        dims: dict[str, set[int]] = {}
+        for group in graph.groups:
+            for member in group.members:
+                if not member.is_buffer:  # NNCF hooks see parameters only; zeroed consumers make buffers irrelevant
+                    dims.setdefault(member.parameter, set()).add(member.dim)
+        device = next(model.parameters()).device
+        self._masks = {name: ChannelMask(graph.parameters[name], sorted(of)).to(device) for name, of in dims.items()}
+        self._handles = [register_post_function_hook(model, name, 0, mask) for name, mask in self._masks.items()]
+
+    def update(self, plan: PruningPlan) -> None:
+        """Masks what the plan removes and nothing else."""
+        for name, mask in self._masks.items():
+            kept = plan.masked_dims(name)
+            for dim in mask.dims:
+                mask.keep(dim, kept.get(dim))
+
+    def remove(self) -> None:
+        """Takes the masks off; without other hooks the model's own forward is back and nothing of NNCF is left."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        unwrap_if_empty(self._model)
+
+
+def unwrap_if_empty(model: nn.Module) -> None:
+    """Removes NNCF's wrapper from a model that has no hooks left."""
+    if "__nncf_hooks" in model._modules and get_hook_storage(model).is_empty():
+        original = cast(ForwardWithHooks, model.forward).orig_forward
+        del model.forward
+        if getattr(original, "__func__", None) is not type(model).forward:
+            model.forward = original  # the model came with a forward of its own
+        del model._replicate_for_data_parallel
+        del model._modules["__nncf_hooks"]

@@ -1,0 +1,362 @@
+"""Cuts a model to a plan, in place, whole or not at all, and proves the result.
+
+Parameters keep their identity (``p.data`` is replaced), so optimizers, EMA copies and tied names hold on; optimizer
+state of a parameter's shape is cut by the same plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nncf_compactprune.channels.facts import facts_for
+from nncf_compactprune.channels.trace import call_model, evaluating
+from nncf_compactprune.errors import SelfCheckError
+from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.plugins import Plugins, default_plugins
+
+logger = logging.getLogger("nncf")
+
+SELF_CHECK_TOLERANCE = 1e-5
+
+
+class Transaction:
+    """Records every change so that all can be undone, in reverse order.
+
+    Old tensors are kept by reference: undoing is exact to the bit and costs no copy.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def set_data(self, tensor: Tensor, data: Tensor) -> None:
+        """Replaces a tensor's data, keeping its identity; its gradient is dropped."""
+        old_data, old_grad = tensor.data, tensor.grad
+
+        def undo() -> None:
+            tensor.data = old_data
+            tensor.grad = old_grad
+
+        self._undo.append(undo)
+        tensor.grad = None
+        tensor.data = data
+
+    def set_attribute(self, target: object, name: str, value: Any) -> None:
+        """Sets an attribute."""
+        old = getattr(target, name)
+        self._undo.append(lambda: setattr(target, name, old))
+        setattr(target, name, value)
+
+    def set_item(self, target: dict[Any, Any], key: Any, value: Any) -> None:
+        """Sets a dictionary entry that exists."""
+        old = target[key]
+        self._undo.append(lambda: target.__setitem__(key, old))
+        target[key] = value
+
+    def delete_item(self, target: dict[Any, Any], key: Any) -> None:
+        """Deletes a dictionary entry."""
+        old = target.pop(key)
+        self._undo.append(lambda: target.__setitem__(key, old))
+
+    def rollback(self) -> None:
+        """Undoes everything."""
+        while self._undo:
+            self._undo.pop()()
+
+
+@contextmanager
+def transaction() -> Iterator[Transaction]:
+    """All or nothing: an exception inside undoes every recorded change."""
+    log = Transaction()
+    try:
+        yield log
+    except BaseException:
+        log.rollback()
+        raise
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | None = None,
+    plugins: Plugins | None = None,
+) -> None:
+    """Cuts a dense model to the plan, in place.
+
+    Gradients of cut parameters are dropped. Outside references to the parameters stay valid.
+
+    :param optimizer: its per-parameter state (momentum, moments) is cut alike; state of another shape is reset.
+    :param ema: a module with the same parameter names, or a holder with a ``module`` attribute; cut alike.
+    :raises PlanError: the plan does not fit; the model is untouched.
+    """
+    with transaction() as log:
+        cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
+
+
+def cut(
+    log: Transaction,
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | None = None,
+    plugins: Plugins | None = None,
+) -> None:
+    """The same inside a running transaction."""
+    plan.validate(model)
+    shadow = None if ema is None else _matching_module(ema, plan)
+    if optimizer is not None:
+        _cut_optimizer(log, model, plan, optimizer)
+    for module in (model, *(() if shadow is None else (shadow,))):
+        _cut_module(log, module, plan, plugins or default_plugins())
+
+
+def _matching_module(ema: nn.Module, plan: PruningPlan) -> nn.Module:
+    module = getattr(ema, "module", ema)
+    plan.validate(module)
+    return module
+
+
+def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: Plugins) -> None:
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    dims = {id(tensors[name]): kept for name, kept in plan.kept.items()}
+    updates: list[tuple[nn.Module, dict[str, Any]]] = []
+    for module in model.modules():
+        shapes = _own_shapes(module, dims)
+        facts = facts_for(module, plugins.module_facts) if shapes else None
+        if facts is not None:
+            updates.append((module, facts(module, shapes)))
+    for name, kept in plan.kept.items():
+        log.set_data(tensors[name], select(tensors[name].data, kept))
+    for module, attributes in updates:
+        for attribute, value in attributes.items():
+            log.set_attribute(module, attribute, value)
+
+
+def _own_shapes(module: nn.Module, dims: Mapping[int, Mapping[int, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """New shapes of a module's own tensors, tied and parametrized ones too; empty where none of them is cut."""
+    own: dict[str, tuple[Any, Mapping[int, tuple[int, ...]]]] = {
+        name: (tensor.shape, dims.get(id(tensor), {}))
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+    for name, parametrization in getattr(module, "parametrizations", {}).items():
+        cut_dims: dict[int, tuple[int, ...]] = {}
+        for original in parametrization._parameters.values():
+            cut_dims.update(dims.get(id(original), {}))
+        own[name] = (getattr(module, name).shape, cut_dims)
+    if not any(kept for _, kept in own.values()):
+        return {}
+    return {
+        name: tuple(len(kept[d]) if d in kept else n for d, n in enumerate(shape))
+        for name, (shape, kept) in own.items()
+    }
+
+
+def select(data: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
+    """The kept part of a tensor, in the same memory format."""
+    channels_last = (
+        data.dim() == 4 and not data.is_contiguous() and data.is_contiguous(memory_format=torch.channels_last)
+    )
+    for dim, positions in dims.items():
+        data = data.index_select(dim, torch.as_tensor(positions, device=data.device))
+    return data.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _cut_optimizer(log: Transaction, model: nn.Module, plan: PruningPlan, optimizer: Optimizer) -> None:
+    for name, parameter in model.named_parameters():
+        if name not in plan.kept or parameter not in optimizer.state:
+            continue
+        state = optimizer.state[parameter]
+        for key, value in list(state.items()):
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if value.shape == parameter.shape:
+                log.set_item(state, key, select(value, plan.kept[name]))
+            else:
+                logger.warning("Optimizer state '%s' of '%s' has a shape of its own; it starts anew.", key, name)
+                log.delete_item(optimizer.state, parameter)
+                break
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """Result of comparing the compact with the masked model.
+
+    :param error: largest absolute difference over all outputs, relative to the largest absolute value of that output.
+    :param dtype: the precision it was compared in.
+    :param seconds: wall time of the extra forward passes.
+    """
+
+    error: float
+    dtype: str
+    seconds: float
+
+
+def prune_in_place(
+    model: nn.Module,
+    plan: PruningPlan,
+    example_inputs: Any,
+    *,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | None = None,
+    plugins: Plugins | None = None,
+    self_check: bool = True,
+) -> SelfCheck | None:
+    """Cuts a model to a plan and proves that it computes what the masked model computed.
+
+    The masked model is the dense one with every removed slice set to zero, consumers included (a BatchNorm shift would
+    turn a zero channel into a constant otherwise). Where a LayerNorm over channels was cut by consent, the masked
+    model takes its statistics over the kept channels.
+
+    :param example_inputs: what both are run on, in eval mode.
+    :return: the comparison, or None without ``self_check``.
+    :raises PlanError: the plan does not fit.
+    :raises SelfCheckError: the cut model does not run or computes something else. The model, optimizer and EMA copy are
+        bit for bit what they were.
+    """
+    started = time.perf_counter()
+    plan.validate(model)
+    expected = _outputs_of_masked(model, plan, example_inputs, double=False) if self_check else []
+    seconds = time.perf_counter() - started
+    with transaction() as log:
+        cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
+        if not self_check:
+            return None
+        started = time.perf_counter()
+        error = _difference(expected, _run(model, example_inputs, "after the cut"))
+        dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
+        if error > SELF_CHECK_TOLERANCE and dtype != "float64":
+            # rounding of many float32 layers, or a wrong cut? float64 tells them apart
+            compact = _in_double(model, example_inputs, lambda inputs: _run(model, inputs, "after the cut"))
+            log.rollback()
+            expected = _outputs_of_masked(model, plan, example_inputs, double=True)
+            error, dtype = _difference(expected, compact), "float64"
+            cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
+        if not error <= SELF_CHECK_TOLERANCE:
+            msg = (
+                f"self-check: the pruned {type(model).__name__} differs from the masked one by {error:.1e} (largest "
+                f"difference over largest output, {dtype}), expected at most {SELF_CHECK_TOLERANCE:.0e}. "
+                "The model was restored. Please report the architecture; ignored_scopes can leave the layer out."
+            )
+            raise SelfCheckError(msg)
+        return SelfCheck(error, dtype, seconds + time.perf_counter() - started)
+
+
+def _outputs_of_masked(model: nn.Module, plan: PruningPlan, example_inputs: Any, *, double: bool) -> list[Tensor]:
+    parameters = dict(model.named_parameters())
+    log = Transaction()
+    try:
+        for name in plan.kept:
+            if name in parameters:
+                log.set_data(parameters[name], zero_removed(parameters[name].data, plan.masked_dims(name)))
+        with NormOverKept(model, plan):
+            if double:
+                return _in_double(model, example_inputs, lambda inputs: _run(model, inputs, "with masks"))
+            return _run(model, example_inputs, "with masks")
+    finally:
+        log.rollback()
+
+
+def zero_removed(data: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
+    """A copy with every removed position set to zero."""
+    data = data.clone()
+    for dim, positions in dims.items():
+        removed = torch.ones(data.shape[dim], dtype=torch.bool, device=data.device)
+        removed[torch.as_tensor(positions, device=data.device)] = False
+        data.index_fill_(dim, removed.nonzero().ravel(), 0)
+    return data
+
+
+def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
+    try:
+        with evaluating(model):
+            output = call_model(model, example_inputs)
+    except Exception as error:
+        first = str(error).strip().splitlines()
+        msg = (
+            f"self-check: {type(model).__name__} does not run {when}: {type(error).__name__}: "
+            f"{first[0] if first else ''}. The model was restored."
+        )
+        raise SelfCheckError(msg) from error
+    return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _in_double(model: nn.Module, example_inputs: Any, run: Callable[[Any], list[Tensor]]) -> list[Tensor]:
+    log = Transaction()
+    try:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                log.set_data(tensor, tensor.data.double())
+        return run(tree_map(_to_double, example_inputs))
+    finally:
+        log.rollback()
+
+
+def _to_double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    """Largest difference over all outputs, each relative to its largest absolute value; inf where shapes differ."""
+    worst = 0.0
+    if len(expected) != len(actual):
+        return math.inf
+    for a, b in zip(expected, actual, strict=True):
+        if a.shape != b.shape:
+            return math.inf
+        if a.numel() == 0:
+            continue
+        if not torch.isfinite(a).all():
+            msg = "self-check: the model's outputs are not finite on the example input, so nothing can be compared."
+            raise SelfCheckError(msg)
+        scale = float(a.abs().max()) or 1.0
+        error = float((a.double() - b.double()).abs().max()) / scale
+        worst = math.inf if math.isnan(error) else max(worst, error)
+    return worst
+
+
+class NormOverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Masked LayerNorm and one-group GroupNorm take their statistics over the kept channels, as the compact ones do."""
+
+    def __init__(self, model: nn.Module, plan: PruningPlan) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = {}
+        if plan.approximate:
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 and name in plan.kept:
+                    self._kept[id(parameter)] = torch.as_tensor(plan.kept[name][0], device=parameter.device)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.native_layer_norm.default and id(args[2]) in self._kept:
+            x, _, weight, bias, eps = args
+            kept = self._kept[id(weight)]
+            out, mean, rstd = func(
+                x.index_select(-1, kept), [len(kept)], weight[kept], None if bias is None else bias[kept], eps
+            )
+            return x.new_zeros(x.shape).index_copy_(-1, kept, out), mean, rstd
+        if func is torch.ops.aten.native_group_norm.default and args[6] == 1 and id(args[1]) in self._kept:
+            x, weight, bias, n, _, positions, groups, eps = args
+            kept = self._kept[id(weight)]
+            out, mean, rstd = func(
+                x.index_select(1, kept).contiguous(), weight[kept], None if bias is None else bias[kept],
+                n, len(kept), positions, groups, eps,
+            )  # fmt: skip
+            return x.new_zeros(x.shape).index_copy_(1, kept, out), mean, rstd
+        return func(*args, **kwargs)

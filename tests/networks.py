@@ -1,0 +1,288 @@
+"""One small network for every structure that channel analysis must know. Width 16 unless there is a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGE = (2, 3, 12, 12)
+
+
+class Classifier(nn.Module):
+    """Features, global pooling, linear."""
+
+    def __init__(self, features: nn.Module, width: int) -> None:
+        super().__init__()
+        self.features = features
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def conv_bn(i: int, o: int, k: int = 3, **kw: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(i, o, k, padding=k // 2, bias=False, **kw), nn.BatchNorm2d(o), nn.ReLU())
+
+
+def plain() -> nn.Module:
+    return Classifier(nn.Sequential(conv_bn(3, 16), nn.MaxPool2d(2), conv_bn(16, 24), conv_bn(24, 16, 1)), 16)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, i: int, o: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o)
+        self.conv2, self.bn2 = nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
+        self.shortcut = nn.Conv2d(i, o, 1, stride, bias=False) if (i, stride) != (o, 1) else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def residual() -> nn.Module:
+    return Classifier(nn.Sequential(conv_bn(3, 16), ResidualBlock(16, 16), ResidualBlock(16, 24, 2)), 24)
+
+
+class OptionABlock(nn.Module):
+    """The CIFAR ResNet's shortcut: subsample, then pad with zero channels on both sides."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(i, o, 3, o // i, 1, bias=False), nn.BatchNorm2d(o)
+        self.conv2, self.bn2 = nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
+        self.pad = (o - i) // 2
+        self.stride = o // i
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        s = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(y + F.pad(s, (0, 0, 0, 0, self.pad, self.pad)))
+
+
+def option_a() -> nn.Module:
+    return Classifier(nn.Sequential(conv_bn(3, 16), OptionABlock(16, 16), OptionABlock(16, 32)), 32)
+
+
+def depthwise() -> nn.Module:
+    """An inverted residual and a depthwise convolution with channel multiplier 2."""
+    features = nn.Sequential(
+        conv_bn(3, 16),
+        conv_bn(16, 32, 1),
+        conv_bn(32, 32, 3, groups=32),
+        conv_bn(32, 16, 1),
+        nn.Conv2d(16, 32, 3, padding=1, groups=16),
+        nn.Hardswish(),
+    )
+    return Classifier(features, 32)
+
+
+def grouped() -> nn.Module:
+    return Classifier(nn.Sequential(conv_bn(3, 16), conv_bn(16, 32, 3, groups=4), conv_bn(32, 16, 1)), 16)
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, width: int, reduced: int) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(width, reduced, 1), nn.Conv2d(reduced, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True)))))
+
+
+def squeeze_excite() -> nn.Module:
+    return Classifier(nn.Sequential(conv_bn(3, 16), SqueezeExcite(16, 8), conv_bn(16, 16)), 16)
+
+
+class DenseBlock(nn.Module):
+    def __init__(self, i: int, growth: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(i + k * growth), nn.ReLU(), nn.Conv2d(i + k * growth, growth, 3, padding=1))
+            for k in range(layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.layers:
+            features.append(layer(torch.cat(features, 1)))
+        return torch.cat(features, 1)
+
+
+def dense_concat() -> nn.Module:
+    return Classifier(nn.Sequential(conv_bn(3, 16), DenseBlock(16, 8, 3), conv_bn(40, 16, 1)), 16)
+
+
+class Shuffle(nn.Module):
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        return x.view(b, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def shuffle() -> nn.Module:
+    features = nn.Sequential(
+        conv_bn(3, 16), conv_bn(16, 16, 1, groups=4), Shuffle(4), conv_bn(16, 16, 3, groups=4), nn.ChannelShuffle(2),
+        conv_bn(16, 16, 1),
+    )  # fmt: skip
+    return Classifier(features, 16)
+
+
+class ShuffleUnit(nn.Module):
+    """ShuffleNetV2: one half passes, the other is worked on, both meet in a shuffle."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(conv_bn(width // 2, width // 2, 1), conv_bn(width // 2, width // 2))
+        self.shuffle = Shuffle(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        passed, worked = x.chunk(2, 1)
+        return self.shuffle(torch.cat([passed, self.branch(worked)], 1))
+
+
+def shuffle_unit() -> nn.Module:
+    return Classifier(nn.Sequential(conv_bn(3, 16), ShuffleUnit(16), ShuffleUnit(16)), 16)
+
+
+def transposed() -> nn.Module:
+    """A small encoder and decoder with skip connection by concatenation, transposed grouped and depthwise too."""
+
+    class UNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down1, self.down2 = conv_bn(3, 16), conv_bn(16, 32)
+            self.up = nn.ConvTranspose2d(32, 16, 2, 2)
+            self.up_grouped = nn.ConvTranspose2d(32, 16, 3, padding=1, groups=4)
+            self.up_depthwise = nn.ConvTranspose2d(16, 16, 3, padding=1, groups=16)
+            self.out = nn.Conv2d(16, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.down1(x)
+            b = self.up(F.max_pool2d(self.down2(a), 2).relu())
+            return self.out(self.up_depthwise(self.up_grouped(torch.cat([a, b[:, :, :12, :12]], 1)).relu()))
+
+    return UNet()
+
+
+class GLUBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(width, 32, 1), nn.Conv2d(16, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.inner(x).chunk(2, 1)
+        return x + self.outer(value * torch.sigmoid(gate))
+
+
+def glu() -> nn.Module:
+    class ByOp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 32, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.glu(self.conv(x), 1)
+
+    return Classifier(nn.Sequential(conv_bn(3, 16), GLUBlock(16), ByOp(), conv_bn(16, 16, 1)), 16)
+
+
+def flatten() -> nn.Module:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv_bn(3, 16)
+            self.hidden, self.head = nn.Linear(16 * 9, 24), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.hidden(F.avg_pool2d(self.conv(x), 4).flatten(1))))
+
+    return Flat()
+
+
+def group_norm() -> nn.Module:
+    features = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(8, 16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.GroupNorm(6, 24),
+        nn.SiLU(), nn.Conv2d(24, 16, 1), nn.InstanceNorm2d(16, affine=True),
+    )  # fmt: skip
+    return Classifier(features, 16)
+
+
+class LayerNormBlock(nn.Module):
+    """ConvNeXt's block: the hidden width is exact, the residual width only approximate."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.inner, self.outer = nn.Linear(width, 32), nn.Linear(32, width)
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.outer(F.gelu(self.inner(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))))
+        return x + (y * self.scale).permute(0, 3, 1, 2)
+
+
+def layer_norm() -> nn.Module:
+    return Classifier(nn.Sequential(nn.Conv2d(3, 16, 2, 2), LayerNormBlock(16), nn.GroupNorm(1, 16)), 16)
+
+
+def pixel_shuffle() -> nn.Module:
+    features = nn.Sequential(
+        conv_bn(3, 64), nn.PixelShuffle(2), conv_bn(16, 16), nn.PixelUnshuffle(2), conv_bn(64, 16, 1), nn.PReLU(16)
+    )
+    return Classifier(features, 16)
+
+
+def weight_norm() -> nn.Module:
+    features = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 16, 3)), nn.ReLU(), nn.Conv2d(16, 16, 3)
+    )
+    return Classifier(features, 16)
+
+
+def tied() -> nn.Module:
+    """One convolution used twice, one weight shared by two modules."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.twice, self.a, self.b = (nn.Conv2d(i, 16, 3, padding=1) for i in (3, 16, 16, 16))
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.twice(F.relu(self.twice(F.relu(self.stem(x)))))
+            return self.b(F.relu(self.a(x)))
+
+    return Classifier(Tied(), 16)
+
+
+STRUCTURES: dict[str, Callable[[], nn.Module]] = {
+    f.__name__: f
+    for f in (
+        plain, residual, option_a, depthwise, grouped, squeeze_excite, dense_concat, shuffle, shuffle_unit,
+        transposed, glu,
+        flatten, group_norm, layer_norm, pixel_shuffle, weight_norm, tied,
+    )
+}  # fmt: skip
+
+
+def trained(name: str, *, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A structure with statistics, scales and biases as unlike their initial values as training makes them."""
+    torch.manual_seed(0)
+    model = STRUCTURES[name]().to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 1 and tensor.is_floating_point():
+            tensor.data = torch.rand(tensor.shape, generator=generator, dtype=dtype) + 0.5
+    return model.eval()
+
+
+def images(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(IMAGE, generator=torch.Generator().manual_seed(2), dtype=dtype)
