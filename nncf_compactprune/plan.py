@@ -5,6 +5,7 @@ A plan is decided on a dense model and can be replayed on any model with the sam
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,28 @@ class PruningPlan:
             )
             raise PlanError(msg)
 
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """This plan followed by one made on the pruned model, as one plan for the dense model.
+
+        :raises PlanError: ``later`` keeps positions that this plan does not leave.
+        """
+        kept = {name: dict(dims) for name, dims in self.kept.items()}
+        for name, dims in later.kept.items():
+            for dim, positions in dims.items():
+                base = kept.setdefault(name, {}).get(dim)
+                if base is not None and positions[-1] >= len(base):
+                    msg = f"plan: {name}, dimension {dim}: position {positions[-1]} is not among {len(base)} kept ones."
+                    raise PlanError(msg)
+                kept[name][dim] = positions if base is None else tuple(base[p] for p in positions)
+        return dataclasses.replace(
+            later,
+            kept=kept,
+            fingerprint=self.fingerprint,
+            before=self.before,
+            groups=_joined(self.groups, later.groups),
+            approximate=tuple(dict.fromkeys((*self.approximate, *later.approximate))),
+        )
+
     def to_json(self) -> str:
         """The plan as JSON text."""
         document = {
@@ -150,6 +173,12 @@ class PruningPlan:
             algorithm=document.algorithm,
             approximate=tuple(document.approximate),
         )
+
+
+def _joined(first: Sequence[GroupChange], second: Sequence[GroupChange]) -> tuple[GroupChange, ...]:
+    """Widths before the first and after the second plan; groups are matched by name."""
+    dense = {group.name: group.before for group in first}
+    return tuple(GroupChange(g.name, dense.get(g.name, g.before), g.after) for g in second)
 
 
 Count = Annotated[int, Field(ge=0, le=2**62)]

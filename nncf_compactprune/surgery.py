@@ -29,6 +29,7 @@ from nncf_compactprune.plugins import Plugins, default_plugins
 logger = logging.getLogger("nncf")
 
 SELF_CHECK_TOLERANCE = 1e-5
+PLAN_ATTRIBUTE = "compactprune_plan"
 
 
 class Transaction:
@@ -54,8 +55,11 @@ class Transaction:
 
     def set_attribute(self, target: object, name: str, value: Any) -> None:
         """Sets an attribute."""
-        old = getattr(target, name)
-        self._undo.append(lambda: setattr(target, name, old))
+        if hasattr(target, name):
+            old = getattr(target, name)
+            self._undo.append(lambda: setattr(target, name, old))
+        else:
+            self._undo.append(lambda: delattr(target, name))
         setattr(target, name, value)
 
     def set_item(self, target: dict[Any, Any], key: Any, value: Any) -> None:
@@ -84,6 +88,12 @@ def transaction() -> Iterator[Transaction]:
     except BaseException:
         log.rollback()
         raise
+
+
+def plan_of(model: nn.Module) -> PruningPlan | None:
+    """The plan that made a model what it is, from its dense form on (several prunings composed), or None."""
+    plan = getattr(model, PLAN_ATTRIBUTE, None)
+    return plan if isinstance(plan, PruningPlan) else None
 
 
 def apply_plan(
@@ -122,6 +132,8 @@ def cut(
         _cut_optimizer(log, model, plan, optimizer)
     for module in (model, *(() if shadow is None else (shadow,))):
         _cut_module(log, module, plan, plugins or default_plugins())
+        earlier = plan_of(module)
+        log.set_attribute(module, PLAN_ATTRIBUTE, plan if earlier is None else earlier.then(plan))
 
 
 def _matching_module(ema: nn.Module, plan: PruningPlan) -> nn.Module:

@@ -28,6 +28,7 @@ from nncf_compactprune.export import (
 )
 from nncf_compactprune.export import model as model_module
 from nncf_compactprune.export import prepared as prepared_module
+from nncf_compactprune.export.openvino import write_openvino
 
 FILES = {"model.onnx", "model_fp16.onnx", "model.xml", "model.bin", "model_fp16.xml", "model_fp16.bin"}
 
@@ -41,8 +42,8 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.drop = nn.Dropout(0.5)
         self.fc = nn.Linear(8, 5)
-        nn.init.uniform_(self.norm.running_mean, -1, 1)
-        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+        self.norm.running_mean = torch.rand(8) - 0.5
+        self.norm.running_var = torch.rand(8) + 0.5
 
     def forward(self, image: Tensor) -> Tensor:
         hidden: Tensor = self.norm(self.conv(image)).relu()
@@ -133,6 +134,16 @@ def test_all_files_equal_torch_at_every_batch_size_and_leave_the_model_alone(
         run = {"onnx": run_onnx, "openvino": run_openvino}[file.format]
         tolerance = {"fp32": 1e-5, "fp16": 5e-3}[file.precision] * np.abs(expected).max()
         np.testing.assert_allclose(run(file.path, image=more)["output"], expected, rtol=0, atol=tolerance)
+
+
+def test_a_batch_of_one_is_never_what_is_traced(net: Net) -> None:
+    for batch, traced, compared in ((1, 2, [1, 3]), (2, 2, [2, 1]), (5, 5, [5, 1])):
+        with prepared_module.prepared(net, an_image(batch), dynamic_batch=True) as ready:
+            assert ready.trace_inputs.batch_size == traced
+            assert [reference.inputs.batch_size for reference in ready.references] == compared
+    # Samples that are added differ from those they come from, or a file could mix up rows unseen.
+    rows = prepared_module.ModelInputs.of(net, an_image(1)).with_batch(3).tensors[0]
+    assert len({tuple(row.flatten().tolist()) for row in rows}) == 3
 
 
 def test_precisions_are_what_they_say(net: Net, image: Tensor, exported: dict[str, ExportedFile]) -> None:
@@ -276,14 +287,13 @@ def test_a_failed_export_leaves_existing_files_as_they_were(
 ) -> None:
     for name in FILES:
         (tmp_path / name).write_text(f"old {name}")
-    original = model_module.write_openvino
 
     # Broken last of all: the other three files are complete and right by then.
     def broken(converted: Any, path: Path, *, fp16: bool) -> None:
         if fp16:
             export_openvino(Net(), image, path, fp16=True)
         else:
-            original(converted, path, fp16=fp16)
+            write_openvino(converted, path, fp16=fp16)
 
     monkeypatch.setattr(model_module, "write_openvino", broken)
     with pytest.raises(ExportError, match=r"model_fp16\.xml: OpenVINO differs from torch"):
@@ -402,7 +412,7 @@ def test_hooks_must_be_stripped_first(net: Net, image: Tensor, tmp_path: Path) -
 
 def test_a_stripped_quantized_model_goes_to_openvino_only(net: Net, image: Tensor, tmp_path: Path) -> None:
     wrapped = wrap_model(net.eval())
-    quantizer = torch.ao.quantization.FakeQuantize.with_args(
+    quantizer = torch.ao.quantization.FakeQuantize.with_args(  # type: ignore[no-untyped-call]
         observer=torch.ao.quantization.MinMaxObserver, quant_min=0, quant_max=255
     )()
     quantizer(image)

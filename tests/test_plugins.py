@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -241,3 +242,29 @@ def test_an_installed_third_party_plugin_is_found(third_party: Path, monkeypatch
     member = SimpleNamespace(parameter="w", dim=0, indices=torch.tensor([[1], [0]]), role="out")
     scores = plugins.importance["l3"](SimpleNamespace(size=2, members=[member]), {"w": weight})
     assert scores.tolist() == [27.0, 9.0]
+
+
+def test_a_third_party_algorithm_runs_from_a_configuration(third_party: Path, tmp_path: Path) -> None:
+    """As a user meets it: pip put the plugin beside the package, a config names it, nothing else was said."""
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"input_info": {"sample_size": [1, 3, 8, 8]}, "compression": {"algorithm": "every_other",'
+        ' "budget": {"params": 0.6}, "params": {"schedule": "one_shot", "round_to": 1, "offset": 1}}}'
+    )
+    program = (
+        "import sys; from networks import trained; import torch; from nncf_compactprune import create_compressed_model\n"
+        "ctrl, model = create_compressed_model(trained('plain', dtype=torch.float32), sys.argv[1])\n"
+        "print(ctrl.algorithms[0].plan.kept['features.0.0.weight'][0])"
+    )
+    paths = os.pathsep.join([str(third_party), str(Path(__file__).parent)])
+    result = subprocess.run(
+        [sys.executable, "-c", program, config],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    kept = [int(n) for n in result.stdout.strip().strip("()").split(",")]
+    assert [n for n in range(1, 16, 2) if n in kept] == list(range(1, 16, 2))[: len(kept)]
+    assert 0 < len(kept) < 16

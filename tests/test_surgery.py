@@ -15,7 +15,7 @@ from nncf_compactprune.channels.groups import model_tensors
 from nncf_compactprune.errors import PlanError, SelfCheckError
 from nncf_compactprune.masks import Masks
 from nncf_compactprune.plan import make_plan
-from nncf_compactprune.surgery import prune_in_place
+from nncf_compactprune.surgery import plan_of, prune_in_place
 
 
 def random_plan(
@@ -108,6 +108,9 @@ def test_pruning_twice_composes(name):
     model, x = trained(name), images()
     prune_in_place(model, random_plan(model, x, ratio=0.3), x)
     assert prune_in_place(model, random_plan(model, x, seed=5, ratio=0.3), x).error <= 1e-13
+    at_once = trained(name)
+    apply_plan(at_once, plan_of(model))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in at_once.state_dict().items())
 
 
 def test_approximate_channels_are_cut_by_consent_and_checked():

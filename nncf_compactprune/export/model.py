@@ -14,7 +14,7 @@ from torch import nn
 from nncf_compactprune.errors import ExportError, nearest
 from nncf_compactprune.export.files import staged
 from nncf_compactprune.export.onnx import convert_to_fp16, refuse_for_onnx, write_onnx
-from nncf_compactprune.export.openvino import convert_openvino, refuse_for_openvino, write_openvino
+from nncf_compactprune.export.openvino import convert_openvino, ir_parts, refuse_for_openvino, write_openvino
 from nncf_compactprune.export.prepared import Prepared, prepared
 from nncf_compactprune.export.runtimes import open_exact
 from nncf_compactprune.export.verify import Verification, compare
@@ -146,5 +146,4 @@ def _paths(
 
 
 def _parts(path: Path) -> list[Path]:
-    """The weights of an IR come first, so that no ``.xml`` is ever without them."""
-    return [path.with_suffix(".bin"), path] if path.suffix == ".xml" else [path]
+    return ir_parts(path) if path.suffix == ".xml" else [path]

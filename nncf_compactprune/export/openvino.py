@@ -49,13 +49,18 @@ def export_openvino(
         raise ExportError(msg)
     refuse_for_openvino(model)
     with (
-        staged([target, target.with_suffix(".bin")]) as stage,
+        staged(ir_parts(target)) as stage,
         prepared(
             model, example_inputs, dynamic_batch=dynamic_batch, input_names=input_names, output_names=output_names
         ) as ready,
     ):
         write_openvino(convert_openvino(ready), stage / target.name, fp16=fp16)
     return target
+
+
+def ir_parts(path: Path) -> list[Path]:
+    """The files of an IR; the weights come first, so that no new ``.xml`` is ever without them."""
+    return [path.with_suffix(".bin"), path]
 
 
 def refuse_for_openvino(model: nn.Module) -> None:

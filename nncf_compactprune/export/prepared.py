@@ -159,8 +159,8 @@ def prepared(
     trace_inputs = inputs
     if dynamic_batch:
         size = inputs.batch_size
-        # Tracers take a size of 1 for a constant, so trace with 2 or more. The second size to compare is one that was
-        # not traced, or a batch size that got stuck in the file would go unseen.
+        # torch.export may take a size of 1 for a constant, so trace with 2 or more. The second size to compare was not
+        # traced, or a batch size that got stuck in the file would go unseen.
         trace_inputs = inputs if size > 1 else inputs.with_batch(2)
         batches.append(inputs.with_batch(1 if size > 1 else 3))
     with evaluation_on_cpu(model) as frozen, torch.no_grad():

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from nncf_compactprune.config import AlgorithmConfig, Budget, Section
+from nncf_compactprune.algorithms import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
+from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.hookspecs import Algorithm, Importance, hookimpl
 
 
-class EveryOtherParams(Section):
+class EveryOtherParams(ChannelPruningParams):
     """How the channels are picked."""
 
     offset: int = Field(default=0, ge=0, le=1)
 
 
-class EveryOtherConfig(AlgorithmConfig):
+class EveryOtherConfig(ChannelPruningConfig):
     """``{"algorithm": "every_other", "budget": {"macs": 0.5}}``."""
 
-    budget: Budget
     params: EveryOtherParams = EveryOtherParams()
 
 
-class EveryOther(Algorithm):
-    """Keeps every other channel, whatever it holds."""
+class EveryOther(ChannelPruning):
+    """Prefers every other channel, whatever it holds."""
 
     name = "every_other"
     summary = "keeps every other channel (an example)"
     Config = EveryOtherConfig
+
+    def scores(self, graph: ChannelGraph) -> Sequence[Tensor]:
+        """One where the channel's number has the wanted parity, a half elsewhere."""
+        offset = self.config.params.offset  # type: ignore[attr-defined]
+        return [0.5 + 0.5 * ((torch.arange(group.size) + offset) % 2 == 0) for group in graph.groups]
 
 
 def l3_importance(group: Any, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,272 @@
+"""The NNCF-style way in: schedule, shrinking while training, state, one-shot pruning, wrong input."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import images, trained
+from torch import nn
+
+from nncf_compactprune import CompressionStage, create_compressed_model, prune, trace
+from nncf_compactprune.errors import (
+    BudgetError,
+    CompactPruneError,
+    ConfigError,
+    NothingPrunableError,
+    PluginError,
+    ScopeError,
+)
+
+INPUT = {"sample_size": [2, 3, 12, 12]}
+
+
+def config(*, budget=None, initializer=None, scopes=None, **params):
+    entry = {"algorithm": "fbnet_pruning", "budget": budget or {"macs": 0.5}, "params": {"round_to": 1, **params}}
+    if initializer is not None:
+        entry["initializer"] = {"batchnorm_adaptation": {"num_bn_adaptation_samples": initializer}}
+    return {"input_info": INPUT, "compression": {**entry, **(scopes or {})}}
+
+
+def model32(name="residual"):
+    return trained(name, dtype=torch.float32)
+
+
+def loader(batches=3):
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randn(4, 3, 12, 12, generator=generator), torch.randint(0, 5, (4,), generator=generator))
+            for _ in range(batches)]
+
+
+def train_epoch(model, ctrl, optimizer):
+    ctrl.scheduler.epoch_step()
+    model.train()
+    for x, y in loader():
+        ctrl.scheduler.step()
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), y) + ctrl.loss()).backward()
+        optimizer.step()
+
+
+def test_schedule_ramps_masks_then_shrinks_while_training():
+    model = model32()
+    dense = trace(copy.deepcopy(model), images(torch.float32))
+    ctrl, same = create_compressed_model(model, config(schedule="exponential", pruning_steps=3))
+    assert same is model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    ctrl.attach(optimizer=optimizer)
+    assert ctrl.compression_stage() is CompressionStage.UNCOMPRESSED
+    rates, parameters = [], []
+    for _ in range(5):
+        train_epoch(model, ctrl, optimizer)
+        rates.append(ctrl.compression_rate)
+        parameters.append(sum(p.numel() for p in model.parameters()))
+    assert rates == sorted(rates)
+    assert rates[0] == 0
+    assert rates[3] == pytest.approx(0.5, abs=1e-6)
+    assert parameters[:3] == [dense.params] * 3
+    assert parameters[3] < dense.params
+    assert ctrl.compression_stage() is CompressionStage.FULLY_COMPRESSED
+    compact = ctrl.strip()
+    assert trace(compact, images(torch.float32)).macs <= 0.5 * dense.macs
+    assert not hasattr(compact, "__nncf_hooks")
+
+
+def test_without_an_optimizer_masks_stay_until_strip():
+    model = model32()
+    ctrl, _ = create_compressed_model(model, config(schedule="exponential", pruning_steps=1))
+    dense = sum(p.numel() for p in model.parameters())
+    for _ in range(3):
+        ctrl.scheduler.epoch_step()
+    assert ctrl.compression_stage() is CompressionStage.FULLY_COMPRESSED
+    x = images(torch.float32)
+    with torch.no_grad():
+        masked = model.eval()(x)
+        assert sum(p.numel() for n, p in model.named_parameters() if "nncf" not in n) == dense
+        compact = ctrl.strip().eval()(x)
+    torch.testing.assert_close(masked, compact, rtol=1e-5, atol=1e-6)
+
+
+def test_training_starts_only_after_num_init_steps():
+    ctrl, _ = create_compressed_model(model32(), config(schedule="exponential", num_init_steps=2, pruning_init=0.1))
+    rates = []
+    for _ in range(4):
+        ctrl.scheduler.epoch_step()
+        rates.append(round(ctrl.compression_rate, 3))
+    assert rates[:3] == [0, 0, 0.1]
+    assert rates[3] > 0.1
+
+
+def test_one_shot_prunes_at_creation_and_adapts_batch_norm():
+    reference = model32()
+    ctrl, model = create_compressed_model(model32(), config(schedule="one_shot", initializer=0))
+    adapted_ctrl, adapted = create_compressed_model(
+        model32(), config(schedule="one_shot", initializer=8), train_loader=loader()
+    )
+    assert ctrl.compression_stage() is adapted_ctrl.compression_stage() is CompressionStage.FULLY_COMPRESSED
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in reference.parameters())
+    assert torch.equal(model.head.weight, adapted.head.weight)
+    assert not torch.equal(model.features[0][1].running_mean, adapted.features[0][1].running_mean)
+    assert all(m.training == r.training for m, r in zip(adapted.modules(), reference.modules(), strict=True))
+
+
+def test_statistics_say_what_is_left():
+    ctrl, _ = create_compressed_model(model32(), config(schedule="one_shot"))
+    text = ctrl.statistics().to_str()
+    assert "fbnet_pruning" in text
+    assert "fully_compressed" in text
+    assert "49." in text or "50.0%" in text
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_state_resumes_masked_and_cut_runs(epochs):
+    settings = config(schedule="exponential", pruning_steps=2)
+    first = model32()
+    ctrl, _ = create_compressed_model(first, settings)
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.01)
+    ctrl.attach(optimizer=optimizer)
+    for _ in range(epochs):
+        train_epoch(first, ctrl, optimizer)
+    state = json.loads(json.dumps(ctrl.get_compression_state()))
+
+    resumed = model32()
+    again, _ = create_compressed_model(resumed, settings, compression_state=state)
+    resumed.load_state_dict(first.state_dict())
+    x = images(torch.float32)
+    assert torch.equal(first.eval()(x), resumed.eval()(x))
+    assert again.compression_rate == ctrl.compression_rate
+    assert again.scheduler.current_epoch == epochs - 1
+    assert again.compression_stage() is ctrl.compression_stage()
+
+
+def test_state_of_another_configuration_is_refused():
+    ctrl, _ = create_compressed_model(model32(), config())
+    state = {**ctrl.get_compression_state(), "algorithms": [{"name": "other", "state": {}}]}
+    with pytest.raises(CompactPruneError, match=r"made by \['other'\]"):
+        create_compressed_model(model32(), config(), compression_state=state)
+    with pytest.raises(CompactPruneError, match="get_compression_state"):
+        create_compressed_model(model32(), config(), compression_state={"x": 1})
+
+
+def test_prune_at_once_meets_both_budgets():
+    model = model32("depthwise")
+    result = prune(
+        model, images(torch.float32), budget={"macs": 0.6, "params": 0.5}, importance="l1", allocation="greedy", round_to=1
+    )
+    assert result.model is model
+    assert result.plan.after.macs <= 0.6 * result.plan.before.macs
+    assert result.plan.after.params <= 0.5 * result.plan.before.params
+    assert result.self_check.error <= 1e-5
+    assert {"trace", "scores", "allocation", "surgery"} <= result.seconds.keys()
+
+
+def test_absolute_budget():
+    result = prune(model32("plain"), images(torch.float32), budget={"params": "5K"}, round_to=1)
+    assert result.plan.after.params <= 5000
+
+
+@pytest.mark.parametrize(
+    ("scope", "stays"),
+    [
+        ({"ignored_scopes": ["features.1.conv1"]}, {"features.1.conv1"}),
+        ({"ignored_scopes": ["features/1/conv1/conv2d/0"]}, {"features.1.conv1"}),
+        ({"ignored_scopes": ["{re}features/2/.*"]}, {"features.2.conv1", "features.2.conv2"}),
+        ({"ignored_scopes": ["features.1"]}, {"features.0.0", "features.1.conv1"}),
+        ({"target_scopes": ["features.1.conv1"]}, {"features.0.0", "features.2.conv1", "features.2.conv2"}),
+    ],
+)
+def test_scopes_in_nncf_grammar(scope, stays):
+    result = prune(model32(), images(torch.float32), budget={"macs": 0.95}, round_to=1, allocation="uniform", **scope)
+    assert {g.name for g in result.plan.groups if g.after == g.before} == stays
+
+
+@pytest.mark.parametrize("scope", ["features.9", "features.1.conv", "{re}nothing.*", "{re}("])
+def test_scope_that_matches_nothing(scope):
+    model = model32()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ScopeError, match=r"matches no operation and no module|no valid regular expression"):
+        prune(model, images(torch.float32), budget={"macs": 0.5}, ignored_scopes=[scope])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_nothing_prunable_says_why():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softmax(1))
+    with pytest.raises(NothingPrunableError, match=r"(?s)nothing can be pruned in Sequential.*'0' \(4 channels\): "):
+        prune(model, torch.randn(1, 3, 8, 8), budget={"macs": 0.5})
+
+
+def test_everything_ignored_says_so():
+    with pytest.raises(NothingPrunableError, match="All 4 groups are left out by the scopes"):
+        prune(model32(), images(torch.float32), budget={"macs": 0.5}, ignored_scopes=["features"])
+
+
+def test_impossible_budget_leaves_the_model_untouched():
+    model = model32()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(BudgetError, match=r"cannot be reached.*the least is"):
+        create_compressed_model(model, config(budget={"macs": 0.01}))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not hasattr(model, "__nncf_hooks")
+
+
+def test_unknown_criterion_names_the_nearest():
+    with pytest.raises(PluginError, match="Did you mean 'geometric_median'"):
+        prune(model32(), images(torch.float32), budget={"macs": 0.5}, importance="geometric_medain")
+
+
+def test_unknown_argument_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"prune: params\.round_too.*round_to"):
+        prune(model32(), images(torch.float32), budget={"macs": 0.5}, round_too=8)
+
+
+def test_bare_sequential_needs_one_shot():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
+    with pytest.raises(CompactPruneError, match=r"bare nn\.Sequential.*one_shot"):
+        create_compressed_model(model, config(schedule="exponential"))
+    create_compressed_model(model, config(schedule="one_shot"))
+
+
+def test_nan_weights_are_told():
+    model = model32()
+    with torch.no_grad():
+        model.features[0][0].weight[0] = float("nan")
+    with pytest.raises(CompactPruneError, match="not finite"):
+        prune(model, images(torch.float32), budget={"macs": 0.5})
+
+
+def test_failed_cut_puts_the_masks_back(monkeypatch):
+    model = model32()
+    ctrl, _ = create_compressed_model(model, config(schedule="exponential", pruning_steps=1))
+    ctrl.scheduler.epoch_step()
+    ctrl.scheduler.epoch_step()
+    x = images(torch.float32)
+    masked = model.eval()(x)
+    monkeypatch.setattr("nncf_compactprune.surgery.SELF_CHECK_TOLERANCE", -1.0)
+    with pytest.raises(CompactPruneError, match="restored"):
+        ctrl.strip()
+    assert torch.equal(masked, model.eval()(x))
+    monkeypatch.undo()
+    torch.testing.assert_close(ctrl.strip().eval()(x), masked, rtol=1e-5, atol=1e-6)
+
+
+def test_events_reach_plugins():
+    from nncf_compactprune import hookimpl
+    from nncf_compactprune.plugins import Plugins
+
+    class Listener:
+        def __init__(self):
+            self.kinds = []
+
+        @hookimpl
+        def compactprune_event(self, event):
+            self.kinds.append(event.kind)
+
+    plugins, listener = Plugins(), Listener()
+    plugins.load_entry_points()
+    plugins.register(listener, "listener")
+    ctrl, _ = create_compressed_model(model32(), config(schedule="one_shot"), plugins=plugins)
+    ctrl.strip()
+    assert listener.kinds == ["traced", "pruned", "stripped"]
