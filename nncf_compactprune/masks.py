@@ -42,13 +42,13 @@ class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
         return parameter
 
     @torch.no_grad()
-    def keep(self, dim: int, positions: Sequence[int] | None) -> None:
+    def keep(self, dim: int, positions: Tensor | None) -> None:
         """Sets what stays along one dimension; None keeps all."""
         mask = getattr(self, f"mask_{dim}")
         if positions is None:
             mask.fill_(1)
         else:
-            mask.zero_().view(-1)[torch.as_tensor(positions, device=mask.device)] = 1
+            mask.zero_().view(-1)[positions.to(mask.device)] = 1
 
     def get_config(self) -> dict[str, Any]:
         """What :meth:`from_config` needs."""

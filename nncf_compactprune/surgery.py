@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nncf_compactprune.channels.facts import facts_for
+from nncf_compactprune.channels.tensors import model_tensors, named_modules
 from nncf_compactprune.channels.trace import call_model, evaluating
 from nncf_compactprune.errors import SelfCheckError
 from nncf_compactprune.plan import PruningPlan
@@ -143,16 +144,16 @@ def _matching_module(ema: nn.Module, plan: PruningPlan) -> nn.Module:
 
 
 def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: Plugins) -> None:
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = model_tensors(model).all()
     dims = {id(tensors[name]): kept for name, kept in plan.kept.items()}
     updates: list[tuple[nn.Module, dict[str, Any]]] = []
-    for module in model.modules():
+    for _, module in named_modules(model):
         shapes = _own_shapes(module, dims)
         facts = facts_for(module, plugins.module_facts) if shapes else None
         if facts is not None:
             updates.append((module, facts(module, shapes)))
-    for name, kept in plan.kept.items():
-        log.set_data(tensors[name], select(tensors[name].data, kept))
+    for name in plan.kept:
+        log.set_data(tensors[name], select(tensors[name].data, plan.selection(name)))
     for module, attributes in updates:
         for attribute, value in attributes.items():
             log.set_attribute(module, attribute, value)
@@ -178,18 +179,18 @@ def _own_shapes(module: nn.Module, dims: Mapping[int, Mapping[int, tuple[int, ..
     }
 
 
-def select(data: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
+def select(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     """The kept part of a tensor, in the same memory format."""
     channels_last = (
         data.dim() == 4 and not data.is_contiguous() and data.is_contiguous(memory_format=torch.channels_last)
     )
     for dim, positions in dims.items():
-        data = data.index_select(dim, torch.as_tensor(positions, device=data.device))
+        data = data.index_select(dim, positions.to(data.device))
     return data.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _cut_optimizer(log: Transaction, model: nn.Module, plan: PruningPlan, optimizer: Optimizer) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in model_tensors(model).parameters.items():
         if name not in plan.kept or parameter not in optimizer.state:
             continue
         state = optimizer.state[parameter]
@@ -197,7 +198,7 @@ def _cut_optimizer(log: Transaction, model: nn.Module, plan: PruningPlan, optimi
             if not isinstance(value, Tensor) or value.dim() == 0:
                 continue
             if value.shape == parameter.shape:
-                log.set_item(state, key, select(value, plan.kept[name]))
+                log.set_item(state, key, select(value, plan.selection(name)))
             else:
                 logger.warning("Optimizer state '%s' of '%s' has a shape of its own; it starts anew.", key, name)
                 log.delete_item(optimizer.state, parameter)
@@ -269,7 +270,7 @@ def prune_in_place(
 
 
 def _outputs_of_masked(model: nn.Module, plan: PruningPlan, example_inputs: Any, *, double: bool) -> list[Tensor]:
-    parameters = dict(model.named_parameters())
+    parameters = model_tensors(model).parameters
     log = Transaction()
     try:
         for name in plan.kept:
@@ -283,12 +284,12 @@ def _outputs_of_masked(model: nn.Module, plan: PruningPlan, example_inputs: Any,
         log.rollback()
 
 
-def zero_removed(data: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
+def zero_removed(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     """A copy with every removed position set to zero."""
     data = data.clone()
     for dim, positions in dims.items():
         removed = torch.ones(data.shape[dim], dtype=torch.bool, device=data.device)
-        removed[torch.as_tensor(positions, device=data.device)] = False
+        removed[positions.to(data.device)] = False
         data.index_fill_(dim, removed.nonzero().ravel(), 0)
     return data
 
@@ -310,7 +311,7 @@ def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
 def _in_double(model: nn.Module, example_inputs: Any, run: Callable[[Any], list[Tensor]]) -> list[Tensor]:
     log = Transaction()
     try:
-        for tensor in (*model.parameters(), *model.buffers()):
+        for _, tensor in model_tensors(model).named():
             if tensor.is_floating_point():
                 log.set_data(tensor, tensor.data.double())
         return run(tree_map(_to_double, example_inputs))
@@ -348,9 +349,9 @@ class NormOverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._kept = {}
         if plan.approximate:
-            for name, parameter in model.named_parameters():
+            for name, parameter in model_tensors(model).parameters.items():
                 if parameter.dim() == 1 and name in plan.kept:
-                    self._kept[id(parameter)] = torch.as_tensor(plan.kept[name][0], device=parameter.device)
+                    self._kept[id(parameter)] = plan.indices(name, 0).to(parameter.device)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -145,6 +145,14 @@ class EpochRecord:
     seconds: float
 
 
+def run_schema() -> dict[str, Any]:
+    """Returns the JSON schema's ``properties`` and ``$defs`` of :class:`RunConfig`, for a config's schema."""
+    # The prefix keeps these definitions apart from an algorithm's of the same name.
+    schema = RunConfig.model_json_schema(ref_template="#/$defs/run.{model}")
+    definitions = {f"run.{name}": definition for name, definition in schema["$defs"].items()}
+    return {"properties": schema["properties"], "$defs": definitions}
+
+
 def unread_key_warnings(keys: Iterable[str]) -> list[str]:
     """Returns one sentence per top-level key that nobody reads but that is close to one that somebody does.
 
@@ -162,8 +170,7 @@ def class_scores(output: Any) -> torch.Tensor:
     """Returns the scores ``[n, classes]`` of a classifier's output: a tensor, a sequence or a Hugging Face output."""
     if isinstance(output, torch.Tensor):
         return output
-    scores = output["logits"] if isinstance(output, dict) else output[0]
-    return scores  # type: ignore[no-any-return]
+    return output["logits"] if isinstance(output, dict) else output[0]  # type: ignore[no-any-return]
 
 
 def train_epoch(

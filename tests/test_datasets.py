@@ -201,7 +201,7 @@ def test_image_folder_errors_name_the_folder(plugins: Plugins, tmp_path: Path) -
     with pytest.raises(ResolveError, match="train holds no class folders"):
         resolve_dataset(name, plugins=plugins)
     (tmp_path / "train" / "red").mkdir()
-    with pytest.raises(ResolveError, match="no images in .*red"):
+    with pytest.raises(ResolveError, match=r"no images in .*red"):
         resolve_dataset(name, plugins=plugins)
     write_image(tmp_path / "train" / "red" / "0.png", (255, 0, 0))
     write_image(tmp_path / "val" / "green" / "0.png", (0, 255, 0))

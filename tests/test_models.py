@@ -141,9 +141,12 @@ def test_python_file_may_return_its_own_inputs(plugins: Plugins, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet18", r"'resnet18' names no model\. Write SCHEME:NAME, with SCHEME one of: hf, python, timm, torchvision"),
+        (
+            "resnet18",
+            r"'resnet18' names no model\. Write SCHEME:NAME, with SCHEME one of: hf, python, timm, torchvision",
+        ),
         ("tim:resnet18", r"Unknown model scheme 'tim'\. Did you mean 'timm'\?"),
-        ("python:no_colon", r"python:module:function or python:path/to/file\.py:function"),
+        ("python:no_colon", r"python:module:function or python:path/file\.py:function"),
         ("python:no.such.module:f", r"Cannot import module 'no\.such\.module'"),
         ("python:no/such/file.py:f", r"No such file: no/such/file\.py"),
     ],
@@ -188,7 +191,12 @@ def test_tied_weights_are_found_under_either_name(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_leave_the_model_unchanged(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    wrong = {"0.weight": torch.zeros(5, 3), "0.bias": torch.zeros(4), "1.weight": torch.zeros(2, 4), "head": torch.ones(1)}
+    wrong = {
+        "0.weight": torch.zeros(5, 3),
+        "0.bias": torch.zeros(4),
+        "1.weight": torch.zeros(2, 4),
+        "head": torch.ones(1),
+    }
     save_file(wrong, tmp_path / "w.safetensors")
     with pytest.raises(ResolveError) as caught:
         load_weights(model, tmp_path / "w.safetensors")

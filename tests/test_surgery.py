@@ -11,7 +11,7 @@ from networks import STRUCTURES, images, trained
 from torch import nn
 
 from nncf_compactprune import PruningPlan, apply_plan, trace
-from nncf_compactprune.channels.groups import model_tensors
+from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.errors import PlanError, SelfCheckError
 from nncf_compactprune.masks import Masks
 from nncf_compactprune.plan import make_plan
@@ -70,7 +70,7 @@ def test_masked_equals_compact_in_float64(name, seed):
     assert check.error <= 1e-13
     graph = trace(model, x)
     assert (graph.macs, graph.params) == (plan.after.macs, plan.after.params)
-    assert model_tensors(model) == plan.shapes(model_tensors(trained(name)))
+    assert model_tensors(model).shapes() == plan.shapes(model_tensors(trained(name)).shapes())
     assert_facts_are_true(model)
 
 

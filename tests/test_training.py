@@ -178,4 +178,7 @@ def test_missing_model_is_told() -> None:
 
 def test_only_unread_keys_near_a_known_one_are_warned_about() -> None:
     warnings = unread_key_warnings(["epoch", "epochs", "input_inf", "print_freq", "compression"])
-    assert warnings == ["'epoch' is not read. Did you mean 'epochs'?", "'input_inf' is not read. Did you mean 'input_info'?"]
+    assert warnings == [
+        "'epoch' is not read. Did you mean 'epochs'?",
+        "'input_inf' is not read. Did you mean 'input_info'?",
+    ]

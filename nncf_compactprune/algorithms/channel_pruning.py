@@ -24,6 +24,7 @@ from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionS
 from nncf_compactprune.algorithms.schedules import SCHEDULES
 from nncf_compactprune.budget import Allocation, Limits, allocate
 from nncf_compactprune.channels import ChannelGraph, trace
+from nncf_compactprune.channels.tensors import named_modules
 from nncf_compactprune.config import AlgorithmConfig, Budget, Section
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError
 from nncf_compactprune.masks import Masks
@@ -265,7 +266,8 @@ class ChannelPruning(CompressionAlgorithm):
 
     def _adapt_batch_norm(self) -> None:
         samples = self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples
-        has_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.context.model.modules())
+        model = self.context.model
+        has_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for _, m in named_modules(model))
         if samples == 0 or not has_norm:
             return
         if self.context.train_loader is None:
@@ -274,7 +276,7 @@ class ChannelPruning(CompressionAlgorithm):
             return
         with self._timed("batchnorm_adaptation"):
             batches = _until(self.context.batches(), samples)
-            nncf.batch_norm_adaptation(self.context.model, nncf.Dataset(batches))
+            nncf.batch_norm_adaptation(model, nncf.Dataset(batches))
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         plan = None if state["plan"] is None else PruningPlan.from_json(state["plan"])

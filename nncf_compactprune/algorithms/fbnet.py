@@ -18,6 +18,7 @@ from torch import Tensor
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.channels import ChannelGraph
+from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.errors import PluginError, nearest
 from nncf_compactprune.hookspecs import Algorithm, hookimpl
@@ -57,8 +58,7 @@ class FBNetPruning(ChannelPruning):
         self._criterion = criteria[config.params.importance]
 
     def scores(self, graph: ChannelGraph) -> Sequence[Tensor]:
-        model = self.context.model
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors = model_tensors(self.context.model).all()
         return [self._criterion(group, tensors) for group in graph.groups]
 
 

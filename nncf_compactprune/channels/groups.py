@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
-
 from nncf_compactprune.channels.cost import CostModel, Polynomial
 from nncf_compactprune.channels.labels import LabelArray, LabelSpace, Reason, Solution
+from nncf_compactprune.channels.tensors import ModelTensors
 
 if TYPE_CHECKING:
     from nncf_compactprune.channels.trace import MacTerm
@@ -110,19 +109,9 @@ class ChannelGraph:
         return self.cost.params(self.sizes)
 
 
-def model_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of every parameter and buffer a plan could cut, shared ones once, in model order."""
-    shapes = {}
-    for tensors in (model.named_parameters(), model.named_buffers()):
-        for name, tensor in tensors:
-            if not name.startswith("__nncf_hooks") and tensor.is_floating_point() and tensor.dim() > 0:
-                shapes[name] = tuple(tensor.shape)
-    return shapes
-
-
 def build_graph(
     *,
-    model: nn.Module,
+    tensors: ModelTensors,
     space: LabelSpace,
     mac_terms: Sequence[MacTerm],
     batch: int,
@@ -139,24 +128,15 @@ def build_graph(
     group_of_label = group_of_class[solution.component]
     sizes = np.array([group.size for group in groups], np.int64)
     macs = Polynomial(((t.constant / batch, t.dims) for t in mac_terms), group_of_label, sizes)
-    params = Polynomial(_parameter_terms(model, space, group_of_label), group_of_label, sizes)
+    params = Polynomial(_parameter_terms(tensors, space, group_of_label), group_of_label, sizes)
     return ChannelGraph(
         groups=tuple(groups),
         pinned=tuple(_pinned(space, solution, free)),
         cost=CostModel(macs, params),
-        parameters=model_tensors(model),
-        tied=_tied(model),
+        parameters=tensors.shapes(),
+        tied=tensors.tied,
         unsupported_ops=dict(unsupported_ops),
     )
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    first = {id(p): name for name, p in model.named_parameters()}
-    return {
-        name: first[id(p)]
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if id(p) in first and first[id(p)] != name
-    }
 
 
 def _pin_unused(space: LabelSpace) -> None:
@@ -275,7 +255,7 @@ def _pinned(space: LabelSpace, solution: Solution, free: npt.NDArray[np.bool_]) 
 
 
 def _parameter_terms(
-    model: nn.Module, space: LabelSpace, group_of_label: LabelArray
+    tensors: ModelTensors, space: LabelSpace, group_of_label: LabelArray
 ) -> list[tuple[float, Sequence[LabelArray]]]:
     """One term a parameter; dimensions without prunable channels go into the constant."""
     terms: list[tuple[float, Sequence[LabelArray]]] = []
@@ -283,9 +263,7 @@ def _parameter_terms(
     for slot in space.slots:
         if not slot.is_buffer:
             covered.setdefault(slot.parameter, []).append(np.arange(slot.start, slot.start + slot.size))
-    for name, parameter in model.named_parameters():
-        if name.startswith("__nncf_hooks"):
-            continue
+    for name, parameter in tensors.parameters.items():
         constant, dims = 1.0, []
         arrays = covered.get(name)
         if arrays is None:

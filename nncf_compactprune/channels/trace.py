@@ -14,16 +14,16 @@ import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nncf_compactprune.channels.groups import ChannelGraph, build_graph
 from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Reason
+from nncf_compactprune.channels.shapes import without_arithmetic
+from nncf_compactprune.channels.tensors import NNCF_HOOKS, carries_channels, model_tensors, named_modules
 from nncf_compactprune.errors import TraceError
 from nncf_compactprune.plugins import Plugins, default_plugins
 
-NNCF_HOOKS = "__nncf_hooks"
 _LABELS = "_compactprune_labels"
 _CONSTANT = "_compactprune_constant"
 _TORCH_ROOT = os.path.dirname(torch.__file__) + os.sep
@@ -56,14 +56,15 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no autocast and an untouched random state inside; training flags restored after."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for _, module in named_modules(model) if module.training]
+    if training:
+        model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)):
             yield
     finally:
-        for module, flag in training:
-            module.training = flag
+        for module in training:
+            module.training = True
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
@@ -92,12 +93,16 @@ def trace(
     :raises TraceError: the model does not run on the example input, or still carries NNCF hooks.
     """
     _refuse_hooks(model)
-    space = LabelSpace()
-    tracer = Tracer(model, space, (plugins or default_plugins()).op_rules)
-    tracer.run(example_inputs)
+    rules = (plugins or default_plugins()).op_rules
+    try:
+        tracer = Tracer(model, LabelSpace(), rules, shapes_only=True)
+        tracer.run(example_inputs)
+    except Exception:  # values mattered, or the run fails in any case: let real values tell
+        tracer = Tracer(model, LabelSpace(), rules, shapes_only=False)
+        tracer.run(example_inputs)
     return build_graph(
-        model=model,
-        space=space,
+        tensors=tracer.tensors,
+        space=tracer.space,
         mac_terms=tracer.mac_terms,
         batch=_batch_size(example_inputs),
         unsupported_ops=dict(tracer.unsupported),
@@ -124,27 +129,28 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The dispatch mode that rules talk to.
 
     :param rules: ATen packet name (``"aten.convolution"``) to rule.
+    :param shapes_only: leave out the arithmetic of convolutions and matrix products (their results are zeros of the
+        right shape); a run that reads values raises :class:`~nncf_compactprune.channels.shapes.ValuesNeeded`.
     """
 
-    def __init__(self, model: nn.Module, space: LabelSpace, rules: Mapping[str, Callable[..., None]]) -> None:
+    def __init__(
+        self, model: nn.Module, space: LabelSpace, rules: Mapping[str, Callable[..., None]], *, shapes_only: bool
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.space = space
         self.mac_terms: list[MacTerm] = []
         self.unsupported: Counter[str] = Counter()
         self._rules = rules
+        self._shapes_only = shapes_only
         self._resolved: dict[Any, Callable[..., None] | None] = {}
         self._constants: dict[int, DimLabels] = {}
-        self._module_names = {id(module): name for name, module in model.named_modules()}
+        self._module_names = {id(module): name for name, module in named_modules(model)}
         self._stack: list[str] = []
-        for is_buffer, tensors in ((False, model.named_parameters()), (True, model.named_buffers())):
-            for name, tensor in tensors:
-                if (
-                    tensor.is_floating_point()
-                    and tensor.dim() > 0
-                    and not isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
-                ):
-                    self._constants[id(tensor)] = space.allocate(name, tensor.shape, is_buffer)
+        self.tensors = model_tensors(model)
+        for name, tensor in self.tensors.named():
+            if carries_channels(tensor):
+                self._constants[id(tensor)] = space.allocate(name, tensor.shape, name in self.tensors.buffers)
 
     def run(self, example_inputs: Any) -> None:
         """Runs the model under the mode and pins what leaves it."""
@@ -243,7 +249,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = without_arithmetic(func, args) if self._shapes_only else None
+        if out is None:
+            out = func(*args, **kwargs)
         labelled, constant = False, True
         for arg in (*args, *kwargs.values()):
             for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):

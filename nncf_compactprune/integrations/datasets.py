@@ -1,12 +1,13 @@
 """Named datasets: ``digits``, ``cifar10:PATH``, ``imagefolder:DIR`` and ``python:module:function``.
 
-Nothing here downloads. Every dataset is brought to one shape, :class:`ResolvedDataset`, so that the same run works on all.
+Nothing here downloads. All are brought to one shape, :class:`ResolvedDataset`, so that the same run works on each.
 """
 
 from __future__ import annotations
 
 import inspect
 import io
+import itertools
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,7 +247,7 @@ def imagefolder(rest: str, *, image_size: int = 224) -> ResolvedDataset:
     val_files, val_names = _list_images(folder / "val")
     if class_names != val_names:
         differing = ", ".join(sorted(set(class_names) ^ set(val_names)))
-        msg = f"imagefolder: {folder / 'train'} and {folder / 'val'} must hold the same classes; they differ in: {differing}."
+        msg = f"imagefolder: train and val of {folder} must hold the same classes; they differ in: {differing}."
         raise ResolveError(msg)
     return ResolvedDataset(
         f"imagefolder:{rest}",
@@ -315,7 +316,7 @@ def _read_cifar10(files: Sequence[Path], limit: int | None) -> ArrayImages:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             msg = f"cifar10: {path} is not a packed archive with the arrays blob, off and y: {error}"
             raise ResolveError(msg) from error
-        sheets = [_read_sheet(blob[start:end].tobytes(), path) for start, end in zip(offsets, offsets[1:], strict=False)]
+        sheets = [_read_sheet(blob[start:end].tobytes(), path) for start, end in itertools.pairwise(offsets)]
         if len(targets) != 1000 * len(sheets) or np.any(targets >= len(CIFAR10_CLASSES)):
             msg = f"cifar10: {path} must hold 1000 labels in 0..9 for each of its {len(sheets)} sheets."
             raise ResolveError(msg)
@@ -331,11 +332,12 @@ def _read_sheet(data: bytes, path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Returns the 1000 images ``[1000, 32, 32, 3]`` of one sheet."""
     pil = require_package("PIL.Image", "pillow")
     try:
-        sheet = np.asarray(pil.open(io.BytesIO(data)).convert("RGB"))
-        return sheet.reshape(25, 32, 40, 32, 3).transpose(0, 2, 1, 3, 4).reshape(1000, 32, 32, 3)
+        sheet = np.asarray(pil.open(io.BytesIO(data)).convert("RGB")).reshape(25, 32, 40, 32, 3)
     except (OSError, ValueError) as error:
         msg = f"cifar10: {path} holds a sheet that is no image of 25 x 40 tiles of 32 x 32 pixels: {error}"
         raise ResolveError(msg) from error
+    images: np.ndarray[Any, np.dtype[np.uint8]] = sheet.transpose(0, 2, 1, 3, 4).reshape(1000, 32, 32, 3)
+    return images
 
 
 def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:

@@ -46,7 +46,7 @@ def pick(kind: str, name: str, known: Mapping[str, Value]) -> Value:
 
 
 def load_function(reference: str) -> Callable[..., Any]:
-    """Returns the function named by ``module:function`` or ``path/to/file.py:function``.
+    """Returns the function named by ``module:function`` or ``path/file.py:function``.
 
     This runs the user's own module, so it is as trusted as the config that names it.
 
@@ -54,10 +54,10 @@ def load_function(reference: str) -> Callable[..., Any]:
     """
     where, separator, name = reference.rpartition(":")
     if not separator or not where or not name:
-        msg = f"'python:{reference}' names no function. Write python:module:function or python:path/to/file.py:function."
+        msg = f"'python:{reference}' names no function. Write python:module:function or python:path/file.py:function."
         raise ResolveError(msg)
     module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
-    function = getattr(module, name, None)
+    function: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         msg = f"{where} has no function '{name}'.{nearest(name, functions)}"
@@ -69,7 +69,7 @@ def _load_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        msg = f"Cannot import module '{name}': {error}. For a file, write python:path/to/file.py:function."
+        msg = f"Cannot import module '{name}': {error}. For a file, write python:path/file.py:function."
         raise ResolveError(msg) from error
 
 

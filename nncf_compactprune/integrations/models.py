@@ -164,7 +164,7 @@ def hf_model(rest: str, **options: Any) -> ResolvedModel:
     else:
         known = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
         msg = f"'{rest}' is neither an image classification model type of transformers nor the path of a config.json."
-        msg += f"{nearest(rest, known)} Nothing is downloaded: for a model of the hub, save its config.json and weights."
+        msg += f"{nearest(rest, known)} Nothing is downloaded: for a hub model, save its config.json and weights."
         raise ResolveError(msg)
     model = _build(name, lambda: transformers.AutoModelForImageClassification.from_config(config))
     channels = getattr(config, "num_channels", None) or IMAGENET_SHAPE[0]
@@ -204,7 +204,11 @@ def _build(name: str, build: Callable[[], Any]) -> Any:
     try:
         return build()
     except (TypeError, ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
-        msg = f"Cannot build '{name}': {type(error).__name__}: {error}"
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        because = "" if root is error else f" Because of {type(root).__name__}: {root}"
+        msg = f"Cannot build '{name}': {type(error).__name__}: {error}{because}"
         raise ResolveError(msg) from error
 
 

@@ -16,7 +16,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,13 @@ Say = Callable[[str], None]
 class Settings:
     """A config as a run reads it.
 
+    :param source: its name, for messages.
     :param document: the config as plain JSON data, overrides included.
     :param compression: its part for the algorithms.
     :param run: its part for the training script.
     """
 
+    source: str
     document: Mapping[str, Any]
     compression: CompressionConfig
     run: RunConfig
@@ -94,7 +96,7 @@ def read_settings(
         compression = load_config(document, plugins)
     except ConfigError as error:
         raise ConfigError(name, error.problems) from error
-    return Settings(document, compression, RunConfig.from_config(compression, name))
+    return Settings(name, document, compression, RunConfig.from_config(compression, name))
 
 
 def run(
@@ -114,6 +116,9 @@ def run(
     plugins = plugins or default_plugins()
     settings = read_settings(source, overrides, plugins)
     config = settings.run
+    if settings.compression.accuracy_aware_training is not None:
+        message = "'run' trains a fixed number of epochs. Leave it out, or write a training script of your own."
+        raise ConfigError(settings.source, [Problem("accuracy_aware_training", message)])
     for warning in unread_key_warnings(settings.document):
         say(f"Warning: {warning}")
     directory = Path(config.output_dir)
@@ -202,11 +207,8 @@ def _override(document: dict[str, Any], path: str, value: Any, source: str) -> N
             target = target[int(step)] if isinstance(target, list) else target.setdefault(step, {})
         target[int(last) if isinstance(target, list) else last] = value
     except (AttributeError, IndexError, TypeError, ValueError) as error:
-        message = f"cannot be set: the config has no such place. Parts of a path are joined by dots, as in {_EXAMPLE_PATH}."
+        message = "cannot be set: the config has no such place. Join the parts by dots, as in compression.budget.macs."
         raise ConfigError(source, [Problem(path, message)]) from error
-
-
-_EXAMPLE_PATH = "compression.budget.macs"
 
 
 def _with_input_info(settings: Settings, dataset: ResolvedDataset) -> Settings:
@@ -216,14 +218,14 @@ def _with_input_info(settings: Settings, dataset: ResolvedDataset) -> Settings:
     if any(info.sample_size[1:] != expected for info in given):
         message = f"expected [n, {', '.join(map(str, expected))}], the shape of '{dataset.name}' images"
         message += f", got {given[0].sample_size}. Leave input_info out to take the dataset's."
-        raise ConfigError("config", [Problem("input_info.sample_size", message)])
+        raise ConfigError(settings.source, [Problem("input_info.sample_size", message)])
     if given:
         return settings
     sample_size = [1, *expected]
-    return Settings(
-        {**settings.document, "input_info": {"sample_size": sample_size}},
-        settings.compression.model_copy(update={"input_info": [InputInfo(sample_size=sample_size)]}),
-        settings.run,
+    return replace(
+        settings,
+        document={**settings.document, "input_info": {"sample_size": sample_size}},
+        compression=settings.compression.model_copy(update={"input_info": [InputInfo(sample_size=sample_size)]}),
     )
 
 
@@ -245,11 +247,14 @@ def _check_classes(resolved: ResolvedModel, example: ExampleInputs, dataset: Res
             output = model(*example) if isinstance(example, tuple) else model(example)
         scores = class_scores(output)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
-        msg = f"Model '{resolved.name}' does not run on images of '{dataset.name}', {list(dataset.input_shape)}: {error}"
+        msg = (
+            f"Model '{resolved.name}' does not run on images of '{dataset.name}', {list(dataset.input_shape)}: {error}"
+        )
         raise ResolveError(msg) from error
-    if scores.shape != (1, len(dataset.class_names)):
+    classes = len(dataset.class_names)
+    if scores.shape != (1, classes):
         msg = f"Model '{resolved.name}' gives an output of shape {list(scores.shape)}, but '{dataset.name}' has "
-        msg += f"{len(dataset.class_names)} classes. Set model_options, such as {{\"num_classes\": {len(dataset.class_names)}}}."
+        msg += f'{classes} classes. Set model_options, such as {{"num_classes": {classes}}}.'
         raise ResolveError(msg)
 
 
@@ -269,9 +274,7 @@ def _pretrain(
         return []
     loader = dataset.train_loader(config.batch_size, seed=config.seed)
     # A budget out of reach or a scope without a match shows on the untrained model too, before the training.
-    create_compressed_model(
-        copy.deepcopy(model), settings.compression, loader, example_inputs=example, plugins=plugins
-    )
+    create_compressed_model(copy.deepcopy(model), settings.compression, loader, example_inputs=example, plugins=plugins)
     say(f"Training the dense model for {config.pretrain_epochs} epochs")
     history: list[dict[str, Any]] = []
     fit(
@@ -313,7 +316,9 @@ def _tell(
     compression_rate: float | None = None,
 ) -> None:
     history.append({"phase": phase, **vars(record)})
-    line = f"  epoch {record.epoch:>{len(str(epochs))}}/{epochs}  loss {record.loss:.4f}  accuracy {record.accuracy:.2%}"
+    line = (
+        f"  epoch {record.epoch:>{len(str(epochs))}}/{epochs}  loss {record.loss:.4f}  accuracy {record.accuracy:.2%}"
+    )
     if compression_rate is not None:
         history[-1]["compression_rate"] = compression_rate
         line += f"  removed {compression_rate:.0%}"
@@ -324,7 +329,7 @@ def _plan_of(controller: CompressionController) -> PruningPlan:
     """The one plan of the run; it is what turns the dense model into the pruned one."""
     plans = [algorithm.final_plan for algorithm in controller.algorithms if isinstance(algorithm, ChannelPruning)]
     if len(plans) != 1:
-        msg = f"run: expected one pruning algorithm under 'compression', got {len(plans)}. Prune in several runs instead."
+        msg = f"run: expected one pruning algorithm under 'compression', got {len(plans)}. Use one run for each."
         raise CompactPruneError(msg)
     return plans[0]
 
@@ -381,7 +386,7 @@ def _write_report(
     lines = [
         f"# {config.model}, pruned",
         "",
-        f"Dataset `{config.dataset}`, algorithm `{plan.algorithm}`, seed {config.seed}, nncf-compactprune {__version__}.",
+        f"Dataset `{config.dataset}`, algorithm `{plan.algorithm}`, seed {config.seed}, version {__version__}.",
         "",
         to_markdown(comparison),
         "## Channel widths",

@@ -1,0 +1,87 @@
+"""A model's modules, parameters and buffers in one pass, under the names that torch gives them.
+
+``nn.Module.named_parameters`` walks the whole tree at every call through nested generators; on networks of several
+hundred modules that alone would cost as much as the analysis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+NNCF_HOOKS = "__nncf_hooks"
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules in torch's order, shared ones once, NNCF's hook storage left out."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        prefix = f"{name}." if name else ""
+        for key, child in reversed(module._modules.items()):
+            if child is not None and key != NNCF_HOOKS:
+                stack.append((prefix + key, child))
+
+
+@dataclass(frozen=True)
+class ModelTensors:
+    """What a plan could cut.
+
+    :param parameters: by name, shared ones once, in model order.
+    :param buffers: the same.
+    :param tied: other names of shared parameters, to the name used in ``parameters``.
+    """
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    tied: dict[str, str]
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters, then buffers."""
+        yield from self.parameters.items()
+        yield from self.buffers.items()
+
+    def all(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {**self.parameters, **self.buffers}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of those that can carry channels."""
+        return {name: tuple(tensor.shape) for name, tensor in self.named() if carries_channels(tensor)}
+
+
+def model_tensors(model: nn.Module) -> ModelTensors:
+    """Collects a model's parameters and buffers."""
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for module_name, module in named_modules(model):
+        prefix = f"{module_name}." if module_name else ""
+        for own, collected in ((module._parameters, parameters), (module._buffers, buffers)):
+            for local, tensor in own.items():
+                if tensor is None:
+                    continue
+                name = first.setdefault(id(tensor), prefix + local)
+                if name == prefix + local:
+                    collected[name] = tensor
+                else:
+                    tied[prefix + local] = name
+    return ModelTensors(parameters, buffers, tied)
+
+
+def carries_channels(tensor: Tensor) -> bool:
+    """Whether a tensor's dimensions may be channels: floating, not a scalar, of known shape."""
+    return (
+        tensor.is_floating_point()
+        and not isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
+        and tensor.dim() > 0
+    )

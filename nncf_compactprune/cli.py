@@ -1,0 +1,209 @@
+"""The command line: ``nncf-compactprune run | inspect | export | algorithms | schema``.
+
+Every mistake of the user ends with one message on standard error and exit status 2, without a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import nncf
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nncf_compactprune.config import json_schema
+from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.export import export_model
+from nncf_compactprune.integrations.inspection import Inspection, inspect_model
+from nncf_compactprune.integrations.pipeline import load_pruned, run
+from nncf_compactprune.plugins import default_plugins
+from nncf_compactprune.report import rich_table
+from nncf_compactprune.report.writing import write_whole
+from nncf_compactprune.training import run_schema
+from nncf_compactprune.version import __version__
+
+USER_ERROR_STATUS = 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Prunes trained ConvNets structurally, inside NNCF's training loop, and exports what is left.",
+)
+
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a config value, as in compression.budget.macs=0.4."),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits.
+
+    :param arguments: the words after the program's name; those of this process by default.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except (nncf.ValidationError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(USER_ERROR_STATUS) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
+
+
+@app.command("run")
+def run_command(
+    config: Annotated[Path, typer.Argument(help="The config file.")],
+    output: Annotated[Path | None, typer.Option(help="Where to write; the config's output_dir by default.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Safetensors file of the dense model.")] = None,
+    overrides: Overrides = [],  # noqa: B006  # typer copies it
+) -> None:
+    """Train or load the dense model, prune, fine-tune, export and compare, as a config says."""
+    changes = _parsed(overrides)
+    if output is not None:
+        changes["output_dir"] = str(output)
+    if weights is not None:
+        changes["weights"] = str(weights)
+    console = Console(highlight=False)
+    outcome = run(config, overrides=changes, say=lambda line: console.print(escape(line), soft_wrap=True))
+    console.print(rich_table(outcome.comparison))
+    console.print(escape(f"Written to {outcome.directory}: start with report.md."), soft_wrap=True)
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[
+        str | None, typer.Argument(help="Such as timm:fbnetv3_b, hf:resnet or python:module:function.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Take model, options, input shape and scopes from it.")] = None,
+    sample_size: Annotated[str | None, typer.Option(help="Input shape with batch, as in 1,3,224,224.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show which channels of a model can be pruned, what that saves, and why the others stay."""
+    inspection = inspect_model(model, config=config, sample_size=_shape(sample_size))
+    if as_json:
+        typer.echo(json.dumps(inspection.to_dict(), indent=2))
+    else:
+        _print_inspection(inspection, Console(highlight=False))
+
+
+@app.command("export")
+def export_command(
+    directory: Annotated[Path, typer.Argument(help="What a run wrote: config.json, plan.json, model.safetensors.")],
+    output: Annotated[Path | None, typer.Option(help="A directory, or one .onnx or .xml file.")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", help="onnx, openvino; repeatable.")] = None,
+    precisions: Annotated[list[str] | None, typer.Option("--precision", help="fp32, fp16; repeatable.")] = None,
+) -> None:
+    """Export a pruned model to ONNX and OpenVINO IR, and verify the files in their runtimes."""
+    pruned = load_pruned(directory)
+    target = output if output is not None else directory / "pruned"
+    files = export_model(pruned.model, pruned.example_inputs, target, formats or None, precisions or None)
+    table = Table("File", "Format", "Bytes", "Runtime", "Error", "Tolerance")
+    for file in files:
+        check = file.verification
+        figures = (f"{file.bytes:,}", check.runtime, f"{check.max_rel_error:.1e}", f"{check.tolerance:.0e}")
+        table.add_row(escape(str(file.path)), file.label, *figures)
+    Console().print(table)
+
+
+@app.command("algorithms")
+def algorithms_command() -> None:
+    """List the installed algorithms."""
+    table = Table("Algorithm", "What it does")
+    for name, algorithm in sorted(default_plugins().algorithms.items()):
+        table.add_row(escape(name), escape(algorithm.summary))
+    Console(highlight=False).print(table)
+
+
+@app.command("schema")
+def schema_command(
+    output: Annotated[Path | None, typer.Option(help="A file to write instead of printing.")] = None,
+) -> None:
+    """Print the JSON schema of configs, for editors: "$schema" in a config names it."""
+    schema = json_schema()
+    training = run_schema()
+    schema["properties"] |= training["properties"]
+    schema["$defs"] |= training["$defs"]
+    text = json.dumps(schema, indent=2)
+    if output is None:
+        typer.echo(text)
+    else:
+        write_whole(output, f"{text}\n".encode())
+        typer.echo(f"Written to {output}")
+
+
+def _parsed(overrides: Sequence[str]) -> dict[str, Any]:
+    """Reads ``KEY=VALUE``; values are JSON where they can be, and text otherwise."""
+    result: dict[str, Any] = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            msg = f"--set: expected KEY=VALUE, got '{override}'."
+            raise CompactPruneError(msg)
+        try:
+            result[key] = json.loads(text)
+        except json.JSONDecodeError:
+            result[key] = text
+    return result
+
+
+def _shape(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(side) for side in text.replace("x", ",").split(",")]
+    except ValueError:
+        msg = f"--sample-size: expected whole numbers such as 1,3,224,224, got '{text}'."
+        raise CompactPruneError(msg) from None
+
+
+def _print_inspection(inspection: Inspection, console: Console) -> None:
+    graph = inspection.graph
+    inputs = ", ".join("x".join(map(str, shape)) for shape in inspection.input_shapes)
+    console.print(escape(f"{inspection.name}, input {inputs}"), soft_wrap=True)
+    console.print(f"{graph.macs:,} MACs, {graph.params:,} parameters")
+    groups = Table(title=f"{len(inspection.groups)} prunable groups", title_justify="left")
+    groups.add_column("Group", overflow="fold")
+    for heading in ("Channels", "Layers", "MACs", "Parameters"):
+        groups.add_column(heading, justify="right", no_wrap=True)
+    notes = [one.group.approximate if one.in_scope else "left out by the config's scopes" for one in inspection.groups]
+    if any(notes):
+        groups.add_column("Note", overflow="fold")
+    for one, note in zip(inspection.groups, notes, strict=True):
+        saved = (f"-{one.macs_saved:.1%}", f"-{one.params_saved:.1%}")
+        cells = (one.group.name, str(one.group.size), str(len(one.producers)), *saved, note)
+        groups.add_row(*(escape(cell) for cell in cells[: len(groups.columns)]))
+    console.print(groups)
+    console.print("Layers: how many write these channels. MACs, parameters: what halving the group alone saves.\n")
+    pinned = Table(title=f"{len(graph.pinned)} not prunable", title_justify="left")
+    pinned.add_column("Layer", overflow="fold")
+    pinned.add_column("Channels", justify="right")
+    pinned.add_column("Reason", overflow="fold")
+    for entry in graph.pinned:
+        where = f" ({entry.location})" if entry.location else ""
+        pinned.add_row(escape(entry.name), str(entry.size), escape(f"{entry.reason}{where}"))
+    console.print(pinned)
+    for operation, count in graph.unsupported_ops.items():
+        console.print(escape(f"No rule for {operation}, met {count} times: its channels stay."), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
