@@ -9,6 +9,7 @@ from nncf_compactprune.controller import (
     create_compressed_model,
     prune,
 )
+from nncf_compactprune.diagnosis import analyse
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import export_model
 from nncf_compactprune.hookspecs import hookimpl, hookspec
@@ -26,6 +27,7 @@ __all__ = [
     "PruningPlan",
     "PruningResult",
     "__version__",
+    "analyse",
     "apply_plan",
     "create_compressed_model",
     "export_model",

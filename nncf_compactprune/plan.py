@@ -8,27 +8,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Annotated
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from nncf_compactprune.channels.groups import ChannelGraph, fingerprint
-from nncf_compactprune.channels.tensors import model_tensors
+from nncf_compactprune.channels.tensors import model_tensors, named_modules
 from nncf_compactprune.errors import PlanError
-
-PLAN_FORMAT = "nncf_compactprune.plan"
-PLAN_VERSION = 1
-MAX_PLAN_CHARACTERS = 2**26
-MAX_COUNT = 2**62
-SHOWN_CHARACTERS = 80
+from nncf_compactprune.plan_json import PLAN_FORMAT, PLAN_VERSION, read_plan, shown
+from nncf_compactprune.plan_layers import disagreement
 
 
 @dataclass(frozen=True)
@@ -79,6 +73,14 @@ class PruningPlan:
         object.__setattr__(self, "kept", MappingProxyType(frozen))
         object.__setattr__(self, "_indices", {})
 
+    # A model carries its plan: it must stay copyable (EMA) and picklable (worker processes), which read-only mappings
+    # by themselves are not.
+    def __deepcopy__(self, memo: dict[int, Any]) -> PruningPlan:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PruningPlan.from_json, (self.to_json(),)
+
     @property
     def is_identity(self) -> bool:
         """Whether nothing is removed."""
@@ -119,7 +121,8 @@ class PruningPlan:
         shapes = model_tensors(model).shapes()
         for name, dims in self.kept.items():
             if name not in shapes:
-                msg = f"plan: parameter '{_shown(name)}' does not exist in {type(model).__name__}. Use the plan's own model."
+                kind = type(model).__name__
+                msg = f"plan: parameter '{shown(name)}' does not exist in {kind}. Use the plan's own model."
                 raise PlanError(msg)
             for dim in dims:
                 _validate_positions(name, shapes[name], dim, self.indices(name, dim).numpy())
@@ -140,17 +143,18 @@ class PruningPlan:
 
         :raises PlanError: naming the layer and what disagrees.
         """
-        parameters = {n: tuple(p.shape) for n, p in model.named_parameters() if not n.startswith("__nncf_hooks")}
+        tensors = model_tensors(model)
+        parameters = {name: tuple(parameter.shape) for name, parameter in tensors.parameters.items()}
         stated = {"before": (self.before, parameters), "after": (self.after, self.shapes(parameters))}
         for when, (cost, shapes) in stated.items():
             count = sum(math.prod(shape) for shape in shapes.values())
             if cost.params != count:
-                msg = f"plan: {when}: states {cost.params} parameters, but its cut makes it {count}. The plan was altered."
+                msg = f"plan: {when}: states {cost.params} parameters, but they are {count}. The plan was altered."
                 raise PlanError(msg)
-        tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        kept = {id(tensors[name]): dims for name, dims in self.kept.items()}
-        for name, module in model.named_modules():
-            finding = _disagreement(module, kept)
+        by_name = tensors.all()
+        kept = {id(by_name[name]): dims for name, dims in self.kept.items()}
+        for name, module in named_modules(model):
+            finding = disagreement(module, kept)
             if finding:
                 msg = f"plan: {type(module).__name__} '{name}': {finding}. The plan does not fit together."
                 raise PlanError(msg)
@@ -165,7 +169,7 @@ class PruningPlan:
             for dim, positions in dims.items():
                 base = kept.setdefault(name, {}).get(dim)
                 if base is not None:
-                    _validate_positions(name, {dim: len(base)}, dim, positions)
+                    _validate_positions(name, (len(base),), 0, np.asarray(positions))
                 kept[name][dim] = positions if base is None else tuple(base[p] for p in positions)
         return dataclasses.replace(
             later,
@@ -200,29 +204,10 @@ class PruningPlan:
 
         :raises PlanError: not JSON, not a plan, another version, a field of another type, a name given twice.
         """
-        document = _parsed(text)
-        stated = tuple(document.get(name) if isinstance(document, dict) else None for name in ("format", "version"))
-        if stated != (PLAN_FORMAT, PLAN_VERSION) or isinstance(stated[1], (bool, float)):
-            msg = f"plan: format, version: expected {PLAN_FORMAT!r}, {PLAN_VERSION}, got {_shown(repr(stated)[1:-1])}."
-            raise PlanError(msg)
-        fields = _object(document, "document", _FIELDS)
-        costs = {name: _object(fields[name], name, ("macs", "params")) for name in ("before", "after")}
-        before, after = (Cost(**{k: _count(v, f"{name}.{k}") for k, v in cost.items()}) for name, cost in costs.items())
-        if after.macs > before.macs or after.params > before.params:
-            raise _fault("after", f"at most {before}", after)
-        return cls(
-            kept={name: _kept(dims, f"kept.{_shown(name)}") for name, dims in _object(fields["kept"], "kept").items()},
-            fingerprint=_fingerprint(fields["fingerprint"]),
-            before=before,
-            after=after,
-            groups=tuple(_group(entry, f"groups.{i}") for i, entry in enumerate(_array(fields["groups"], "groups"))),
-            pinned=tuple(_row(e, f"pinned.{i}", _PINNED) for i, e in enumerate(_array(fields["pinned"], "pinned"))),
-            algorithm=_text(fields["algorithm"], "algorithm"),
-            approximate=tuple(
-                _row(e, f"approximate.{i}", _APPROXIMATE)
-                for i, e in enumerate(_array(fields["approximate"], "approximate"))
-            ),
-        )
+        fields = read_plan(text)
+        before, after = (Cost(**fields.pop(when)) for when in ("before", "after"))
+        groups = tuple(GroupChange(**group) for group in fields.pop("groups"))
+        return cls(before=before, after=after, groups=groups, **fields)
 
 
 def _joined(first: Sequence[GroupChange], second: Sequence[GroupChange]) -> tuple[GroupChange, ...]:
@@ -231,126 +216,8 @@ def _joined(first: Sequence[GroupChange], second: Sequence[GroupChange]) -> tupl
     return tuple(GroupChange(g.name, dense.get(g.name, g.before), g.after) for g in second)
 
 
-# -- reading -------------------------------------------------------------------------------------------------------
-# By hand and not by a schema library: those collect every fault, and a megabyte of faults becomes a gigabyte of them.
-
-_FIELDS = (
-    "format", "version", "algorithm", "fingerprint", "before", "after", "groups", "pinned", "approximate", "kept",
-)  # fmt: skip
-
-
-def _shown(name: str) -> str:
-    """A name from outside, fit for a message: short, and without control characters."""
-    short = name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}..."
-    return short if short.isprintable() else ascii(short)[1:-1]
-
-
-def _fault(where: str, expected: str, got: object) -> PlanError:
-    # containers are named by their type only: their repr may be as long as the document
-    shown = type(got).__name__ if isinstance(got, (dict, list)) else _shown(repr(got))
-    return PlanError(f"plan: {where}: expected {expected}, got {shown}.")
-
-
-def _parsed(text: str | bytes) -> Any:
-    if not isinstance(text, (str, bytes)):
-        raise _fault("document", "JSON text", text)
-    if len(text) > MAX_PLAN_CHARACTERS:
-        msg = f"plan: document: expected at most {MAX_PLAN_CHARACTERS} characters, got {len(text)}."
-        raise PlanError(msg)
-    try:
-        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(decoded, object_pairs_hook=_unique, parse_float=_no_fraction, parse_constant=_no_fraction)
-    except RecursionError as error:
-        msg = "plan: document: nested too deeply for a plan."
-        raise PlanError(msg) from error
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of thousands of digits
-        msg = f"plan: document: not JSON: {_shown(str(error))}."
-        raise PlanError(msg) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names are all different: of two entries, one reader takes the first and another the last."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        msg = f"plan: document: '{_shown(twice)}' is given twice."
-        raise PlanError(msg)
-    return result
-
-
-def _no_fraction(text: str) -> Any:
-    raise _fault("document", "whole numbers only", text)
-
-
-def _object(value: Any, where: str, names: Sequence[str] | None = None) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _fault(where, "an object", value)
-    if names is not None and value.keys() != set(names):
-        extra = next((f"unknown '{_shown(name)}'" for name in value if name not in names), None)
-        missing = next((f"no '{name}'" for name in names if name not in value), None)
-        msg = f"plan: {where}: expected {', '.join(names)}, got {extra or missing}."
-        raise PlanError(msg)
-    return value
-
-
-def _array(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise _fault(where, "an array", value)
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    # lone surrogates are valid JSON and no valid text
-    if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):
-        raise _fault(where, "text", value)
-    return value
-
-
-def _count(value: Any, where: str) -> int:
-    if type(value) is not int or not 0 <= value <= MAX_COUNT:
-        raise _fault(where, f"a whole number from 0 to {MAX_COUNT}", value)
-    return value
-
-
-def _fingerprint(value: Any) -> str:
-    if not isinstance(value, str) or re.fullmatch("[0-9a-f]{64}", value) is None:
-        raise _fault("fingerprint", "64 hexadecimal digits", value)
-    return value
-
-
-def _group(value: Any, where: str) -> GroupChange:
-    entry = _object(value, where, ("name", "before", "after"))
-    before, after = _count(entry["before"], f"{where}.before"), _count(entry["after"], f"{where}.after")
-    if after > before:
-        raise _fault(f"{where}.after", f"at most {before}", after)
-    return GroupChange(_text(entry["name"], f"{where}.name"), before, after)
-
-
-_PINNED = (_text, _count, _text)
-_APPROXIMATE = (_text, _text)
-
-
-def _row(value: Any, where: str, readers: Sequence[Callable[[Any, str], Any]]) -> tuple[Any, ...]:
-    if len(_array(value, where)) != len(readers):
-        raise _fault(where, f"{len(readers)} values", f"{len(value)} values")
-    return tuple(read(item, f"{where}.{i}") for i, (read, item) in enumerate(zip(readers, value, strict=True)))
-
-
-def _kept(value: Any, where: str) -> dict[int, tuple[int, ...]]:
-    kept = {}
-    for dim, positions in _object(value, where).items():
-        if re.fullmatch("[0-9]|1[0-6]", dim) is None:  # one spelling for each: "1" and "01" would be one entry
-            raise _fault(where, "dimensions from 0 to 16", dim)
-        kept[int(dim)] = tuple(_count(p, f"{where}.{dim}") for p in _array(positions, f"{where}.{dim}"))
-    return kept
-
-
-# -- fitting the model ---------------------------------------------------------------------------------------------
-
-
 def _validate_positions(name: str, shape: Sequence[int], dim: int, positions: npt.NDArray[np.int64]) -> None:
-    where = f"plan: {name}, dimension {dim}"
+    where = f"plan: {shown(name)}, dimension {dim}"
     if not 0 <= dim < len(shape):
         msg = f"{where}: expected a dimension below {len(shape)}. The plan belongs to another model."
         raise PlanError(msg)
@@ -364,133 +231,6 @@ def _validate_positions(name: str, shape: Sequence[int], dim: int, positions: np
         bad = int(positions[0] if positions[0] < 0 else positions[-1])
         msg = f"{where}: position {bad} is out of range, expected 0 to {shape[dim] - 1}."
         raise PlanError(msg)
-
-
-Axis = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Own:
-    """A layer's own tensor before the cut and what is kept of it."""
-
-    shape: Sequence[int]
-    dims: Mapping[int, Axis]
-
-    def __getitem__(self, dim: int) -> Axis:
-        return self.dims.get(dim, tuple(range(self.shape[dim])))
-
-
-def _own_tensors(module: nn.Module, kept: Mapping[int, Mapping[int, Axis]]) -> dict[str, _Own] | str:
-    """A layer's tensors by name, re-parameterised ones under the name the layer uses; or what disagrees in them."""
-    own = {
-        name: _Own(tuple(tensor.shape), kept.get(id(tensor), {}))
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    }
-    sources = {  # torch.nn.utils.parametrize, and the older torch.nn.utils.weight_norm
-        **{name: list(p._parameters.values()) for name, p in getattr(module, "parametrizations", {}).items()},
-        **{
-            n[:-2]: [module._parameters[f"{n[:-2]}_{s}"] for s in "vg"]
-            for n in own
-            if n.endswith("_g") and f"{n[:-2]}_v" in own
-        },
-    }
-    for name, parts in sources.items():
-        originals = [_Own(tuple(t.shape), kept.get(id(t), {})) for t in parts if t is not None]
-        if not any(original.dims for original in originals):
-            continue
-        shape = tuple(getattr(module, name).shape)
-        dims: dict[int, Axis] = {}
-        for dim, size in enumerate(shape):
-            axes = {o[dim] for o in originals if len(o.shape) == len(shape) and o.shape[dim] == size}
-            if len(axes) > 1:
-                return f"the parts of its '{name}' keep different positions of dimension {dim}"
-            dims.update({dim: axis for axis in axes})
-        own[name] = _Own(shape, dims)
-    return own
-
-
-def _disagreement(module: nn.Module, kept: Mapping[int, Mapping[int, Axis]]) -> str:
-    """What does not fit together within one of torch's layers, or empty; other modules have no rule."""
-    rule = next((rule for kind, rule in _LAYER_RULES.items() if isinstance(module, kind)), None)
-    own = _own_tensors(module, kept)
-    if isinstance(own, str):
-        return own
-    return rule(module, own) if rule is not None and any(tensor.dims for tensor in own.values()) else ""
-
-
-def _blocks(axis: Axis, size: int, blocks: int) -> list[Axis]:
-    """The kept positions within each of equal blocks."""
-    width = size // blocks
-    positions = np.asarray(axis)
-    return [tuple((positions[positions // width == b] - b * width).tolist()) for b in range(blocks)]
-
-
-def _convolution(module: Any, own: Mapping[str, _Own]) -> str:
-    weight = own["weight"]
-    if any(dim > 1 for dim in weight.dims):
-        return "its kernel is cut"
-    first, second, groups = weight[0], weight[1], module.groups
-    counts = {len(block) for block in _blocks(first, weight.shape[0], groups)}
-    if groups == module.in_channels > 1:
-        # Depthwise: every remaining input channel keeps all of its outputs.
-        if not counts <= {0, weight.shape[0] // groups}:
-            return "its weight keeps a part of the outputs of an input channel"
-    elif len(counts) > 1:
-        return f"its weight keeps different numbers of channels in its {groups} groups"
-    outputs = first
-    if module.transposed:
-        starts = first if groups == module.in_channels > 1 else range(groups)
-        outputs = tuple(g * weight.shape[1] + p for g in starts for p in second)
-    return _unlike(own, {"bias": 0}, outputs)
-
-
-def _unlike(own: Mapping[str, _Own], dims: Mapping[str, int], expected: Axis) -> str:
-    for name, dim in dims.items():
-        if name in own and own[name][dim] != expected:
-            return f"'{name}' keeps {len(own[name][dim])} channels that are not the {len(expected)} of its weight"
-    return ""
-
-
-def _linear(module: Any, own: Mapping[str, _Own]) -> str:
-    return _unlike(own, {"bias": 0}, own["weight"][0])
-
-
-def _norm(module: Any, own: Mapping[str, _Own]) -> str:
-    names = [name for name in ("weight", "bias", "running_mean", "running_var") if name in own]
-    return _unlike(own, dict.fromkeys(names, 0), own[names[0]][0]) if names else ""
-
-
-def _layer_norm(module: Any, own: Mapping[str, _Own]) -> str:
-    if "weight" not in own:
-        return ""
-    dims = range(len(own["weight"].shape))
-    return next(filter(None, (_unlike(own, {"bias": dim}, own["weight"][dim]) for dim in dims)), "")
-
-
-def _group_norm(module: Any, own: Mapping[str, _Own]) -> str:
-    if "weight" in own and module.num_groups > 1:
-        counts = {len(block) for block in _blocks(own["weight"][0], module.num_channels, module.num_groups)}
-        if not counts <= {0, module.num_channels // module.num_groups}:
-            return f"its weight keeps a part of one of its {module.num_groups} groups"
-    return _norm(module, own)
-
-
-def _embedding(module: Any, own: Mapping[str, _Own]) -> str:
-    return "its rows are cut" if 0 in own["weight"].dims else ""
-
-
-_LAYER_RULES: Mapping[type[nn.Module], Callable[[Any, Mapping[str, _Own]], str]] = {
-    nn.modules.conv._ConvNd: _convolution,
-    nn.Linear: _linear,
-    nn.modules.batchnorm._NormBase: _norm,
-    nn.LayerNorm: _layer_norm,
-    nn.GroupNorm: _group_norm,
-    nn.Embedding: _embedding,
-}
-
-
-# -- deciding ------------------------------------------------------------------------------------------------------
 
 
 def make_plan(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]], *, algorithm: str = "") -> PruningPlan:

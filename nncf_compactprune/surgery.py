@@ -228,6 +228,7 @@ def prune_in_place(
     ema: nn.Module | None = None,
     plugins: Plugins | None = None,
     self_check: bool = True,
+    dry_run: bool = False,
 ) -> SelfCheck | None:
     """Cuts a model to a plan and proves that it computes what the masked model computed.
 
@@ -236,6 +237,7 @@ def prune_in_place(
     model takes its statistics over the kept channels.
 
     :param example_inputs: what both are run on, in eval mode.
+    :param dry_run: put everything back after the check.
     :return: the comparison, or None without ``self_check``.
     :raises PlanError: the plan does not fit.
     :raises SelfCheckError: the cut model does not run or computes something else. The model, optimizer and EMA copy are
@@ -266,6 +268,8 @@ def prune_in_place(
                 "The model was restored. Please report the architecture; ignored_scopes can leave the layer out."
             )
             raise SelfCheckError(msg)
+        if dry_run:
+            log.rollback()
         return SelfCheck(error, dtype, seconds + time.perf_counter() - started)
 
 

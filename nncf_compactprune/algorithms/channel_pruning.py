@@ -26,7 +26,8 @@ from nncf_compactprune.budget import Allocation, Limits, allocate
 from nncf_compactprune.channels import ChannelGraph, trace
 from nncf_compactprune.channels.tensors import named_modules
 from nncf_compactprune.config import AlgorithmConfig, Budget, Section
-from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError
+from nncf_compactprune.diagnosis import analyse
+from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
 from nncf_compactprune.masks import Masks
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.scopes import prunable_groups
@@ -96,22 +97,19 @@ class ChannelPruning(CompressionAlgorithm):
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
         params = self.config.params
-        with self._timed("trace"):
-            self._graph = trace(
-                self.context.model,
-                self.context.example_inputs,
-                plugins=self.context.plugins,
-                allow_approximate=params.allow_approximate,
-            )
-        self._prunable = self._select_groups(self._graph)
-        self._problem(self.target_rate)  # an impossible budget is told now, not after an hour of training
-        self.context.plugins.emit("traced", graph=self._graph)
         if state is not None:
+            self._analyse(trial=not state["cut"])
             self._restore(state)
         elif params.schedule == "one_shot" and params.num_init_steps == 0:
-            self._prune_now()
+            self._analyse(trial=False)  # the cut that follows is the trial
+            try:
+                self._prune_now()
+            except SelfCheckError:
+                self._analyse(trial=True)
+                self._prune_now()
         else:
-            self._masks = Masks(self.context.model, self._graph)
+            self._analyse(trial=True)
+            self._masks = Masks(self.context.model, self.graph)
 
     def epoch_step(self, epoch: int) -> None:
         params = self.config.params
@@ -193,6 +191,19 @@ class ChannelPruning(CompressionAlgorithm):
         }
 
     # -- how -----------------------------------------------------------------------------------------------------
+
+    def _analyse(self, *, trial: bool) -> None:
+        """Finds the groups; with a trial, those that the network's code does not let shrink are pinned now."""
+        with self._timed("trace"):
+            self._graph = (analyse if trial else trace)(
+                self.context.model,
+                self.context.example_inputs,
+                plugins=self.context.plugins,
+                allow_approximate=self.config.params.allow_approximate,
+            )
+        self._prunable = self._select_groups(self._graph)
+        self._problem(self.target_rate)  # an impossible budget is told now, not after an hour of training
+        self.context.plugins.emit("traced", graph=self._graph)
 
     def _select_groups(self, graph: ChannelGraph) -> list[bool]:
         prunable = prunable_groups(

@@ -58,6 +58,22 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """Channels that somebody else pins.
+
+    :param parameter: name; :param dim: dimension; :param positions: which of its channels.
+    :param text: why, in words, operation and module included.
+    :param location: ``file.py:line`` of the code, or empty.
+    """
+
+    parameter: str
+    dim: int
+    positions: tuple[int, ...]
+    text: str
+    location: str = ""
+
+
+@dataclass(frozen=True)
 class Solution:
     """The solved label space.
 
@@ -125,6 +141,12 @@ class LabelSpace:
             index = self._reason_ids[key] = len(self.reasons)
             self.reasons.append(reason)
         self._pins.append((labels, index))
+
+    def hold(self, hold: Hold) -> None:
+        """Pins channels from outside the trace."""
+        for slot in self.slots:
+            if (slot.parameter, slot.dim) == (hold.parameter, hold.dim):
+                self.pin(slot.start + np.array(hold.positions, np.int64), Reason(hold.text, "", hold.location))
 
     def solve(self) -> Solution:
         """Solves all equalities at once.

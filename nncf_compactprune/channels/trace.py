@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nncf_compactprune.channels.groups import ChannelGraph, build_graph
-from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Reason
+from nncf_compactprune.channels.labels import DimLabels, Hold, LabelArray, LabelSpace, Reason
 from nncf_compactprune.channels.shapes import without_arithmetic
 from nncf_compactprune.channels.tensors import NNCF_HOOKS, carries_channels, model_tensors, named_modules
 from nncf_compactprune.errors import TraceError
@@ -77,6 +77,7 @@ def trace(
     *,
     plugins: Plugins | None = None,
     allow_approximate: bool = False,
+    holds: Sequence[Hold] = (),
 ) -> ChannelGraph:
     """Analyses which channels of a model can be removed together, and what they cost.
 
@@ -89,6 +90,7 @@ def trace(
     :param plugins: where op rules come from, default: all installed.
     :param allow_approximate: offer groups whose removal changes a normalisation over channels (LayerNorm) instead of
         pinning them.
+    :param holds: channels to pin from outside, with reasons.
     :return: groups, pinned channels with reasons, exact cost model.
     :raises TraceError: the model does not run on the example input, or still carries NNCF hooks.
     """
@@ -100,6 +102,8 @@ def trace(
     except Exception:  # values mattered, or the run fails in any case: let real values tell
         tracer = Tracer(model, LabelSpace(), rules, shapes_only=False)
         tracer.run(example_inputs)
+    for hold in holds:
+        tracer.space.hold(hold)
     return build_graph(
         tensors=tracer.tensors,
         space=tracer.space,
@@ -223,7 +227,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def pin(self, labels: LabelArray | None, text: str, *, kind: str = "pinned", locate: bool = True) -> None:
         """States why these channels must stay."""
         if labels is not None:
-            location = _user_location() if locate and kind == "pinned" else ""
+            location = user_location(2) if locate and kind == "pinned" else ""
             self.space.pin(labels, Reason(text, self.module, location, kind))
 
     def pin_tensor(self, tensor: Tensor, text: str, *, kind: str = "pinned", locate: bool = True) -> None:
@@ -308,9 +312,9 @@ def _unresolved(*_: Any) -> None:
 _UNRESOLVED: Callable[..., None] = _unresolved
 
 
-def _user_location() -> str:
-    """The innermost line of code outside torch and this package that is running."""
-    frame = sys._getframe(2)
+def user_location(depth: int) -> str:
+    """The innermost line of code outside torch and this package that is running, ``depth`` frames up or more."""
+    frame = sys._getframe(depth)
     while frame is not None:
         filename = frame.f_code.co_filename
         if not filename.startswith((_TORCH_ROOT, _PACKAGE_ROOT, "<")):

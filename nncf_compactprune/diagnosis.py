@@ -1,0 +1,291 @@
+"""Why a cut model does not run, or computes something else: the first operation that departs from what channel analysis
+predicts, and the groups that it touches.
+
+Analysis takes views and splits at their word; a network that writes a width into its code (``x[:, :64]``,
+``split(x, self.width)``) breaks once that width shrinks. The dense model is run once more with labels recorded, which
+predicts the shape of every intermediate result of the cut model (and, from the masked model, what it holds); the cut
+model is run beside that list, and the first operation that differs names module, line and groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nncf.common.logging import nncf_logger
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nncf_compactprune.channels import ChannelGraph, Hold, trace
+from nncf_compactprune.channels.labels import DimLabels, LabelSpace
+from nncf_compactprune.channels.tensors import model_tensors
+from nncf_compactprune.channels.trace import Tracer, call_model, evaluating, user_location
+from nncf_compactprune.errors import SelfCheckError
+from nncf_compactprune.plan import PruningPlan, make_plan
+from nncf_compactprune.plugins import Plugins, default_plugins
+from nncf_compactprune.surgery import NormOverKept, Transaction, cut, prune_in_place, zero_removed
+
+VALUE_TOLERANCE = 1e-3
+
+
+def analyse(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    plugins: Plugins | None = None,
+    allow_approximate: bool = False,
+) -> ChannelGraph:
+    """Channel analysis whose groups were tried out: about half of every group is cut on trial, checked and put back.
+
+    Groups that the network's code does not let shrink are pinned with operation, module and line; the others are
+    proven to go together. The model is left as it was.
+
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+    :param allow_approximate: also offer channels that a LayerNorm normalises over.
+    :return: as :func:`~nncf_compactprune.channels.trace`, with the refused groups among the pinned.
+    :raises TraceError: the model does not run on the example input.
+    :raises SelfCheckError: the cut fails and no operation could be named for it.
+    """
+    holds: list[Hold] = []
+    while True:
+        graph = trace(
+            model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, holds=holds
+        )
+        if not graph.groups:
+            return graph
+        plan = _half_of_everything(graph)
+        if plan.is_identity:
+            return graph
+        try:
+            prune_in_place(model, plan, example_inputs, plugins=plugins, dry_run=True)
+        except SelfCheckError:
+            culprit = find_culprit(model, plan, graph, example_inputs, plugins=plugins)
+            if culprit is None:
+                raise
+            nncf_logger.debug("Left whole: %s", culprit.reason)
+            for index in culprit.groups:
+                first = graph.groups[index].members[0]
+                holds.append(Hold(first.parameter, first.dim, tuple(first.indices.ravel().tolist()), culprit.reason,
+                                  culprit.location))
+        else:
+            return graph
+
+
+def _half_of_everything(graph: ChannelGraph) -> PruningPlan:
+    """Drops a random half of every group: a constant in the code must not fit by chance."""
+    generator = np.random.default_rng(0)
+    keep = []
+    for group in graph.groups:
+        mask = np.zeros(group.size, bool)
+        mask[generator.permutation(group.size)[: max((group.size + 1) // 2, 1)]] = True
+        keep.append(mask)
+    return make_plan(graph, keep)
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """What stands in the way of a cut.
+
+    :param groups: indices of the groups to leave whole.
+    :param reason: in words, naming operation and module.
+    :param location: ``file.py:line`` of the code, or empty.
+    """
+
+    groups: tuple[int, ...]
+    reason: str
+    location: str
+
+
+@dataclass
+class _Record:
+    """One operation of the masked dense run."""
+
+    name: str
+    module: str
+    kind: str
+    location: str
+    inputs: list[DimLabels]
+    outputs: list[DimLabels]
+    shapes: list[tuple[int, ...]]
+    sizes: list[float]
+
+
+def find_culprit(
+    model: nn.Module,
+    plan: PruningPlan,
+    graph: ChannelGraph,
+    example_inputs: Any,
+    *,
+    plugins: Plugins | None = None,
+) -> Culprit | None:
+    """Looks for what stands in the way of a plan.
+
+    :param model: dense; it is masked and cut on the way, and left as it was.
+    :return: the groups to leave whole, or None where the cut model follows the masked one to the end.
+    """
+    records, removed, group_of_label = _masked_records(model, plan, graph, example_inputs, plugins)
+    follower = _Follower(records)
+    log = Transaction()
+    try:
+        cut(log, model, plan, plugins=plugins)
+        try:
+            with evaluating(model), follower:
+                call_model(model, example_inputs)
+        except Exception as error:
+            follower.note_failure(error)
+    finally:
+        log.rollback()
+    if follower.found is None:
+        return None
+    at, what = follower.found
+    for record in reversed(records[max(at - 8, 0) : at + 1]):  # the operation, or the nearest one before it
+        groups = _touched(record, removed, group_of_label)
+        if groups.size:
+            alike = [r for r in records if (r.name, r.location, r.kind) == (record.name, record.location, record.kind)]
+            groups = np.unique(np.concatenate([_touched(r, removed, group_of_label) for r in alike]))
+            where = f" in '{record.module}'" if record.module else ""
+            reason = f"{record.name}{where} does not follow a smaller width: {what}"
+            return Culprit(tuple(groups.tolist()), reason, record.location)
+    return None
+
+
+def _touched(
+    record: _Record, removed: npt.NDArray[np.bool_], group_of_label: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Groups that lose channels among what an operation reads and writes."""
+    labels = [a for dims in (*record.inputs, *record.outputs) for a in dims if a is not None]
+    touched = np.concatenate(labels) if labels else np.empty(0, np.int64)
+    groups = np.unique(group_of_label[touched[removed[touched]]])
+    return groups[groups >= 0]
+
+
+def _masked_records(
+    model: nn.Module, plan: PruningPlan, graph: ChannelGraph, example_inputs: Any, plugins: Plugins | None
+) -> tuple[list[_Record], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Runs the masked model with labels, twice: the second time every label's fate is known."""
+    rules = (plugins or default_plugins()).op_rules
+    parameters = model_tensors(model).parameters
+    log = Transaction()
+    try:
+        for name in plan.kept:
+            if name in parameters:
+                log.set_data(parameters[name], zero_removed(parameters[name].data, plan.masked_dims(name)))
+        first = _Recorder(model, LabelSpace(), rules, None)
+        first.run(example_inputs)
+        removed, group_of_label = _fates(first.space, plan, graph)
+        second = _Recorder(model, LabelSpace(), rules, removed)
+        with NormOverKept(model, plan):
+            second.run(example_inputs)
+    finally:
+        log.rollback()
+    return second.records, removed, group_of_label
+
+
+def _fates(
+    space: LabelSpace, plan: PruningPlan, graph: ChannelGraph
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Which labels go, and which group each belongs to (-1: none)."""
+    solution = space.solve()
+    gone = np.zeros(len(solution.pin), bool)
+    group_of_class = np.full(len(solution.pin), -1, np.int64)
+    start = {(slot.parameter, slot.dim): slot.start for slot in space.slots}
+    for slot in space.slots:
+        if slot.dim in plan.kept.get(slot.parameter, {}):
+            labels = np.ones(slot.size, bool)
+            labels[plan.indices(slot.parameter, slot.dim).numpy()] = False
+            gone[solution.component[slot.start + np.flatnonzero(labels)]] = True
+    for index, group in enumerate(graph.groups):
+        for member in group.members:
+            group_of_class[solution.component[start[member.parameter, member.dim] + member.indices.ravel()]] = index
+    return gone[solution.component], group_of_class[solution.component]
+
+
+class _Recorder(Tracer):
+    """Notes every operation's labels, predicted shapes and, from real arithmetic, the size of what is kept."""
+
+    def __init__(
+        self, model: nn.Module, space: LabelSpace, rules: Mapping[str, Any], removed: npt.NDArray[np.bool_] | None
+    ) -> None:
+        super().__init__(model, space, rules, shapes_only=removed is None)
+        self.records: list[_Record] = []
+        self._removed = removed
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        inputs = [self.labels(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if self._removed is not None:
+            tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            record = _Record(str(func.overloadpacket), self.module, self._kind(), user_location(1), inputs, [], [], [])
+            for tensor in tensors:
+                kept = self._kept_part(tensor)
+                record.outputs.append(self.labels(tensor))
+                record.shapes.append(tuple(kept.shape))
+                record.sizes.append(_size(kept))
+            self.records.append(record)
+        return out
+
+    def _kind(self) -> str:
+        return type(self.model.get_submodule(self.module)).__name__
+
+    def _kept_part(self, tensor: Tensor) -> Tensor:
+        assert self._removed is not None
+        for dim, labels in enumerate(self.labels(tensor)):
+            if labels is not None and self._removed[labels].any():
+                keep = torch.from_numpy(np.flatnonzero(~self._removed[labels])).to(tensor.device)
+                tensor = tensor.index_select(dim, keep)
+        return tensor
+
+
+def _size(tensor: Tensor) -> float:
+    """Sum of absolute values: what two runs of the same operation must agree on."""
+    return float(tensor.detach().double().abs().sum()) if tensor.is_floating_point() else math.nan
+
+
+class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs the cut model beside the records and notes the first difference."""
+
+    def __init__(self, records: Sequence[_Record]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._records = records
+        self._at = 0
+        self.found: tuple[int, str] | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.found is None:
+            self._compare(func, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
+            self._at += 1
+        return out
+
+    def note_failure(self, error: Exception) -> None:
+        """The run ended early at the operation after the last one."""
+        if self.found is None:
+            lines = str(error).strip().splitlines()
+            self.found = (min(self._at, len(self._records) - 1), f"{type(error).__name__}: {lines[0] if lines else ''}")
+
+    def _compare(self, func: Any, tensors: Sequence[Tensor]) -> None:
+        if self._at >= len(self._records):
+            self.found = (len(self._records) - 1, "the network took another path")
+            return
+        record = self._records[self._at]
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if str(func.overloadpacket) != record.name:
+            self.found = (self._at, f"the network took another path ({func.overloadpacket})")
+        elif shapes != record.shapes:
+            self.found = (self._at, f"expected shape {record.shapes[:1]}, got {shapes[:1]}")
+        elif any(
+            abs(_size(tensor) - size) > VALUE_TOLERANCE * max(size, 1e-6)
+            for tensor, size in zip(tensors, record.sizes, strict=True)
+            if not math.isnan(size) and not record.name.startswith("aten.empty")
+        ):
+            self.found = (self._at, "it computes something else on fewer channels")
