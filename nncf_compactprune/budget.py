@@ -16,6 +16,8 @@ import numpy.typing as npt
 from nncf_compactprune.channels import ChannelGraph, ChannelGroup
 from nncf_compactprune.errors import BudgetError, nearest
 
+RESOLUTION = 1e-6  # of the bisections: finer than one channel in any group
+
 Widths = npt.NDArray[np.float64]
 Scores = Sequence[npt.NDArray[np.float64]]
 
@@ -124,7 +126,7 @@ def _largest(problem: Allocation, widths_at: Callable[[float], Widths], low: flo
     """Bisection for the largest argument that fits; ``widths_at`` grows with it and fits at ``low``."""
     if problem.fits(widths_at(high)):
         return widths_at(high)
-    for _ in range(50):
+    while high - low > RESOLUTION:
         middle = (low + high) / 2
         if problem.fits(widths_at(middle)):
             low = middle

@@ -69,10 +69,11 @@ def save_pruned(model: nn.Module, directory: PathLike, *, config: Mapping[str, A
         checkpoint is as it was.
     """
     folder = Path(directory)
+    _refuse_hooks(model)
+    tensors = _persistent(model)
     plan = _plan_to_save(model)
     text = plan.to_json().encode() + b"\n"
     document = None if config is None else _config_text(config)
-    tensors = {name: _savable(name, tensor) for name, tensor in _persistent(model).items()}
     metadata = {"format": "pt", PLAN_DIGEST: _digest(text)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,14 +122,9 @@ def load_pruned(
     :raises CompactPruneError: weights that are missing, damaged, or of other names, shapes or dtypes. After any of
         these errors a model that was passed is bit for bit what it was.
     """
-    model = model_or_factory if isinstance(model_or_factory, nn.Module) else model_or_factory()
-    if not isinstance(model, nn.Module):
-        msg = f"load_pruned: expected a torch.nn.Module or a function that builds one, got {type(model).__name__}."
-        raise CompactPruneError(msg)
+    model = _dense_model(model_or_factory)
     _refuse_hooks(model)
     tensors = _persistent(model)
-    for name, tensor in tensors.items():
-        _savable(name, tensor)
     folder = Path(directory)
     with _opened(folder / WEIGHTS_FILE) as file:
         plan = _read_plan(folder, model, (file.metadata() or {}).get(PLAN_DIGEST))
@@ -147,6 +143,16 @@ def load_pruned(
     return model
 
 
+def _dense_model(model_or_factory: Any) -> nn.Module:
+    model = model_or_factory
+    if callable(model) and not isinstance(model, nn.Module):
+        model = model()
+    if not isinstance(model, nn.Module):
+        msg = f"load_pruned: expected a torch.nn.Module or a function that builds one, got {type(model).__name__}."
+        raise CompactPruneError(msg)
+    return model
+
+
 # -- what is saved ---------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +165,7 @@ def _persistent(model: nn.Module) -> dict[str, Tensor]:
         for name in module._non_persistent_buffers_set
         if module._buffers.get(name) is not None
     }
-    return {name: tensor for name, tensor in everything.named() if id(tensor) not in temporary}
+    return {name: _savable(name, tensor) for name, tensor in everything.named() if id(tensor) not in temporary}
 
 
 def _refuse_hooks(model: nn.Module) -> None:
@@ -173,7 +179,6 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 
 def _plan_to_save(model: nn.Module) -> PruningPlan:
-    _refuse_hooks(model)
     tensors = model_tensors(model)
     for name, module in named_modules(model):
         if type(module).get_extra_state is not nn.Module.get_extra_state:

@@ -113,6 +113,7 @@ def apply_plan(
     :param ema: a module with the same parameter names, or a holder with a ``module`` attribute; cut alike.
     :raises PlanError: the plan does not fit; the model is untouched.
     """
+    plan.validate(model)
     with transaction() as log:
         cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
 
@@ -126,8 +127,7 @@ def cut(
     ema: nn.Module | None = None,
     plugins: Plugins | None = None,
 ) -> None:
-    """The same inside a running transaction."""
-    plan.validate(model)
+    """The same inside a running transaction, for a plan that was validated."""
     shadow = None if ema is None else _matching_module(ema, plan)
     if optimizer is not None:
         _cut_optimizer(log, model, plan, optimizer)

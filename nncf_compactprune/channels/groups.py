@@ -171,21 +171,21 @@ def _groups(
     group_of_class = np.full(len(solution.pin), -1, np.int64)
     if not labels.size:
         return [], group_of_class
-    order = np.lexsort((labels, slots, classes))
+    order = np.argsort(classes, kind="stable")  # labels ascend, and slots with them
     labels, classes, slots = labels[order], classes[order], slots[order]
     starts = np.flatnonzero(np.r_[True, (classes[1:] != classes[:-1]) | (slots[1:] != slots[:-1])])
     counts = np.diff(np.r_[starts, labels.size])
     signatures = np.zeros(len(solution.pin), np.uint64)
     np.add.at(signatures, classes[starts], _mix(slots[starts], counts))
-    present = np.unique(classes)
+    present = classes[np.flatnonzero(np.r_[True, classes[1:] != classes[:-1]])]
     kinds, first, kind_of = np.unique(signatures[present], return_index=True, return_inverse=True)
     rank = np.empty(len(kinds), np.int64)
     rank[np.argsort(first)] = np.arange(len(kinds))
     group_of_class[present] = rank[kind_of]
 
     group_of_label = group_of_class[classes]
-    order = np.lexsort((labels, classes, slots, group_of_label))
-    labels, classes, slots, group_of_label = labels[order], classes[order], slots[order], group_of_label[order]
+    order = np.argsort(group_of_label * len(space.slots) + slots, kind="stable")  # classes ascend inside
+    labels, slots, group_of_label = labels[order], slots[order], group_of_label[order]
     cuts = np.flatnonzero(np.r_[True, (group_of_label[1:] != group_of_label[:-1]) | (slots[1:] != slots[:-1])])
     sizes = np.bincount(group_of_class[present], minlength=len(kinds))
     members: list[list[Member]] = [[] for _ in kinds]
@@ -238,14 +238,14 @@ def _words(reason: Reason) -> str:
 def _pinned(space: LabelSpace, solution: Solution, free: npt.NDArray[np.bool_]) -> list[PinnedGroup]:
     """Pinned producers, one entry for each parameter and reason."""
     result = []
+    reason_of_class = np.where(free, -1, np.where(solution.pin >= 0, solution.pin, solution.approximate))
+    reason_of_label = reason_of_class[solution.component]
     for index, slot in enumerate(space.slots):
         role = space.roles.get(index, "other")
         if slot.is_buffer or role in ("in", "norm"):
             continue
-        classes = solution.component[slot.start : slot.start + slot.size]
-        held = classes[~free[classes]]
-        reasons = np.where(solution.pin[held] >= 0, solution.pin[held], solution.approximate[held])
-        for reason_index in np.unique(reasons):
+        reasons = reason_of_label[slot.start : slot.start + slot.size]
+        for reason_index in set(reasons[reasons >= 0].tolist()):
             reason = solution.reasons[reason_index]
             if reason.kind == "structural" or (role == "other" and slot.dim > 0) or slot.parameter.endswith(".bias"):
                 continue

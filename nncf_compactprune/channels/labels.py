@@ -129,7 +129,8 @@ class LabelSpace:
     def unify(self, left: LabelArray, right: LabelArray) -> None:
         """Declares ``left[i]`` and ``right[i]`` the same channel, for every i (broadcasting)."""
         if left is not right:
-            left, right = np.broadcast_arrays(left, right)
+            if left.shape != right.shape:
+                left, right = np.broadcast_arrays(left, right)
             self._left.append(left.ravel())
             self._right.append(right.ravel())
 

@@ -7,6 +7,7 @@ labels equal (``tracer.unify``), pins them with a reason (``tracer.pin``) and ad
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def dims_of(value: Any, rank: int) -> list[int]:
     return [v % rank if rank else 0 for v in values]
 
 
+@functools.cache
 def name_of(func: Any) -> str:
     """``aten.mean`` for any overload."""
     return str(func.overloadpacket)

@@ -199,7 +199,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def has_labels(self, tensor: Tensor) -> bool:
         """Whether any dimension carries labels."""
-        return any(array is not None for array in self.labels(tensor))
+        return id(tensor) in self._constants or hasattr(tensor, _LABELS)
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter or buffer, or computed from these alone (a transposed or scaled weight)."""
@@ -207,8 +207,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def set(self, tensor: Tensor, labels: Sequence[LabelArray | None]) -> None:
         """States the labels of an operation's result."""
-        if id(tensor) not in self._constants:
-            setattr(tensor, _LABELS, tuple(labels))
+        if id(tensor) in self._constants:
+            return
+        for array in labels:
+            if array is not None:
+                setattr(tensor, _LABELS, tuple(labels))
+                return
+        if hasattr(tensor, _LABELS):
+            delattr(tensor, _LABELS)
 
     def unify(self, left: LabelArray, right: LabelArray) -> None:
         """Declares labels equal position by position."""

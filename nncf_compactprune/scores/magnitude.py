@@ -29,6 +29,8 @@ def filters(group: ChannelGroup, parameters: Mapping[str, Tensor]) -> list[Tenso
 
 def _rows(weight: Tensor, member: Member) -> Tensor:
     rows = weight.detach().float().movedim(member.dim, 0).reshape(weight.shape[member.dim], -1)
+    if member.indices.shape == (len(rows), 1):
+        return rows  # every position is a channel: positions ascend, so this is their order
     indices = torch.as_tensor(member.indices, device=rows.device)
     return rows[indices.reshape(-1)].reshape(indices.shape[0], -1)
 
