@@ -20,7 +20,7 @@ from nncf_compactprune.config import json_schema
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import export_model
 from nncf_compactprune.integrations.inspection import Inspection, inspect_model
-from nncf_compactprune.integrations.pipeline import load_pruned, run
+from nncf_compactprune.integrations.pipeline import load_run, run
 from nncf_compactprune.plugins import default_plugins
 from nncf_compactprune.report import rich_table
 from nncf_compactprune.report.writing import write_whole
@@ -113,7 +113,7 @@ def export_command(
     precisions: Annotated[list[str] | None, typer.Option("--precision", help="fp32, fp16; repeatable.")] = None,
 ) -> None:
     """Export a pruned model to ONNX and OpenVINO IR, and verify the files in their runtimes."""
-    pruned = load_pruned(directory)
+    pruned = load_run(directory)
     target = output if output is not None else directory / "pruned"
     files = export_model(pruned.model, pruned.example_inputs, target, formats or None, precisions or None)
     table = Table("File", "Format", "Bytes", "Runtime", "Error", "Tolerance")

@@ -164,6 +164,8 @@ class PruningPlan:
 
         :raises PlanError: ``later`` keeps positions that this plan does not leave.
         """
+        if self.is_identity or later.is_identity:  # an identity may not know its MACs
+            return later if self.is_identity else self
         kept = {name: dict(dims) for name, dims in self.kept.items()}
         for name, dims in later.kept.items():
             for dim, positions in dims.items():

@@ -105,7 +105,8 @@ def test_replay_in_another_process_is_bit_identical(tmp_path):
     model = pruned("residual")
     save_pruned(model, tmp_path)
     code = (
-        "import sys, torch; from networks import residual, images; from nncf_compactprune.checkpoint import load_pruned;"
+        "import sys, torch; from networks import residual, images;"
+        "from nncf_compactprune.checkpoint import load_pruned;"
         "model = load_pruned(residual, sys.argv[1]).eval();"
         "torch.set_grad_enabled(False); sys.stdout.buffer.write(model(images(torch.float32)).numpy().tobytes())"
     )
@@ -213,7 +214,7 @@ def test_not_strict(tmp_path):
 # -- whole or not at all ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", range(8))
+@pytest.mark.parametrize("step", range(7))  # fsync and replace of the next plan, weights, plan; unlink
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_save_leaves_the_old_or_the_new_checkpoint(step, when, tmp_path, monkeypatch):
     old, new = pruned(seed=1), pruned(seed=2)
@@ -260,9 +261,11 @@ def test_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(CompactPruneError, match="No space left"):
+    new = pruned(seed=2)
+    with monkeypatch.context() as patch:
         patch.setattr("nncf_compactprune.checkpoint.save_file", full)
-        save_pruned(pruned(seed=2), tmp_path)
+        with pytest.raises(CompactPruneError, match="No space left"):
+            save_pruned(new, tmp_path)
     assert torch.equal(output(load_pruned(untrained(), tmp_path)), output(old))
     assert sorted(os.listdir(tmp_path)) == [WEIGHTS, PLAN]
 
@@ -308,13 +311,6 @@ CONSUMER = "features.1.conv1.weight"
 
 def pad_name(d):
     d["kept"]["x" * 10**6] = {"0": [0]}
-
-
-def cut_producer_only(d):
-    """Fits layer by layer, with honest counts: only a run can tell."""
-    gone = len(d["kept"]["features.1.conv2.weight"]["1"]) * 0  # the name must exist
-    before = d["kept"]["features.1.conv1.weight"].pop("0", None)
-    assert before is not None, gone
 
 
 @pytest.mark.parametrize(
@@ -552,9 +548,10 @@ def test_failure_while_loading_restores(saved, monkeypatch):
             raise torch.OutOfMemoryError
         return empty_like(*args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+    with monkeypatch.context() as patch:
         patch.setattr(torch, "empty_like", failing)
-        load_pruned(model, saved)
+        with pytest.raises(torch.OutOfMemoryError):
+            load_pruned(model, saved)
     assert same(before, snapshot(model))
     assert all(torch.equal(grads[n], p.grad) for n, p in model.named_parameters())
     assert plan_of(model) is None

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from nncf_compactprune.cli import main
 from nncf_compactprune.integrations.datasets import resolve_dataset
-from nncf_compactprune.integrations.pipeline import load_pruned
+from nncf_compactprune.integrations.pipeline import load_run
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.training import evaluate
 from nncf_compactprune.version import __version__
@@ -154,7 +154,7 @@ def test_run_writes_a_page_that_names_every_group(finished: Path) -> None:
 
 def test_checkpoint_comes_back_with_the_accuracy_of_the_report(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
-    pruned = load_pruned(finished)
+    pruned = load_run(finished)
     assert evaluate(pruned.model, resolve_dataset("digits").test_loader(64)) == report["pruned"]["accuracy"]
     assert isinstance(pruned.example_inputs, torch.Tensor)
     assert pruned.example_inputs.shape == (1, 1, 16, 16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from nncf_compactprune.channels.labels import LabelArray, LabelSpace, Reason, So
 from nncf_compactprune.channels.tensors import ModelTensors
 
 if TYPE_CHECKING:
-    from nncf_compactprune.channels.trace import MacTerm
+    from nncf_compactprune.channels.trace import AttributeTerm, MacTerm
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,30 @@ class PinnedGroup:
 
 
 @dataclass(frozen=True, eq=False)
+class AttributeFact:
+    """An integer that a module keeps about channels which its parameters do not show (``num_heads``).
+
+    :param module: name; :param attribute: its attribute; :param unit: what one kept channel counts.
+    :param groups: group of each channel it counts, -1 where pinned, shape ``[channels]``.
+    :param channels: position of each in its group, shape ``[channels]``.
+    """
+
+    module: str
+    attribute: str
+    unit: int
+    groups: npt.NDArray[np.int64]
+    channels: npt.NDArray[np.int64]
+
+    def value(self, keep: Sequence[npt.NDArray[np.bool_]]) -> int:
+        """The attribute after a cut.
+
+        :param keep: for each group which channels stay.
+        """
+        counted = (group < 0 or keep[group][channel] for group, channel in zip(self.groups, self.channels, strict=True))
+        return self.unit * sum(map(int, counted))
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """What a trace found.
 
@@ -82,6 +106,7 @@ class ChannelGraph:
     :param pinned: channels that stay, with reasons; dimensions that never were channels are left out.
     :param cost: exact MACs and parameters as functions of the group widths.
     :param parameters: name to shape of every floating parameter and buffer, in model order: the plan's fingerprint.
+    :param attributes: integers that modules keep about channels, beside those that follow from their own parameters.
     :param tied: other names of shared parameters, to the name used here.
     :param unsupported_ops: operations without a rule, with how often they met channels.
     """
@@ -90,6 +115,7 @@ class ChannelGraph:
     pinned: tuple[PinnedGroup, ...]
     cost: CostModel
     parameters: Mapping[str, tuple[int, ...]]
+    attributes: tuple[AttributeFact, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     unsupported_ops: Mapping[str, int] = field(default_factory=dict)
 
@@ -114,6 +140,7 @@ def build_graph(
     tensors: ModelTensors,
     space: LabelSpace,
     mac_terms: Sequence[MacTerm],
+    attributes: Sequence[AttributeTerm],
     batch: int,
     unsupported_ops: Mapping[str, int],
     allow_approximate: bool,
@@ -134,9 +161,23 @@ def build_graph(
         pinned=tuple(_pinned(space, solution, free)),
         cost=CostModel(macs, params),
         parameters=tensors.shapes(),
+        attributes=tuple(_attribute_facts(attributes, solution, group_of_class)),
         tied=tensors.tied,
         unsupported_ops=dict(unsupported_ops),
     )
+
+
+def _attribute_facts(
+    terms: Sequence[AttributeTerm], solution: Solution, group_of_class: LabelArray
+) -> Iterator[AttributeFact]:
+    position = np.full(len(group_of_class), -1, np.int64)
+    for group in range(int(group_of_class.max(initial=-1)) + 1 if terms else 0):
+        classes = np.flatnonzero(group_of_class == group)
+        position[classes] = np.arange(classes.size)
+    for term in terms:
+        classes = solution.component[term.labels]
+        if (group_of_class[classes] >= 0).any():
+            yield AttributeFact(term.module, term.attribute, term.unit, group_of_class[classes], position[classes])
 
 
 def _pin_unused(space: LabelSpace) -> None:

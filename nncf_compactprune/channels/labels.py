@@ -6,7 +6,7 @@ and pins as whole arrays; nothing is looked up or merged until :meth:`LabelSpace
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -103,10 +103,20 @@ class LabelSpace:
         self.reasons: list[Reason] = []
         self._reason_ids: dict[Any, int] = {}
 
-    def allocate(self, parameter: str, shape: Iterable[int], is_buffer: bool) -> DimLabels:
-        """Returns fresh labels for every dimension of a parameter or buffer."""
-        labels = []
+    def allocate(self, parameter: str, shape: Sequence[int], is_buffer: bool) -> DimLabels:
+        """Returns fresh labels for every dimension of a parameter, and for those of a buffer that can be channels.
+
+        Buffers of one dimension are statistics, of two or three tables with the width last (position embeddings), of
+        more kernels or maps with channels in the first two; their other dimensions (windows, positions) stay as they are.
+        """
+        candidates = range(len(shape))
+        if is_buffer and len(shape) > 1:
+            candidates = range(2) if len(shape) > 3 else range(len(shape) - 1, len(shape))
+        labels: list[LabelArray | None] = []
         for dim, size in enumerate(shape):
+            if dim not in candidates:
+                labels.append(None)
+                continue
             array = self.fresh(size)
             self._slot_by_array[id(array)] = len(self.slots)
             self._slot_arrays.append(array)

@@ -92,7 +92,8 @@ def broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], r
                 continue
             array = tracer.labels(tensor)[own]
             if tensor.shape[own] != shape[d]:
-                tracer.pin(array, "a single channel is broadcast over many")
+                kind = "structural" if tracer.is_constant(tensor) else "pinned"
+                tracer.pin(array, "a single channel is broadcast over many", kind=kind)
             elif array is None:
                 fixed = fixed or shape[d] != 1
             elif joined is None:
@@ -284,12 +285,45 @@ def embedding(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
     "scaled_dot_product_attention", "_scaled_dot_product_fused_attention_overrideable",
 )  # fmt: skip
 def attention(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-    """Fused attention: two matrix products; heads and head dimensions stay unless an adapter knows the module."""
+    """Fused attention: two matrix products, head by head.
+
+    Query and key meet in the head dimension, whose width sets the scale, so it stays; the value's width passes on, and so do whole heads.
+    """
     query, key, value = args[0], args[1], args[2]
+    mask = kwargs.get("attn_mask", args[3] if len(args) > 3 and isinstance(args[3], Tensor) else None)
+    result: list[LabelArray | None] = []
+    for d in range(query.dim() - 2):
+        heads = []
+        for tensor in (query, key, value):
+            array = tracer.labels(tensor)[d]
+            if tensor.shape[d] == query.shape[d]:
+                heads.append(array)
+            else:
+                tracer.pin(array, "attention heads that share keys and values")
+                heads.append(None)
+        if mask is not None:
+            own = d - query.dim() + mask.dim()
+            if own >= 0 and mask.shape[own] > 1:
+                heads.append(tracer.labels(mask)[own])
+        result.append(join(tracer, heads, "attention heads that meet fixed ones"))
     for tensor in (query, key, value):
-        tracer.pin_tensor(tensor, "attention heads")
-    tracer.count_macs(int(np.prod(query.shape)) * key.shape[-2])
-    tracer.count_macs(int(np.prod(query.shape[:-1])) * key.shape[-2] * value.shape[-1])
+        tracer.pin(tracer.labels(tensor)[-2], "positions of attention")
+    for tensor in (query, key):
+        tracer.pin(tracer.labels(tensor)[-1], "width of an attention head, which sets its scale")
+    heads_of = next((array for array in result if array is not None), None)
+    tracer.count_macs(int(np.prod(query.shape)) * key.shape[-2], heads_of)
+    tracer.count_macs(int(np.prod(query.shape[:-1])) * key.shape[-2] * value.shape[-1], heads_of)
+    tracer.set(out[0] if isinstance(out, (tuple, list)) else out, [*result, None, tracer.labels(value)[-1]])
+
+
+def join(tracer: Tracer, arrays: Sequence[LabelArray | None], reason: str) -> LabelArray | None:
+    """Declares dimensions of equal size the same; where one of them is fixed, all are pinned."""
+    labelled = [array for array in arrays if array is not None]
+    for array in labelled[1:]:
+        tracer.unify(labelled[0], array)
+    if labelled and len(labelled) < len(arrays):
+        tracer.pin(labelled[0], reason)
+    return labelled[0] if labelled else None
 
 
 # -- normalisation ---------------------------------------------------------------------------------------------------
@@ -489,7 +523,8 @@ def reshape(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     if out.dtype != x.dtype or 0 in x.shape:
         tracer.pin_tensor(x, "reinterpreted by a view")
         return
-    tracer.set(out, reshape_labels(tracer.labels(x), x.shape, out.shape, tracer.unify, tracer.pin))
+    labels = reshape_labels(tracer.labels(x), x.shape, out.shape, tracer.unify, tracer.pin, tracer.head_axis)
+    tracer.set(out, labels)
 
 
 @rule("permute", "transpose", "t", "movedim", "numpy_T", "swapaxes")
@@ -537,7 +572,8 @@ def expand(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
         if x.shape[d] == out.shape[at]:
             result[at] = array
         elif name_of(func) == "aten.expand":
-            tracer.pin(array, "a single channel is broadcast over many")
+            kind = "structural" if tracer.is_constant(x) else "pinned"
+            tracer.pin(array, "a single channel is broadcast over many", kind=kind)
         else:
             result[at] = np.tile(array, out.shape[at] // x.shape[d])
     tracer.set(out, result)
@@ -649,8 +685,9 @@ def pick(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
         used = [d for d, index in enumerate(indices) if index is not None]
         contiguous = used == list(range(used[0], used[-1] + 1))
         width = out.dim() - (x.dim() - len(used))
-        for d in used:
-            tracer.pin(labels[d], "picked by an index tensor")
+        for d in used:  # of a parameter: rows of a look-up table, which never were channels
+            kind = "structural" if tracer.is_constant(x) else "pinned"
+            tracer.pin(labels[d], "picked by an index tensor", kind=kind)
         rest_before = list(labels[: used[0]]) if contiguous else []
         rest = [labels[d] for d in range(x.dim()) if d not in used]
         bool_index = any(i is not None and not i.is_floating_point() and str(i.dtype) == "torch.bool" for i in indices)

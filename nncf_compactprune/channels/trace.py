@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
@@ -28,6 +29,26 @@ _LABELS = "_compactprune_labels"
 _CONSTANT = "_compactprune_constant"
 _TORCH_ROOT = os.path.dirname(torch.__file__) + os.sep
 _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head", "heads")
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_head", "key_dim")
+HEAD_PRODUCTS = ("attn_dim", "all_head_size", "inner_dim", "nh_kd")
+
+
+@dataclass(frozen=True)
+class AttributeTerm:
+    """An integer that a module keeps about its channels and that parameters do not show.
+
+    :param module: name of the module; :param attribute: its attribute.
+    :param unit: what one kept channel counts.
+    :param labels: the channels.
+    """
+
+    module: str
+    attribute: str
+    unit: int
+    labels: LabelArray
 
 
 @dataclass(frozen=True)
@@ -108,6 +129,7 @@ def trace(
         tensors=tracer.tensors,
         space=tracer.space,
         mac_terms=tracer.mac_terms,
+        attributes=tracer.attributes,
         batch=_batch_size(example_inputs),
         unsupported_ops=dict(tracer.unsupported),
         allow_approximate=allow_approximate,
@@ -150,7 +172,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._resolved: dict[Any, Callable[..., None] | None] = {}
         self._constants: dict[int, DimLabels] = {}
         self._module_names = {id(module): name for name, module in named_modules(model)}
-        self._stack: list[str] = []
+        self._stack: list[tuple[str, nn.Module]] = []
+        self.attributes: list[AttributeTerm] = []
         self.tensors = model_tensors(model)
         for name, tensor in self.tensors.named():
             if carries_channels(tensor):
@@ -188,7 +211,31 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @property
     def module(self) -> str:
         """Name of the module that is running."""
-        return self._stack[-1] if self._stack else ""
+        return self._stack[-1][0] if self._stack else ""
+
+    def head_axis(self, sizes: Sequence[int], labels: LabelArray) -> int | None:
+        """Which factor of a view counts attention heads, as the running module's own attributes say.
+
+        Heads are channels of their own: attention works inside each, so a whole head can go exactly. What the module
+        says of their number is noted, to be told anew after a cut.
+        """
+        if not self._stack:
+            return None
+        name, module = self._stack[-1]
+        counts = {key: getattr(module, key, None) for key in HEAD_COUNTS}
+        widths = {getattr(module, key, None) for key in HEAD_WIDTHS}
+        for axis in reversed(range(len(sizes) - 1)):
+            if sizes[axis] in counts.values() or (axis == len(sizes) - 2 and sizes[-1] in widths):
+                cube = labels.reshape(int(np.prod(sizes[:axis], dtype=int)), sizes[axis], -1)
+                heads = np.ascontiguousarray(cube[0, :, 0])
+                for key, value in counts.items():
+                    if value == sizes[axis]:
+                        self.attributes.append(AttributeTerm(name, key, 1, heads))
+                for key in HEAD_PRODUCTS:
+                    if getattr(module, key, None) == sizes[axis] * sizes[-1]:
+                        self.attributes.append(AttributeTerm(name, key, sizes[-1], heads))
+                return axis
+        return None
 
     def labels(self, tensor: Tensor) -> DimLabels:
         """Labels of a tensor, one entry a dimension."""
@@ -304,7 +351,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.pin_tensor(tensor, f"{why} {name}")
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        self._stack.append(self._module_names.get(id(module), self.module))
+        self._stack.append((self._module_names.get(id(module), self.module), module))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack:

@@ -49,15 +49,20 @@ def merge(labels: Sequence[LabelArray | None], sizes: Sequence[int]) -> LabelArr
 
 
 def split(
-    labels: LabelArray | None, sizes: Sequence[int], unify: Callable[[LabelArray, LabelArray], None]
+    labels: LabelArray | None,
+    sizes: Sequence[int],
+    unify: Callable[[LabelArray, LabelArray], None],
+    head_axis: Callable[[Sequence[int], LabelArray], int | None] = lambda sizes, labels: None,
 ) -> list[LabelArray | None]:
     """Labels of one dimension cut into several (row-major).
 
-    Where every row of the cut is one repeated label, the leading dimension carries the labels; otherwise the leading
-    factor is taken for the constant (groups, heads) and positions across it are declared equal.
+    Where every row of the cut is one repeated label, the leading dimension carries the labels; where all rows are the
+    same, the others do. Otherwise factors must be taken for constants, and positions across them are declared equal:
+    all but the attention heads where ``head_axis`` knows them, the leading one (groups) elsewhere.
 
     :param labels: shape ``[prod(sizes)]``.
     :param unify: receives the equalities the cut implies.
+    :param head_axis: which of the sizes counts attention heads, or None; also told the labels it will carry.
     """
     if labels is None or len(sizes) == 1:
         return [labels] + [None] * (len(sizes) - 1)
@@ -65,8 +70,14 @@ def split(
     if (rows == rows[:, :1]).all():
         return [np.ascontiguousarray(rows[:, 0])] + [None] * (len(sizes) - 1)
     if not (rows == rows[:1]).all():
+        axis = head_axis(sizes, labels)
+        if axis is not None:
+            cube = labels.reshape(int(np.prod(sizes[:axis], dtype=int)), sizes[axis], -1)
+            heads = np.ascontiguousarray(cube[0, :, 0])
+            unify(cube, heads[None, :, None])
+            return [heads if at == axis else None for at in range(len(sizes))]
         unify(rows[1:], rows[:1])
-    return [None, *split(np.ascontiguousarray(rows[0]), sizes[1:], unify)]
+    return [None, *split(np.ascontiguousarray(rows[0]), sizes[1:], unify, head_axis)]
 
 
 def reshape_labels(
@@ -75,11 +86,13 @@ def reshape_labels(
     new: Sequence[int],
     unify: Callable[[LabelArray, LabelArray], None],
     pin: Callable[[LabelArray, str], None],
+    head_axis: Callable[[Sequence[int], LabelArray], int | None] = lambda sizes, labels: None,
 ) -> DimLabels:
     """Labels of a tensor after a reshape.
 
     :param labels: one entry an old dimension.
     :param old: the old shape; :param new: the new shape, same element count.
+    :param head_axis: see :func:`split`.
     :param unify: receives implied equalities; :param pin: receives labels that cannot follow, with the reason.
     """
     result: list[LabelArray | None] = [None] * len(new)
@@ -93,7 +106,7 @@ def reshape_labels(
                 pin(labels[d], "merged with another channel dimension by a reshape")  # type: ignore[arg-type]
             continue
         flat = merge([labels[d] for d in left], [old[d] for d in left])
-        for d, array in zip(right, split(flat, [new[d] for d in right], unify), strict=True):
+        for d, array in zip(right, split(flat, [new[d] for d in right], unify, head_axis), strict=True):
             result[d] = array
     _pass_single_channels(labels, old, new, result, pin)
     return tuple(result)

@@ -10,8 +10,9 @@ from typing import Any
 from torch.utils._pytree import tree_leaves
 
 from nncf_compactprune.algorithms import ChannelPruningConfig
-from nncf_compactprune.channels import ChannelGraph, ChannelGroup, trace
+from nncf_compactprune.channels import ChannelGraph, ChannelGroup
 from nncf_compactprune.config import CompressionConfig, load_config
+from nncf_compactprune.diagnosis import analyse
 from nncf_compactprune.errors import ResolveError
 from nncf_compactprune.integrations.models import ResolvedModel, resolve_model
 from nncf_compactprune.plugins import Plugins, default_plugins
@@ -102,7 +103,7 @@ def inspect_model(
     resolved = _resolve(name, settings, sample_size, plugins)
     entries = [] if settings is None else settings.compression
     approximate = any(isinstance(entry, ChannelPruningConfig) and entry.params.allow_approximate for entry in entries)
-    graph = trace(resolved.model, resolved.example_inputs, plugins=plugins, allow_approximate=approximate)
+    graph = analyse(resolved.model, resolved.example_inputs, plugins=plugins, allow_approximate=approximate)
     in_scope = [True] * len(graph.groups)
     for entry in entries:
         allowed = prunable_groups(

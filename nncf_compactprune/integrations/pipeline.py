@@ -24,18 +24,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from nncf_compactprune.algorithms import ChannelPruning
+from nncf_compactprune.checkpoint import CONFIG_FILE, PLAN_FILE, WEIGHTS_FILE, load_pruned, save_pruned
 from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
 from nncf_compactprune.config_json import plain_object, read
 from nncf_compactprune.controller import CompressionController, create_compressed_model
-from nncf_compactprune.errors import CompactPruneError, ConfigError, PlanError, Problem, ResolveError
+from nncf_compactprune.errors import CompactPruneError, ConfigError, Problem, ResolveError
 from nncf_compactprune.export import ExportedFile, export_model, measure_latency
 from nncf_compactprune.integrations.datasets import ResolvedDataset, resolve_dataset
 from nncf_compactprune.integrations.loading import require_package
 from nncf_compactprune.integrations.models import (
     ExampleInputs,
     ResolvedModel,
-    load_weights,
     resolve_model,
     save_weights,
 )
@@ -43,7 +42,7 @@ from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.report import Comparison, NetworkFigures, plot_widths, to_json, to_markdown
 from nncf_compactprune.report.writing import write_whole
-from nncf_compactprune.surgery import apply_plan
+from nncf_compactprune.surgery import plan_of
 from nncf_compactprune.training import EpochRecord, RunConfig, class_scores, evaluate, fit, unread_key_warnings
 from nncf_compactprune.version import __version__
 
@@ -135,7 +134,7 @@ def run(
     example = _real_example(resolved, dataset)
     _check_classes(resolved, example, dataset)
     # The first file written also tells whether the directory can be written, before hours of training.
-    write_whole(directory / "config.json", (json.dumps(settings.document, indent=2) + "\n").encode())
+    write_whole(directory / CONFIG_FILE, (json.dumps(settings.document, indent=2) + "\n").encode())
 
     history = _pretrain(resolved.model, dataset, settings, example, plugins, say)
     save_weights(resolved.model, directory / "dense.safetensors")
@@ -152,9 +151,11 @@ def run(
     )
     history += _fine_tune(controller, model, dataset, config, say)
     model = controller.strip()
-    plan = _plan_of(controller)
-    save_weights(model, directory / "model.safetensors")
-    write_whole(directory / "plan.json", (plan.to_json() + "\n").encode())
+    plan = plan_of(model)
+    if plan is None:
+        msg = "run: no algorithm under 'compression' removed channels, so there is nothing to compare."
+        raise CompactPruneError(msg)
+    save_pruned(model, directory, config=settings.document)
     accuracy = evaluate(model, dataset.test_loader(config.batch_size))
     say(f"Pruned: test accuracy {accuracy:.2%}")
 
@@ -170,31 +171,25 @@ def run(
     return RunOutcome(comparison, plan, directory)
 
 
-def load_pruned(directory: str | PathLike[str], plugins: Plugins | None = None) -> ResolvedModel:
+def load_run(directory: str | PathLike[str], plugins: Plugins | None = None) -> ResolvedModel:
     """Rebuilds the pruned model of a run: the dense architecture from its config, cut to its plan, with its weights.
 
     :param directory: what a run wrote.
     :raises CompactPruneError: if a file is missing, or config, plan and weights do not belong together.
     """
     folder = Path(directory)
-    missing = [name for name in ("config.json", "plan.json", "model.safetensors") if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG_FILE, PLAN_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         msg = f"{folder} is no directory of a finished run: {', '.join(missing)} not found there."
         raise ResolveError(msg)
-    settings = read_settings(folder / "config.json", plugins=plugins)
+    settings = read_settings(folder / CONFIG_FILE, plugins=plugins)
     resolved = resolve_model(
         settings.run.model,
         sample_size=settings.compression.input_info[0].sample_size if settings.compression.input_info else None,
         options=settings.run.model_options,
         plugins=plugins,
     )
-    try:
-        plan = PruningPlan.from_json((folder / "plan.json").read_bytes())
-        apply_plan(resolved.model, plan, plugins=plugins)
-    except PlanError as error:
-        msg = f"{folder / 'plan.json'}: {error}"
-        raise PlanError(msg) from error
-    load_weights(resolved.model, folder / "model.safetensors")
+    load_pruned(resolved.model, folder, example_inputs=resolved.example_inputs, plugins=plugins)
     return resolved
 
 
@@ -323,15 +318,6 @@ def _tell(
         history[-1]["compression_rate"] = compression_rate
         line += f"  removed {compression_rate:.0%}"
     say(f"{line}  {record.seconds:.1f} s")
-
-
-def _plan_of(controller: CompressionController) -> PruningPlan:
-    """The one plan of the run; it is what turns the dense model into the pruned one."""
-    plans = [algorithm.final_plan for algorithm in controller.algorithms if isinstance(algorithm, ChannelPruning)]
-    if len(plans) != 1:
-        msg = f"run: expected one pruning algorithm under 'compression', got {len(plans)}. Use one run for each."
-        raise CompactPruneError(msg)
-    return plans[0]
 
 
 def _export(model: nn.Module, example: ExampleInputs, directory: Path, config: RunConfig) -> list[ExportedFile]:
