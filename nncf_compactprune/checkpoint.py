@@ -129,11 +129,11 @@ def load_pruned(
     with _opened(folder / WEIGHTS_FILE) as file:
         plan = _read_plan(folder, model, (file.metadata() or {}).get(PLAN_DIGEST))
         stored = _check_weights(file, folder / WEIGHTS_FILE, model, plan, tensors, strict=strict)
-        # Copies: the file's own memory would follow later changes of the file.
-        loaded = {name: file.get_tensor(key).clone() for name, key in stored.items()}
+        loaded = {name: file.get_tensor(key) for name, key in stored.items()}
     with transaction() as log:
         if example_inputs is None:
             cut(log, model, plan, plugins=plugins)
+            # Copied: the memory of what was loaded is the file's own, and follows later changes of it.
             for name, value in loaded.items():
                 log.set_data(tensors[name], torch.empty_like(tensors[name].data).copy_(value))
         else:
@@ -250,7 +250,10 @@ def _replacing(target: Path) -> Iterator[Path]:
     """Yields a path beside the target; what is written there replaces the target whole, once it is on the disk."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)

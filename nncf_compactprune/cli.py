@@ -193,13 +193,16 @@ def _print_inspection(inspection: Inspection, console: Console) -> None:
         groups.add_row(*(escape(cell) for cell in cells[: len(groups.columns)]))
     console.print(groups)
     console.print("Layers: how many write these channels. MACs, parameters: what halving the group alone saves.\n")
-    pinned = Table(title=f"{len(graph.pinned)} not prunable", title_justify="left")
-    pinned.add_column("Layer", overflow="fold")
-    pinned.add_column("Channels", justify="right")
-    pinned.add_column("Reason", overflow="fold")
+    by_reason: dict[str, list[str]] = {}
     for entry in graph.pinned:
         where = f" ({entry.location})" if entry.location else ""
-        pinned.add_row(escape(entry.name), str(entry.size), escape(f"{entry.reason}{where}"))
+        by_reason.setdefault(f"{entry.reason}{where}", []).append(f"{entry.name} ({entry.size})")
+    pinned = Table("Layer (channels)", "Reason", title=f"{len(graph.pinned)} not prunable", title_justify="left")
+    for column in pinned.columns:
+        column.overflow = "fold"
+    for reason, layers in by_reason.items():
+        pinned.add_row(escape("\n".join(layers)), escape(reason))
+        pinned.add_section()
     console.print(pinned)
     for operation, count in graph.unsupported_ops.items():
         console.print(escape(f"No rule for {operation}, met {count} times: its channels stay."), soft_wrap=True)

@@ -54,9 +54,7 @@ def analyse(
     """
     holds: list[Hold] = []
     while True:
-        graph = trace(
-            model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, holds=holds
-        )
+        graph = trace(model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, holds=holds)
         if not graph.groups:
             return graph
         plan = _half_of_everything(graph)
@@ -71,8 +69,15 @@ def analyse(
             nncf_logger.debug("Left whole: %s", culprit.reason)
             for index in culprit.groups:
                 first = graph.groups[index].members[0]
-                holds.append(Hold(first.parameter, first.dim, tuple(first.indices.ravel().tolist()), culprit.reason,
-                                  culprit.location))
+                holds.append(
+                    Hold(
+                        first.parameter,
+                        first.dim,
+                        tuple(first.indices.ravel().tolist()),
+                        culprit.reason,
+                        culprit.location,
+                    )
+                )
         else:
             return graph
 
@@ -206,7 +211,7 @@ def _fates(
     return gone[solution.component], group_of_class[solution.component]
 
 
-class _Recorder(Tracer):
+class _Recorder(Tracer):  # type: ignore[no-untyped-call]
     """Notes every operation's labels, predicted shapes and, from real arithmetic, the size of what is kept."""
 
     def __init__(

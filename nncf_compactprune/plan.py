@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.channels.groups import ChannelGraph, fingerprint
 from nncf_compactprune.channels.tensors import model_tensors, named_modules
+from nncf_compactprune.channels.trace import COUNTING_ATTRIBUTES
 from nncf_compactprune.errors import PlanError
 from nncf_compactprune.plan_json import PLAN_FORMAT, PLAN_VERSION, read_plan, shown
 from nncf_compactprune.plan_layers import disagreement
@@ -57,6 +58,8 @@ class PruningPlan:
     :param pinned: (module, channels, reason) of what could not be pruned.
     :param algorithm: what decided it.
     :param approximate: groups whose removal changes a normalisation over channels, with the reason.
+    :param attributes: module name to integer attribute to its value after the cut, for what parameters do not show
+        (``num_heads``).
     """
 
     kept: Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -66,11 +69,14 @@ class PruningPlan:
     groups: tuple[GroupChange, ...] = ()
     pinned: tuple[tuple[str, int, str], ...] = ()
     algorithm: str = ""
-    approximate: tuple[tuple[str, str], ...] = field(default=())
+    approximate: tuple[tuple[str, str], ...] = ()
+    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         frozen = {name: MappingProxyType(dict(dims)) for name, dims in self.kept.items()}
         object.__setattr__(self, "kept", MappingProxyType(frozen))
+        facts = {name: MappingProxyType(dict(values)) for name, values in self.attributes.items()}
+        object.__setattr__(self, "attributes", MappingProxyType(facts))
         object.__setattr__(self, "_indices", {})
 
     # A model carries its plan: it must stay copyable (EMA) and picklable (worker processes), which read-only mappings
@@ -126,6 +132,7 @@ class PruningPlan:
                 raise PlanError(msg)
             for dim in dims:
                 _validate_positions(name, shapes[name], dim, self.indices(name, dim).numpy())
+        _validate_attributes(model, self.attributes)
         if fingerprint(shapes) != self.fingerprint:
             msg = (
                 f"plan: made for another model: parameter names or shapes of {type(model).__name__} differ from the "
@@ -180,6 +187,10 @@ class PruningPlan:
             before=self.before,
             groups=_joined(self.groups, later.groups),
             approximate=tuple(dict.fromkeys((*self.approximate, *later.approximate))),
+            attributes={
+                name: {**self.attributes.get(name, {}), **later.attributes.get(name, {})}
+                for name in dict.fromkeys((*self.attributes, *later.attributes))
+            },
         )
 
     def to_json(self) -> str:
@@ -194,6 +205,7 @@ class PruningPlan:
             "groups": [vars(group) for group in self.groups],
             "pinned": [list(entry) for entry in self.pinned],
             "approximate": [list(entry) for entry in self.approximate],
+            "attributes": {name: dict(values) for name, values in self.attributes.items()},
             "kept": {name: {str(d): list(k) for d, k in dims.items()} for name, dims in self.kept.items()},
         }
         return json.dumps(document, separators=(",", ":"))
@@ -235,6 +247,23 @@ def _validate_positions(name: str, shape: Sequence[int], dim: int, positions: np
         raise PlanError(msg)
 
 
+def _validate_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, int]]) -> None:
+    """Only integers that channel analysis itself speaks of may be set, and only to less."""
+    modules = dict(named_modules(model)) if attributes else {}
+    for name, values in attributes.items():
+        if name not in modules:
+            msg = f"plan: attributes: module '{shown(name)}' does not exist in {type(model).__name__}."
+            raise PlanError(msg)
+        for attribute, value in values.items():
+            old = getattr(modules[name], attribute, None) if attribute in COUNTING_ATTRIBUTES else None
+            if type(old) is not int or not 1 <= value <= old:
+                msg = (
+                    f"plan: attributes.{shown(name)}.{shown(attribute)}: expected an attention module's count of "
+                    f"heads, from 1 to what it is now ({old}), got {value}."
+                )
+                raise PlanError(msg)
+
+
 def make_plan(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]], *, algorithm: str = "") -> PruningPlan:
     """Turns decisions per group into a plan.
 
@@ -272,6 +301,17 @@ def make_plan(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]], *, alg
         approximate=tuple(
             (g.name, g.approximate) for g, w in zip(graph.groups, widths, strict=True) if g.approximate and w < g.size
         ),
+        attributes=_attributes(graph, keep),
     )
     plan._indices.update(indices)  # type: ignore[attr-defined]  # they are at hand
     return plan
+
+
+def _attributes(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]]) -> dict[str, dict[str, int]]:
+    """New values of the attributes that change."""
+    result: dict[str, dict[str, int]] = {}
+    for fact in graph.attributes:
+        value = fact.value(keep)
+        if value != fact.unit * len(fact.groups):
+            result.setdefault(fact.module, {})[fact.attribute] = value
+    return result

@@ -18,7 +18,8 @@ MAX_PLAN_CHARACTERS = 2**26
 MAX_COUNT = 2**62
 SHOWN_CHARACTERS = 80
 _FIELDS = (
-    "format", "version", "algorithm", "fingerprint", "before", "after", "groups", "pinned", "approximate", "kept",
+    "format", "version", "algorithm", "fingerprint", "before", "after", "groups", "pinned", "approximate", "attributes",
+    "kept",
 )  # fmt: skip
 
 Reader = Callable[[Any, str], Any]
@@ -34,7 +35,8 @@ def read_plan(text: str | bytes) -> dict[str, Any]:
     """The fields of a plan, with types, ranges and names checked; whether they fit a model is not known here.
 
     :return: ``before`` and ``after`` as ``{"macs", "params"}``, ``groups`` as ``{"name", "before", "after"}``,
-        ``pinned`` and ``approximate`` as tuples, ``kept`` as name to dimension to positions.
+        ``pinned`` and ``approximate`` as tuples, ``attributes`` as module to attribute to value, ``kept`` as name to
+        dimension to positions.
     :raises PlanError: not JSON, not a plan, another version, a field of another type, a name given twice.
     """
     document = _parsed(text)
@@ -54,6 +56,12 @@ def read_plan(text: str | bytes) -> dict[str, Any]:
         "pinned": _each(fields["pinned"], "pinned", _pinned),
         "algorithm": _text(fields["algorithm"], "algorithm"),
         "approximate": _each(fields["approximate"], "approximate", _approximate),
+        "attributes": {
+            name: {
+                key: _count(count, f"attributes.{shown(name)}") for key, count in _names(values, "attributes").items()
+            }
+            for name, values in _names(fields["attributes"], "attributes").items()
+        },
     }
 
 

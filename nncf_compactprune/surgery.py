@@ -154,6 +154,8 @@ def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: 
             updates.append((module, facts(module, shapes)))
     for name in plan.kept:
         log.set_data(tensors[name], select(tensors[name].data, plan.selection(name)))
+    for name, attributes in plan.attributes.items():
+        updates.append((model.get_submodule(name), dict(attributes)))
     for module, attributes in updates:
         for attribute, value in attributes.items():
             log.set_attribute(module, attribute, value)

@@ -263,12 +263,49 @@ def tied() -> nn.Module:
     return Classifier(Tied(), 16)
 
 
+class Attention(nn.Module):
+    """Fused or explicit, with the head count as an attribute, as timm and Hugging Face write it."""
+
+    def __init__(self, width: int, heads: int, fused: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim, self.fused = heads, width // heads, width, fused
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(b, n, self.attn_dim))
+
+
+def attention() -> nn.Module:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 16, 4, 4)
+            self.fused, self.explicit = Attention(16, 4, True), Attention(16, 4, False)
+            self.inner, self.outer = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            y = x.flatten(2).transpose(1, 2)
+            y = y + self.fused(y)
+            y = y + self.explicit(y)
+            y = y + self.outer(F.gelu(self.inner(y)))
+            return y.transpose(1, 2).reshape(x.shape)
+
+    return Classifier(Tokens(), 16)
+
+
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
         plain, residual, option_a, depthwise, grouped, squeeze_excite, dense_concat, shuffle, shuffle_unit,
         transposed, glu,
-        flatten, group_norm, layer_norm, pixel_shuffle, weight_norm, tied,
+        flatten, group_norm, layer_norm, pixel_shuffle, weight_norm, tied, attention,
     )
 }  # fmt: skip
 

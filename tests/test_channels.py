@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import STRUCTURES, Classifier, conv_bn, images, trained
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from nncf_compactprune import trace
 from nncf_compactprune.channels.views import blocks, reshape_labels
@@ -73,7 +73,13 @@ def test_layer_norm_is_offered_by_consent_only():
 def test_macs_are_those_that_torch_counts(name):
     """torch counts 2 FLOPs a MAC, for the whole batch."""
     model, x = trained(name), images()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # torch's counter knows the fused attention of CUDA, but not that of the CPU
+    fused = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)  # shapes
+        )
+    }
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter, torch.no_grad():
         model(x)
     graph = trace(model, x)
     assert graph.macs == counter.get_total_flops() // 2 // x.shape[0]

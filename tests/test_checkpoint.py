@@ -176,6 +176,7 @@ def test_config_is_written_beside(tmp_path):
     save_pruned(pruned(), tmp_path, config={"model": "timm:resnet18", "compression": {"algorithm": "fbnet_pruning"}})
     assert json.loads((tmp_path / "config.json").read_text())["model"] == "timm:resnet18"
     assert sorted(os.listdir(tmp_path)) == ["config.json", WEIGHTS, PLAN]
+    assert len({(tmp_path / name).stat().st_mode for name in os.listdir(tmp_path)}) == 1, "who reads one reads all"
 
 
 def test_reformatted_plan_is_the_same_plan(tmp_path):

@@ -284,6 +284,13 @@ def test_inspect_counts_for_the_given_shape(folder: Path, invoke: Invoke) -> Non
     assert document["macs"] == 4 * (18_432 + 147_456) + 320
 
 
+def test_inspect_states_each_reason_once(invoke: Invoke) -> None:
+    printed = invoke("inspect", "python:nncf_compactprune.integrations.cifar_resnet:resnet20")
+    assert printed.count("in 'layer2.0'") == 1
+    for block in range(3):
+        assert f"layer2.{block}.conv2 (16)" in printed
+
+
 def test_algorithms_are_listed(invoke: Invoke) -> None:
     assert "fbnet_pruning" in invoke("algorithms")
 
@@ -301,6 +308,16 @@ def find_references(node: Any) -> list[str]:
     children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
     own = [node["$ref"]] if isinstance(node, dict) and isinstance(node.get("$ref"), str) else []
     return own + [reference for child in children for reference in find_references(child)]
+
+
+@pytest.mark.slow
+def test_demo_prunes_to_its_budget_at_97_percent_or_more(tmp_path: Path, invoke: Invoke) -> None:
+    config = Path(__file__).parents[1] / "configs" / "digits_fbnet.json"
+    invoke("run", config, "--output", tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["dense"]["accuracy"] >= 0.97
+    assert report["pruned"]["accuracy"] >= 0.97
+    assert report["ratio"]["macs"] <= 0.4
 
 
 def test_version_is_printed(invoke: Invoke) -> None:

@@ -37,8 +37,10 @@ def model32(name="residual"):
 
 def loader(batches=3):
     generator = torch.Generator().manual_seed(3)
-    return [(torch.randn(4, 3, 12, 12, generator=generator), torch.randint(0, 5, (4,), generator=generator))
-            for _ in range(batches)]
+    return [
+        (torch.randn(4, 3, 12, 12, generator=generator), torch.randint(0, 5, (4,), generator=generator))
+        for _ in range(batches)
+    ]
 
 
 def train_epoch(model, ctrl, optimizer):
@@ -154,7 +156,12 @@ def test_state_of_another_configuration_is_refused():
 def test_prune_at_once_meets_both_budgets():
     model = model32("depthwise")
     result = prune(
-        model, images(torch.float32), budget={"macs": 0.6, "params": 0.5}, importance="l1", allocation="greedy", round_to=1
+        model,
+        images(torch.float32),
+        budget={"macs": 0.6, "params": 0.5},
+        importance="l1",
+        allocation="greedy",
+        round_to=1,
     )
     assert result.model is model
     assert result.plan.after.macs <= 0.6 * result.plan.before.macs

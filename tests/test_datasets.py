@@ -72,6 +72,18 @@ def test_equal_seeds_give_equal_epochs_and_epochs_differ(digits: ResolvedDataset
     assert len(first[0]) == 1197 // 64 * 64
 
 
+def test_training_images_are_shuffled_each_epoch_and_keep_their_labels(digits: ResolvedDataset) -> None:
+    loader = digits.train_loader(2000, augment=False)
+    (first, first_labels), (second, second_labels) = (next(iter(loader)) for _ in range(2))
+    assert not torch.equal(first_labels, labels_of(digits, "train"))
+    assert not torch.equal(first_labels, second_labels)
+
+    def sorted_rows(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images.flatten(1), labels[:, None].float()], 1).unique(dim=0)
+
+    torch.testing.assert_close(sorted_rows(first, first_labels), sorted_rows(second, second_labels))
+
+
 def test_test_loader_keeps_order_and_every_image(digits: ResolvedDataset) -> None:
     labels = torch.cat([labels for _, labels in digits.test_loader(64)])
     torch.testing.assert_close(labels, labels_of(digits, "test"), rtol=0, atol=0)

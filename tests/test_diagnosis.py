@@ -1,4 +1,4 @@
-"""Networks that write a width into their code: the guilty groups are found, pinned with module and line, the rest goes."""
+"""Networks that write a width into their code: guilty groups are pinned with module and line, the rest goes."""
 
 from __future__ import annotations
 

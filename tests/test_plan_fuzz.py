@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 from networks import images, trained
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 from test_surgery import assert_facts_are_true, random_plan
 from torch import nn
 
 from nncf_compactprune import CompactPruneError, PruningPlan, checkpoint
 from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.checkpoint import load_pruned, save_pruned
+from nncf_compactprune.errors import SelfCheckError
 from nncf_compactprune.surgery import PLAN_ATTRIBUTE, plan_of, prune_in_place
 
 PLAN_CASES = 1700  # for each of the structures below: 10,200 in all
@@ -43,7 +44,7 @@ class Harness:
     """One structure's checkpoint, the dense model it is loaded into, and what must come out."""
 
     def __init__(self, name: str, directory: Path) -> None:
-        self.directory, self.x = directory, images(torch.float32)
+        self.directory, self.x, self.self_checks = directory, images(torch.float32), 0
         model = trained(name, dtype=torch.float32)
         prune_in_place(model, random_plan(model, self.x), self.x)
         save_pruned(model, directory)
@@ -52,14 +53,15 @@ class Harness:
         self.plan = (directory / checkpoint.PLAN_FILE).read_text()
         self.weights = (directory / checkpoint.WEIGHTS_FILE).read_bytes()
         self.expected = self._state(model)
-        self._template = trained(name, dtype=torch.float32)
+        self.dense = trained(name, dtype=torch.float32)
         self._renew()
 
-    def load(self) -> str:
+    def load(self, example_inputs: torch.Tensor | None = None) -> str:
         """Loads what lies in the directory; the answer, or what is wrong with the way it was given."""
         try:
-            load_pruned(self._dense, self.directory)
+            load_pruned(self._dense, self.directory, example_inputs=example_inputs)
         except CompactPruneError as error:
+            self.self_checks += isinstance(error, SelfCheckError)
             if len(str(error)) > 2000:
                 return "a message that is no message"
             return "refused" if self._untouched() else "refused, but the model was changed"
@@ -76,7 +78,7 @@ class Harness:
         return "accepted"
 
     def _renew(self) -> None:
-        self._dense = copy.deepcopy(self._template)
+        self._dense = copy.deepcopy(self.dense)
         self._before = self._state(self._dense)
         self._identity = {name: (t, t.data_ptr(), t._version) for name, t in model_tensors(self._dense).named()}
 
@@ -282,7 +284,7 @@ def malformed(text: str, shapes: dict[str, tuple[int, ...]], rng: random.Random)
 
 
 def test_malformed_plans(harness):
-    shapes = {n: tuple(p.shape) for n, p in harness._template.named_parameters()}
+    shapes = {n: tuple(p.shape) for n, p in harness.dense.named_parameters()}
     answers = findings(harness, PLAN_CASES, checkpoint.PLAN_FILE, lambda rng: malformed(harness.plan, shapes, rng))
     assert_only_good(answers)
     assert answers["refused"] > 0.8 * PLAN_CASES
@@ -292,7 +294,7 @@ def test_malformed_plans(harness):
 
 def test_altered_cuts_alone(harness):
     """The same without weights, which would tell shapes: what the plan's own checks let through fits in every layer."""
-    dense = copy.deepcopy(harness._template)
+    dense = copy.deepcopy(harness.dense)
     shapes = {n: tuple(p.shape) for n, p in dense.named_parameters()}
     accepted = 0
     for seed in range(300):
@@ -314,6 +316,25 @@ def test_altered_cuts_alone(harness):
     assert accepted < 150
 
 
+def moved(document: Any, rng: random.Random) -> Any:
+    """Other positions in one place, as many as before: the weights still fit, and so may every layer."""
+    name = rng.choice([name for name in document["kept"] if name.endswith("weight")])
+    for positions in document["kept"][name].values():
+        positions[:] = sorted(rng.sample(range(max(positions) + 1), len(positions)))
+    return document
+
+
+def test_moved_positions_with_example_inputs(tmp_path):
+    """What only a run can tell is refused by a run, and the cut undone."""
+    harness = Harness("residual", tmp_path)
+    for seed in range(100):
+        text = json.dumps(moved(json.loads(harness.plan), random.Random(seed)))
+        (tmp_path / checkpoint.PLAN_FILE).write_text(text)
+        answer = harness.load(harness.x)
+        assert answer in ("refused", "accepted"), (seed, answer)
+    assert harness.self_checks > 20
+
+
 def checkpoint_log() -> Any:
     with checkpoint.transaction() as log:
         return log
@@ -333,6 +354,26 @@ def assert_channels_agree(model: nn.Module) -> None:
 # -- damaged weights -------------------------------------------------------------------------------------------------
 
 
+def other_tensors(tensors: dict[str, torch.Tensor], rng: random.Random) -> dict[str, torch.Tensor]:
+    """Sound files of wrong tensors."""
+    name = rng.choice([name for name, tensor in tensors.items() if tensor.dim()])
+    value = tensors.pop(name)
+    wrong = (
+        {},
+        {f"{name}x": value},
+        {name: value, f"{name}x": value.clone()},
+        {name: value[:-1].clone()},
+        {name: torch.cat([value, value[:1]])},
+        {name: value.unsqueeze(0)},
+        {name: value.flatten()[0].clone()},
+        {name: value[:0].clone()},
+        {name: value.double()},
+        {name: value.half()},
+        {name: value.view(torch.int32)},
+    )
+    return {**tensors, **rng.choice(wrong)}
+
+
 def damaged(weights: bytes, rng: random.Random) -> tuple[str, bytes]:
     """One damaged safetensors file; the payload is left alone, any bits there are somebody's weights."""
     length = int.from_bytes(weights[:8], "little")
@@ -347,6 +388,8 @@ def damaged(weights: bytes, rng: random.Random) -> tuple[str, bytes]:
             raw[rng.randrange(8 + length)] ^= 1 << rng.randrange(8)
     elif kind == "length":
         raw[:8] = rng.choice([0, 1, length - 1, length + 1, len(raw), 2**31, 2**62, 2**64 - 1]).to_bytes(8, "little")
+    elif kind == "rewritten":
+        raw = bytearray(save(other_tensors(load(weights), rng)))
     elif kind == "longer":
         raw += bytes(rng.randint(1, 100))
     elif kind == "header":
@@ -384,7 +427,7 @@ def test_damaged_weights(name, tmp_path):
 
 def test_fuzzers_notice_missing_checks(tmp_path, monkeypatch):
     harness = Harness("residual", tmp_path)
-    shapes = {n: tuple(p.shape) for n, p in harness._template.named_parameters()}
+    shapes = {n: tuple(p.shape) for n, p in harness.dense.named_parameters()}
     monkeypatch.setattr(PruningPlan, "validate", lambda *_: None)
     monkeypatch.setattr(PruningPlan, "validate_consistency", lambda *_: None)
     answers = findings(harness, 150, checkpoint.PLAN_FILE, lambda rng: malformed(harness.plan, shapes, rng))

@@ -252,7 +252,8 @@ def test_a_third_party_algorithm_runs_from_a_configuration(third_party: Path, tm
         ' "budget": {"params": 0.6}, "params": {"schedule": "one_shot", "round_to": 1, "offset": 1}}}'
     )
     program = (
-        "import sys; from networks import trained; import torch; from nncf_compactprune import create_compressed_model\n"
+        "import sys; from networks import trained; import torch\n"
+        "from nncf_compactprune import create_compressed_model\n"
         "ctrl, model = create_compressed_model(trained('plain', dtype=torch.float32), sys.argv[1])\n"
         "print(ctrl.algorithms[0].plan.kept['features.0.0.weight'][0])"
     )

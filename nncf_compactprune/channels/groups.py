@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
 from nncf_compactprune.channels.cost import CostModel, Polynomial
 from nncf_compactprune.channels.labels import LabelArray, LabelSpace, Reason, Solution
 from nncf_compactprune.channels.tensors import ModelTensors

@@ -107,7 +107,8 @@ class LabelSpace:
         """Returns fresh labels for every dimension of a parameter, and for those of a buffer that can be channels.
 
         Buffers of one dimension are statistics, of two or three tables with the width last (position embeddings), of
-        more kernels or maps with channels in the first two; their other dimensions (windows, positions) stay as they are.
+        more kernels or maps with channels in the first two; their other dimensions (windows, positions) stay as they
+        are.
         """
         candidates = range(len(shape))
         if is_buffer and len(shape) > 1:

@@ -249,9 +249,6 @@ def matrix_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mappi
         tracer.mark(inner_b, "in")
         tracer.mark(outer, "out")
     tracer.same(inner_a, inner_b, f"multiplied with a fixed matrix in {name_of(func)}")
-    tracer.count_macs(
-        int(np.prod(out.shape)) * a.shape[-1], labels_a[-2], inner_a if inner_a is not None else inner_b, outer
-    )
     batch: list[LabelArray | None] = [None] * (out.dim() - 2)
     for d in range(len(batch)):
         pair = [
@@ -262,6 +259,8 @@ def matrix_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mappi
         batch[d] = (
             pair[0] if len(pair) == 1 else tracer.same(pair[0], pair[1], f"batched with a fixed tensor in {name}")
         )
+    inner = inner_a if inner_a is not None else inner_b
+    tracer.count_macs(int(np.prod(out.shape)) * a.shape[-1], *batch, labels_a[-2], inner, outer)
     result = [*batch, labels_a[-2], outer]
     tracer.set(out, result)
     if bias is not None:
@@ -287,7 +286,8 @@ def embedding(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
 def attention(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Fused attention: two matrix products, head by head.
 
-    Query and key meet in the head dimension, whose width sets the scale, so it stays; the value's width passes on, and so do whole heads.
+    Query and key meet in the head dimension, whose width sets the scale, so it stays; the value's width passes on,
+    and so do whole heads.
     """
     query, key, value = args[0], args[1], args[2]
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 and isinstance(args[3], Tensor) else None)

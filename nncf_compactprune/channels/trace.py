@@ -34,6 +34,7 @@ _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head", "heads")
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_head", "key_dim")
 HEAD_PRODUCTS = ("attn_dim", "all_head_size", "inner_dim", "nh_kd")
+COUNTING_ATTRIBUTES = frozenset((*HEAD_COUNTS, *HEAD_PRODUCTS))
 
 
 @dataclass(frozen=True)

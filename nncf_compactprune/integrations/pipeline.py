@@ -269,6 +269,7 @@ def _pretrain(
         return []
     loader = dataset.train_loader(config.batch_size, seed=config.seed)
     # A budget out of reach or a scope without a match shows on the untrained model too, before the training.
+    say("Trying the compression on a copy of the untrained model")
     create_compressed_model(copy.deepcopy(model), settings.compression, loader, example_inputs=example, plugins=plugins)
     say(f"Training the dense model for {config.pretrain_epochs} epochs")
     history: list[dict[str, Any]] = []
