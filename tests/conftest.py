@@ -35,6 +35,8 @@ def _let_torchvision_import() -> None:
 
 
 _let_torchvision_import()
+# Tests run side by side (pytest -n 2): with more threads than cores, torch's threads spend their time waiting in turn.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

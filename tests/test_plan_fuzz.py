@@ -9,7 +9,7 @@ import copy
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,15 @@ class Harness:
             if isinstance(value, (bool, int, tuple))
         }
         return {**tensors, **facts}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Thousands of runs of tiny layers: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=NAMES)
@@ -327,12 +336,12 @@ def moved(document: Any, rng: random.Random) -> Any:
 def test_moved_positions_with_example_inputs(tmp_path):
     """What only a run can tell is refused by a run, and the cut undone."""
     harness = Harness("residual", tmp_path)
-    for seed in range(100):
+    for seed in range(50):
         text = json.dumps(moved(json.loads(harness.plan), random.Random(seed)))
         (tmp_path / checkpoint.PLAN_FILE).write_text(text)
         answer = harness.load(harness.x)
         assert answer in ("refused", "accepted"), (seed, answer)
-    assert harness.self_checks > 20
+    assert harness.self_checks > 10
 
 
 def checkpoint_log() -> Any:

@@ -2,9 +2,10 @@
 
     python examples/benchmarks/analysis_time.py [--rounds 5] [--output examples/benchmarks/analysis_time.md]
 
-Both prune the same timm model (random weights, batch 1, 224 x 224) by L1 magnitude, the same share of every layer, to
-the same share of channels; both start from the plain model and end with the smaller one. Rounds alternate (ours, theirs,
-ours, ...), each on a fresh copy of the model; figures are medians. Our self-check (masked = compact, which the peer has
+Both prune the same timm model (random weights, batch 1, 224 x 224) by L1 magnitude, the same share of every layer,
+to the same share of channels; both start from the plain model and end with the smaller one. Rounds alternate (ours,
+theirs, ours, ...), each on a fresh copy of the model; figures are medians. Our self-check (masked = compact, which
+the peer has
 not) is timed apart. The output error is measured here, independently of the package: the dense copy with the removed
 slices zeroed against the pruned model, in float32.
 """
