@@ -1,5 +1,6 @@
 # Needs Python 3.10 or newer with venv, make and a package index; everything else goes into $(VENV).
-# On Linux, PyPI's torch brings CUDA. For the CPU build: make PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# PIP_FLAGS go to every pip install. Where your package index keeps torch's CPU build apart from its CUDA build, name the
+# place here: make PIP_FLAGS="--extra-index-url URL"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,11 +11,14 @@ SOURCES := nncf_compactprune tests examples
 
 # NNCF compiles a small extension at first use and gives up after 60 s; a slow machine takes longer.
 export NNCF_EXTENSION_LOAD_TIMEOUT := 0
+# By default torch's threads spin while they wait for each other. On two cores that something else uses too, a training
+# epoch then takes ten times as long; sleeping instead costs a few percent on a quiet machine.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-all lint bench-deps clean
 .DEFAULT_GOAL := demo
 
-demo: $(VENV)/.installed ## Trains, prunes, fine-tunes and exports a network for handwritten digits: about five minutes.
+demo: $(VENV)/.installed ## Trains, prunes, fine-tunes and exports a network for handwritten digits: a few minutes.
 	$(BIN)/nncf-compactprune run configs/digits_fbnet.json
 
 test: lint ## The checks every change must pass.

@@ -1,6 +1,8 @@
 """NNCF's training loop on scikit-learn's digits: the network shrinks while it trains, and is exported.
 
-python examples/nncf_training_loop.py [--dense-epochs 8] [--epochs 9] [--output out/digits.onnx]
+    python examples/nncf_training_loop.py [--dense-epochs 8] [--epochs 9] [--output out/digits.onnx]
+
+Everything of the package's own is in the lines that say ctrl.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ from pathlib import Path
 import torch
 import typer
 from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from nncf_compactprune import create_compressed_model
+from nncf_compactprune import CompressionController, create_compressed_model
 from nncf_compactprune.integrations.datasets import resolve_dataset
 from nncf_compactprune.integrations.digits_net import digits_net
-from nncf_compactprune.training import evaluate, fit
+from nncf_compactprune.training import Batches, evaluate, fit
 
 CONFIG = {
     "input_info": {"sample_size": [1, 1, 16, 16]},
@@ -26,8 +30,19 @@ CONFIG = {
 }
 
 
-def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+def sgd(model: nn.Module, lr: float) -> Optimizer:
+    return SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+
+
+def train_epoch(ctrl: CompressionController, model: nn.Module, batches: Batches, optimizer: Optimizer) -> None:
+    ctrl.scheduler.epoch_step()
+    model.train()
+    for images, labels in batches:
+        ctrl.scheduler.step()
+        loss = nn.functional.cross_entropy(model(images), labels) + ctrl.loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def main(dense_epochs: int = 8, epochs: int = 9, output: Path = Path("out/digits.onnx")) -> None:
@@ -41,16 +56,9 @@ def main(dense_epochs: int = 8, epochs: int = 9, output: Path = Path("out/digits
     ctrl, model = create_compressed_model(model, CONFIG, train_loader=batches)
     optimizer = sgd(model, 0.05)
     ctrl.attach(optimizer=optimizer)  # its state is cut with the weights
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    schedule = CosineAnnealingLR(optimizer, epochs)
     for epoch in range(epochs):
-        ctrl.scheduler.epoch_step()
-        model.train()
-        for images, labels in batches:
-            ctrl.scheduler.step()
-            loss = nn.functional.cross_entropy(model(images), labels) + ctrl.loss()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        train_epoch(ctrl, model, batches, optimizer)
         schedule.step()
         weights = sum(parameter.numel() for parameter in model.parameters())
         print(f"epoch {epoch + 1}: {ctrl.compression_rate:.0%} of the MACs removed, {weights:,} parameters in memory")

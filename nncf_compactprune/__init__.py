@@ -2,6 +2,7 @@
 
 from nncf_compactprune.algorithms import CompressionStage
 from nncf_compactprune.channels import ChannelGraph, ChannelGroup, trace
+from nncf_compactprune.checkpoint import load_pruned, save_pruned
 from nncf_compactprune.config import CompressionConfig, load_config
 from nncf_compactprune.controller import (
     CompressionController,
@@ -34,6 +35,8 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "load_config",
+    "load_pruned",
     "prune",
+    "save_pruned",
     "trace",
 ]

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
@@ -90,7 +91,7 @@ class PruningPlan:
     @property
     def is_identity(self) -> bool:
         """Whether nothing is removed."""
-        return not self.kept
+        return not self.kept and not self.attributes
 
     def indices(self, name: str, dim: int) -> Tensor:
         """Kept positions of one dimension as an int64 tensor on the CPU, made once."""
@@ -158,6 +159,12 @@ class PruningPlan:
             if cost.params != count:
                 msg = f"plan: {when}: states {cost.params} parameters, but they are {count}. The plan was altered."
                 raise PlanError(msg)
+        counts = {
+            (name, attribute): getattr(module, attribute)
+            for name, module in named_modules(model)
+            for attribute in self.attributes.get(name, {})
+        }
+        self._validate_counts(tensors.shapes(), counts)
         by_name = tensors.all()
         kept = {id(by_name[name]): dims for name, dims in self.kept.items()}
         for name, module in named_modules(model):
@@ -165,6 +172,23 @@ class PruningPlan:
             if finding:
                 msg = f"plan: {type(module).__name__} '{name}': {finding}. The plan does not fit together."
                 raise PlanError(msg)
+
+    def _validate_counts(self, dense: Mapping[str, tuple[int, ...]], counts: Mapping[tuple[str, str], int]) -> None:
+        """A module's count of heads shrinks as one of its parameters does, or the plan was altered."""
+        for module, values in self.attributes.items():
+            shares = {
+                Fraction(len(positions), dense[name][dim])
+                for name, dims in self.kept.items()
+                if name.startswith(f"{module}." if module else "")
+                for dim, positions in dims.items()
+            }
+            for attribute, value in values.items():
+                if counts.get((module, attribute)) not in {value / share for share in shares}:
+                    msg = (
+                        f"plan: attributes.{shown(module)}.{shown(attribute)}: {value} follows from no kept width of "
+                        "the module. The plan was altered."
+                    )
+                    raise PlanError(msg)
 
     def then(self, later: PruningPlan) -> PruningPlan:
         """This plan followed by one made on the pruned model, as one plan for the dense model.

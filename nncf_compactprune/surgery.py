@@ -114,6 +114,7 @@ def apply_plan(
     :raises PlanError: the plan does not fit; the model is untouched.
     """
     plan.validate(model)
+    plan.validate_consistency(model)
     with transaction() as log:
         cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
 

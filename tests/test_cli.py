@@ -324,6 +324,8 @@ def test_version_is_printed(invoke: Invoke) -> None:
     assert invoke("--version").strip() == __version__
 
 
-@pytest.mark.parametrize("config", sorted(Path(__file__).parents[1].joinpath("configs").glob("*.json")), ids=str)
+@pytest.mark.parametrize(
+    "config", sorted(Path(__file__).parents[1].joinpath("configs").glob("*.json")), ids=lambda path: path.name
+)
 def test_shipped_config_is_valid_and_its_model_builds(config: Path, invoke: Invoke) -> None:
     assert " prunable groups" in invoke("inspect", "--config", config)

@@ -103,3 +103,22 @@ def test_text_that_is_no_plan(plan, change, words):
 def test_garbage(text):
     with pytest.raises(PlanError, match="plan: "):
         PruningPlan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda values: values.update(num_heads=1), "follows from no kept width"),
+        (lambda values: values.update(num_heads=99), "from 1 to what it is now"),
+        (lambda values: values.update(training=1), "count of heads"),
+    ],
+)
+def test_head_counts_are_not_believed(change, words):
+    plan = random_plan(trained("attention"), images(), ratio=0.3)
+    assert plan.attributes
+    document = json.loads(plan.to_json())
+    change(next(iter(document["attributes"].values())))
+    model = trained("attention")
+    with pytest.raises(PlanError, match=words):
+        apply_plan(model, PruningPlan.from_json(json.dumps(document)))
+    apply_plan(model, plan)
