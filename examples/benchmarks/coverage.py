@@ -14,8 +14,8 @@ the masked = compact check holds to 1e-5, and as *trains* when forward and backw
 Torch-Pruning gets its recommended settings: group L1 importance, the classifier ignored, the heads of fused attention
 named; channel ratio 0.3, which is half of the MACs. For it, *pruned* means that it ran, parameters went, and forward
 and backward of the result run; equality is not asked of it. Both run in the same worker process, one after the other;
-a worker that takes longer than the limit on one of them is ended. Results are kept per network in ``coverage.jsonl``: a killed run
-goes on where it was.
+a worker that takes longer than the limit on one of them is ended. Results are kept per network in
+``coverage.jsonl``: a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ LIMIT_SECONDS = 150.0
 
 
 def timm_families() -> dict[str, str]:
-    """One small network of every family (the name up to its first digit), chosen once by parameter count."""
+    """One small network of every family (the name up to its first digit), chosen once by parameter count; of families
+    without a small one a few layers (``depth=4``)."""
     return json.loads((HERE / "coverage_models.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
@@ -57,7 +58,8 @@ def build_timm(name: str) -> tuple[nn.Module, Any]:
     let_torchvision_import()
     import timm
 
-    model = timm.create_model(name)
+    name, *options = name.split()
+    model = timm.create_model(name, **{key: int(value) for key, value in (o.split("=") for o in options)})
     return model, torch.randn(2, *model.default_cfg["input_size"])
 
 
@@ -441,7 +443,8 @@ def report(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         mine, peer = r["ours"], r["theirs"]
         lines.append(
-            f"| {r['library']} | {r['name']} | {r.get('kind', '')} | {mine.get('groups', '')} | {mine.get('pinned', '')} | "
+            f"| {r['library']} | {r['name']} | {r.get('kind', '')} | {mine.get('groups', '')} | "
+            f"{mine.get('pinned', '')} | "
             f"{_percent(mine.get('params_reachable'))} | {_percent(mine.get('macs_reachable'))} | "
             f"{_percent(mine.get('macs_left'))} | {_number(mine.get('error'), '.0e')} | "
             f"{mine['status']}{' (by consent)' if mine.get('by_consent') else ''} | "
