@@ -1,6 +1,6 @@
 """NNCF's training loop on scikit-learn's digits: the network shrinks while it trains, and is exported.
 
-    python examples/nncf_training_loop.py [--dense-epochs 8] [--epochs 9] [--output out/digits.onnx]
+    python examples/nncf_training_loop.py [--dense-epochs 8] [--epochs 9] [--output runs/digits.onnx]
 
 Everything of the package's own is in the lines that say ctrl.
 """
@@ -45,7 +45,7 @@ def train_epoch(ctrl: CompressionController, model: nn.Module, batches: Batches,
         optimizer.step()
 
 
-def main(dense_epochs: int = 8, epochs: int = 9, output: Path = Path("out/digits.onnx")) -> None:
+def main(dense_epochs: int = 8, epochs: int = 9, output: Path = Path("runs/digits.onnx")) -> None:
     torch.manual_seed(0)
     data = resolve_dataset("digits")
     batches, test = data.train_loader(64), data.test_loader(64)

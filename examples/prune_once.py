@@ -16,8 +16,8 @@ images = torch.randn(2, 1, 16, 16)  # what it is called with
 result = prune(model, images, budget={"macs": 0.5})  # in place, proven against the masked model
 print(f"{result.plan.before.macs:,} -> {result.plan.after.macs:,} MACs, error {result.self_check.error:.0e}")
 
-save_pruned(model, "out/digits")  # model.safetensors and plan.json
-again = load_pruned(digits_net(), "out/digits")  # a fresh dense network, cut and filled
+save_pruned(model, "runs/prune_once")  # model.safetensors and plan.json
+again = load_pruned(digits_net(), "runs/prune_once")  # a fresh dense network, cut and filled
 assert torch.equal(model.eval()(images), again.eval()(images))
 
 table = Table("Group", "Channels", "Kept")

@@ -76,10 +76,10 @@ class OpRule(Protocol):
 class FactsFn(Protocol):
     """Says which static facts of a module change when channels go."""
 
-    def __call__(self, module: nn.Module, kept: Mapping[str, tuple[int | None, ...]]) -> dict[str, Any]:
+    def __call__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """
         :param module: the module, not to be changed here.
-        :param kept: for each of its parameters and buffers, the new size per dimension, or None where untouched.
+        :param shapes: the shape after the cut of each of its own parameters and buffers, by local name.
         :return: attribute updates, such as ``{"out_channels": 24}``.
         """
 

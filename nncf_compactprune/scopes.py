@@ -28,8 +28,7 @@ def prunable_groups(
     """Which groups the scopes leave to prune.
 
     A scope names an operation as NNCF's graph does (``conv1/conv2d/0``), a module (``layer1.0.conv1``, or ``layer1``
-    for
-    all below it), or ``{re}`` and a pattern matched from the start of either. An ignored layer keeps its output
+    for all below it), or ``{re}`` and a pattern matched from the start of either. An ignored layer keeps its output
     channels; its input channels may still go with the layer before. A coupled group is ignored when one of its
     producers is, and targeted when one of them is.
 

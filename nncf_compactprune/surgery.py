@@ -47,12 +47,12 @@ class Transaction:
         old_data, old_grad = tensor.data, tensor.grad
 
         def undo() -> None:
-            tensor.data = old_data
+            _replace_data(tensor, old_data)
             tensor.grad = old_grad
 
         self._undo.append(undo)
         tensor.grad = None
-        tensor.data = data
+        _replace_data(tensor, data)
 
     def set_attribute(self, target: object, name: str, value: Any) -> None:
         """Sets an attribute."""
@@ -78,6 +78,17 @@ class Transaction:
         """Undoes everything."""
         while self._undo:
             self._undo.pop()()
+
+
+def _replace_data(tensor: Tensor, data: Tensor) -> None:
+    """``tensor.data = data``, with no memory of the old shape.
+
+    While an old graph is alive (a loss that is still in scope), autograd keeps the parameter's gradient accumulator,
+    which expects the old shape. It is renewed only when dtype or device change, so the dtype changes for a moment.
+    """
+    other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
+    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
 
 
 @contextmanager

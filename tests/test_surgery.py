@@ -146,6 +146,18 @@ def test_identity_is_kept_and_optimizer_and_ema_follow():
     optimizer.step()  # the references hold
 
 
+def test_an_old_graph_that_is_alive_does_not_hold_the_old_shape():
+    """A loss still in scope keeps autograd's accumulators of the parameters alive."""
+    model, x = trained("residual", dtype=torch.float32), images(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss = model(x).square().sum()
+    loss.backward()
+    prune_in_place(model, random_plan(model, x), x, optimizer=optimizer)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert torch.isfinite(loss)
+
+
 def test_state_of_another_shape_starts_anew():
     model, x = trained("plain", dtype=torch.float32), images(torch.float32)
     optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)

@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_leaves
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "coverage.jsonl"
-LIMIT_SECONDS = 150.0
+LIMIT_SECONDS = 90.0
 
 
 # -- the networks ---------------------------------------------------------------------------------------------------

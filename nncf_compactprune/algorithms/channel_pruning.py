@@ -194,6 +194,12 @@ class ChannelPruning(CompressionAlgorithm):
 
     def _analyse(self, *, trial: bool) -> None:
         """Finds the groups; with a trial, those that the network's code does not let shrink are pinned now."""
+        if self.config.budget.latency is not None:
+            msg = (
+                f"budget.latency: '{self.name}' does not measure latency yet, got {self.config.budget.latency!r}. "
+                "Give macs or params instead."
+            )
+            raise BudgetError(msg)
         with self._timed("trace"):
             self._graph = (analyse if trial else trace)(
                 self.context.model,

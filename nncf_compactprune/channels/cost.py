@@ -1,10 +1,8 @@
 """What a network costs at any channel counts: MACs and parameters as exact polynomials of the group widths.
 
 A term is a constant times a product of *linear forms* ``a · w + b``, one for each channel dimension of an operation
-or a
-parameter: ``w`` are the group widths, ``a`` how often a channel of each group appears in that dimension, ``b`` its
-pinned
-channels.
+or a parameter: ``w`` are the group widths, ``a`` how often a channel of each group appears in that dimension, ``b``
+its pinned channels.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Channel analysis looks at shapes, never at values, so the arithmetic of convolutions and matrix products can be left
 out: their results are zeros of the right shape. Where a network reads values (``.item()``, a boolean mask), the
-analysis
-starts again with real arithmetic.
+analysis starts again with real arithmetic.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ _LABELS = "_compactprune_labels"
 _CONSTANT = "_compactprune_constant"
 _TORCH_ROOT = os.path.dirname(torch.__file__) + os.sep
 _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_OWN_NETWORKS = _PACKAGE_ROOT + "integrations" + os.sep
 
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head", "heads")
@@ -371,7 +372,8 @@ def user_location(depth: int) -> str:
     frame = sys._getframe(depth)
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not filename.startswith((_TORCH_ROOT, _PACKAGE_ROOT, "<")):
+        foreign = not filename.startswith((_TORCH_ROOT, _PACKAGE_ROOT, "<"))
+        if foreign or filename.startswith(_OWN_NETWORKS):
             return f"{os.path.basename(filename)}:{frame.f_lineno}"
         if frame.f_back is None:
             break

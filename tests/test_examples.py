@@ -1,0 +1,178 @@
+"""Examples run; what the documents quote is what the files say; the tables of keys are those of the config."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+from torch.utils.data import Subset
+
+from nncf_compactprune.algorithms.fbnet import FBNetConfig
+from nncf_compactprune.cli import main
+from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
+from nncf_compactprune.integrations import datasets
+from nncf_compactprune.training import RunConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {"README.md": README} | {f"docs/{path.name}": path.read_text("utf-8") for path in ROOT.glob("docs/*.md")}
+
+
+# -- examples run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, with terminal output of a fixed width."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return tmp_path
+
+
+def run(example: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [example, *arguments])
+    runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
+
+
+def test_prune_once(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("prune_once.py", monkeypatch)
+    before, after = re.findall(r"([\d,]+) -> ([\d,]+) MACs", capsys.readouterr().out)[0]
+    assert int(after.replace(",", "")) <= 0.5 * int(before.replace(",", ""))
+    assert {path.name for path in (elsewhere / "runs" / "prune_once").iterdir()} == {"model.safetensors", "plan.json"}
+
+
+def test_op_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("op_rule.py", monkeypatch)
+    assert capsys.readouterr().out.splitlines() == [
+        "without the rule: 0 groups; first: no rule for the operation aten.cumprod",
+        "with the rule: 16 channels of first can go",
+    ]
+
+
+def test_nncf_training_loop(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = datasets.resolve_dataset
+
+    def few(name: str) -> Any:
+        data = whole(name)
+        return dataclasses.replace(data, train=Subset(data.train, range(128)), test=Subset(data.test, range(64)))
+
+    monkeypatch.setattr(datasets, "resolve_dataset", few)
+    with pytest.raises(SystemExit) as ended:
+        run("nncf_training_loop.py", monkeypatch, "--dense-epochs", "1", "--epochs", "5", "--output", "net.onnx")
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    parameters = [int(count.replace(",", "")) for count in re.findall(r"([\d,]+) parameters in memory", printed)]
+    assert len(parameters) == 5
+    assert parameters[0] == parameters[1] == parameters[2] > parameters[3] == parameters[4]
+    assert "60% of the MACs removed" in printed
+    assert f"{(elsewhere / 'net.onnx').stat().st_size:,} bytes" in printed
+
+
+# -- documents quote what is there -------------------------------------------------------------------------------------
+
+
+def quotations() -> Iterator[Any]:
+    for document, text in DOCUMENTS.items():
+        for match in re.finditer(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", text, re.DOTALL):
+            line = text[: match.start()].count("\n") + 1
+            yield pytest.param(match[1], match[2].rstrip("\n"), id=f"{document}:{line}")
+
+
+@pytest.mark.parametrize(("file", "block"), list(quotations()))
+def test_quoted_code_is_a_part_of_its_file(file: str, block: str) -> None:
+    lines, size = (ROOT / file).read_text(encoding="utf-8").splitlines(), block.count("\n") + 1
+    parts = (textwrap.dedent("\n".join(lines[at : at + size])) for at in range(len(lines) - size + 1))
+    assert block in parts
+
+
+@pytest.mark.parametrize(("document", "text"), DOCUMENTS.items(), ids=list(DOCUMENTS))
+def test_python_in_documents_names_its_file(document: str, text: str) -> None:
+    marked = len(re.findall(r"<!-- file: \S+ -->\n```python\n", text))
+    assert len(re.findall(r"^```python$", text, re.MULTILINE)) == marked
+
+
+@pytest.mark.parametrize(("document", "text"), DOCUMENTS.items(), ids=list(DOCUMENTS))
+def test_links_in_documents_lead_somewhere(document: str, text: str) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / document).parent / link).exists(), link
+
+
+def commands() -> Iterator[Any]:
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            yield pytest.param(command, output, id=command)
+
+
+@pytest.mark.parametrize(("command", "output"), list(commands()))
+def test_commands_print_what_the_readme_shows(
+    command: str, output: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Line by line; ``...`` stands for lines left out, and nothing else is."""
+    shutil.copytree(ROOT / "configs", elsewhere / "configs")
+    program, *arguments = shlex.split(command)
+    assert program == "nncf-compactprune"
+    with pytest.raises(SystemExit):
+        main(arguments)
+    captured = capsys.readouterr()
+    printed = "\n".join(line.rstrip() for line in (captured.err or captured.out).splitlines())
+    pattern = ".*\n".join(re.escape(part) for part in output.rstrip("\n").split("...\n"))
+    assert re.fullmatch(pattern, printed, re.DOTALL), printed
+
+
+# -- tables of keys ----------------------------------------------------------------------------------------------------
+
+
+def table(first_key: str) -> dict[str, str]:
+    """Key and default of every row of the README's table that begins with a key."""
+    (rows,) = re.findall(rf"\| Key \| Default \| Meaning \|\n\| --- .*\n(\| `{first_key}` (?:.*\n)+?)\n", README)
+    cells = [[cell.strip(" `") for cell in row.split("|")] for row in rows.splitlines()]
+    return {key: default for _, key, default, *_ in cells}
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """Every key of a config class, nested ones by dotted path, with its default as JSON."""
+    result = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            result |= fields(field.annotation, f"{prefix}{name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            result[prefix + name] = "" if field.is_required() else json.dumps(default)
+    return result
+
+
+def test_readme_lists_every_key_of_fbnet_pruning_with_its_default() -> None:
+    assert table("algorithm") == fields(FBNetConfig)
+
+
+def test_readme_lists_every_key_of_a_run_with_its_default() -> None:
+    assert table("model") == fields(RunConfig)
+
+
+@pytest.mark.parametrize("name", [*CompressionConfig.model_fields, *InputInfo.model_fields])
+def test_readme_names_every_key_of_the_top_level(name: str) -> None:
+    assert f"`{name}`" in README
+
+
+def test_configs_in_the_readme_load() -> None:
+    blocks = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        config = load_config(json.loads(block))
+        assert isinstance(config.compression[0], FBNetConfig)
+        assert isinstance(config.example_inputs()[0], torch.Tensor)  # type: ignore[index]
