@@ -361,15 +361,20 @@ def _difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
 
 
 class NormOverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Masked LayerNorm and one-group GroupNorm take their statistics over the kept channels, as the compact ones do."""
+    """Masked LayerNorm, one-group GroupNorm and weight standardisation take their statistics over the kept channels, as
+    the compact ones do."""
 
     def __init__(self, model: nn.Module, plan: PruningPlan) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kept = {}
+        self._kept_inputs = {}
         if plan.approximate:
             for name, parameter in model_tensors(model).parameters.items():
-                if parameter.dim() == 1 and name in plan.kept:
+                dims = plan.kept.get(name, {})
+                if parameter.dim() == 1 and 0 in dims:
                     self._kept[id(parameter)] = plan.indices(name, 0).to(parameter.device)
+                elif parameter.dim() > 2 and 1 in dims:
+                    self._kept_inputs[id(parameter)] = plan.indices(name, 1).to(parameter.device)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -390,4 +395,14 @@ class NormOverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 n, len(kept), positions, groups, eps,
             )  # fmt: skip
             return x.new_zeros(x.shape).index_copy_(1, kept, out), mean, rstd
+        if func in _BATCH_NORMS and id(args[0]._base) in self._kept_inputs:
+            x, parameter = args[0], args[0]._base
+            taps = parameter[0, 0].numel()
+            kept = self._kept_inputs[id(parameter)]
+            kept = (kept[:, None] * taps + torch.arange(taps, device=kept.device)).reshape(-1)
+            out, *statistics = func(x.index_select(2, kept).contiguous(), *args[1:], **kwargs)
+            return x.new_zeros(x.shape).index_copy_(2, kept, out), *statistics
         return func(*args, **kwargs)
+
+
+_BATCH_NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten._native_batch_norm_legit.no_stats)

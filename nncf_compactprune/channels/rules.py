@@ -335,9 +335,15 @@ def join(tracer: Tracer, arrays: Sequence[LabelArray | None], reason: str) -> La
     "_native_batch_norm_legit_functional",
 )  # fmt: skip
 def batch_norm(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-    """Per-channel affine: parameters and statistics follow dimension 1."""
+    """Per-channel affine: parameters and statistics follow dimension 1.
+
+    Of a weight (weight standardisation), the statistics run over its input channels, and change with every removal.
+    """
     x = args[0]
     labels = tracer.labels(x)
+    if tracer.is_constant(x):
+        for array in labels[2:]:
+            tracer.pin(array, "weights standardised over their input channels", kind="approximate")
     channel = labels[1]
     for tensor in args[1:5]:
         if isinstance(tensor, Tensor) and tensor.dim() == 1:

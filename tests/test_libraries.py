@@ -1,0 +1,61 @@
+"""Real networks of timm and Hugging Face, in their smallest forms: pruned, exact, trainable, and reloaded."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nncf_compactprune import export_model, load_pruned, prune, save_pruned
+from nncf_compactprune.errors import BudgetError, NothingPrunableError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
+import coverage as sweep
+
+timm = pytest.importorskip("timm", reason="timm is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+TIMM = [name for name in timm.list_models("test_*") if name != "test_vit4"]
+EXTRA = ["resnet18", "mobilenetv2_050", "ghostnet_100", "shvit_s1", "res2net50_26w_4s", "swin_tiny_patch4_window7_224"]
+
+
+def build(library: str, name: str):
+    return sweep.build(library, name)
+
+
+def pruned(library: str, name: str):
+    model, x = build(library, name)
+    settings = {"budget": {"macs": 0.8}, "round_to": 1, "importance": "l1", "max_ratio": 0.8}
+    try:
+        return model, x, prune(model, x, **settings)
+    except (NothingPrunableError, BudgetError):  # LayerNorm or standardised weights everywhere
+        return model, x, prune(model, x, allow_approximate=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [("timm", name) for name in [*TIMM, *EXTRA]] + [("transformers", name) for name in sweep.hugging_face()],
+)
+def test_pruned_exact_trains_and_reloads(library, name, tmp_path):
+    model, x, result = pruned(library, name)
+    assert result.self_check.error <= 1e-5
+    assert result.plan.after.macs <= 0.8 * result.plan.before.macs
+    assert sweep.trains(model, x)
+    save_pruned(model, tmp_path)
+    again = load_pruned(lambda: build(library, name)[0], tmp_path)
+    with torch.no_grad():
+        for a, b in zip(outputs(model, x), outputs(again, x), strict=True):
+            assert torch.equal(a, b)
+
+
+def outputs(model, x):
+    return [t for t in torch.utils._pytree.tree_leaves(sweep.call(model.eval(), x)) if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize(("library", "name"), [("timm", "test_vit"), ("timm", "test_resnet"), ("transformers", "Swin")])
+def test_exports_with_fewer_heads_and_channels(library, name, tmp_path):
+    model, x, _ = pruned(library, name)
+    files = export_model(model, x, tmp_path / "model.onnx")
+    assert files[0].verification.passed
