@@ -20,18 +20,19 @@ import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from nncf_compactprune.channels import ChannelGraph, Hold, trace
 from nncf_compactprune.channels.labels import DimLabels, LabelSpace
 from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.channels.trace import Tracer, call_model, evaluating, user_location
-from nncf_compactprune.errors import SelfCheckError
+from nncf_compactprune.errors import SelfCheckError, TraceError
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.plugins import Plugins, default_plugins
-from nncf_compactprune.surgery import NormOverKept, Transaction, cut, prune_in_place, zero_removed
+from nncf_compactprune.surgery import NormOverKept, Transaction, cut, in_double, prune_in_place, to_double, zero_removed
 
-VALUE_TOLERANCE = 1e-3
+SINGLE_TOLERANCE = 1e-3
+DOUBLE_TOLERANCE = 1e-6
 
 
 def analyse(
@@ -41,7 +42,7 @@ def analyse(
     plugins: Plugins | None = None,
     allow_approximate: bool = False,
 ) -> ChannelGraph:
-    """Channel analysis whose groups were tried out: about half of every group is cut on trial, checked and put back.
+    """Channel analysis whose groups were tried out: a part of every group is cut on trial, checked and put back.
 
     Groups that the network's code does not let shrink are pinned with operation, module and line; the others are
     proven to go together. The model is left as it was.
@@ -57,7 +58,7 @@ def analyse(
         graph = trace(model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, holds=holds)
         if not graph.groups:
             return graph
-        plan = _half_of_everything(graph)
+        plan = _trial_plan(graph)
         if plan.is_identity:
             return graph
         try:
@@ -82,13 +83,15 @@ def analyse(
             return graph
 
 
-def _half_of_everything(graph: ChannelGraph) -> PruningPlan:
-    """Drops a random half of every group: a constant in the code must not fit by chance."""
+def _trial_plan(graph: ChannelGraph) -> PruningPlan:
+    """Drops a random part of every group, of another share each: a constant in the code, or a width taken for another
+    one, must not fit by chance."""
     generator = np.random.default_rng(0)
     keep = []
     for group in graph.groups:
         mask = np.zeros(group.size, bool)
-        mask[generator.permutation(group.size)[: max((group.size + 1) // 2, 1)]] = True
+        width = min(max(round(group.size * generator.uniform(0.35, 0.8)), 1), max(group.size - 1, 1))
+        mask[generator.permutation(group.size)[:width]] = True
         keep.append(mask)
     return make_plan(graph, keep)
 
@@ -129,13 +132,29 @@ def find_culprit(
     *,
     plugins: Plugins | None = None,
 ) -> Culprit | None:
-    """Looks for what stands in the way of a plan.
+    """Looks for what stands in the way of a plan, in double precision where the network runs in it.
 
     :param model: dense; it is masked and cut on the way, and left as it was.
     :return: the groups to leave whole, or None where the cut model follows the masked one to the end.
     """
+    try:
+        with in_double(model):
+            inputs = tree_map(to_double, example_inputs)
+            return _find_culprit(model, plan, graph, inputs, plugins, DOUBLE_TOLERANCE)
+    except TraceError:  # the network insists on single precision
+        return _find_culprit(model, plan, graph, example_inputs, plugins, SINGLE_TOLERANCE)
+
+
+def _find_culprit(
+    model: nn.Module,
+    plan: PruningPlan,
+    graph: ChannelGraph,
+    example_inputs: Any,
+    plugins: Plugins | None,
+    tolerance: float,
+) -> Culprit | None:
     records, removed, group_of_label = _masked_records(model, plan, graph, example_inputs, plugins)
-    follower = _Follower(records)
+    follower = _Follower(records, tolerance)
     log = Transaction()
     try:
         cut(log, model, plan, plugins=plugins)
@@ -149,11 +168,14 @@ def find_culprit(
     if follower.found is None:
         return None
     at, what = follower.found
-    for record in reversed(records[max(at - 8, 0) : at + 1]):  # the operation, or the nearest one before it
+    for record in reversed(records[: at + 1]):  # the operation, or the nearest one before it that loses channels
         groups = _touched(record, removed, group_of_label)
         if groups.size:
-            alike = [r for r in records if (r.name, r.location, r.kind) == (record.name, record.location, record.kind)]
-            groups = np.unique(np.concatenate([_touched(r, removed, group_of_label) for r in alike]))
+            if record is records[at]:  # the same line of the same kind of module fails everywhere
+                alike = [
+                    r for r in records if (r.name, r.location, r.kind) == (record.name, record.location, record.kind)
+                ]
+                groups = np.unique(np.concatenate([_touched(r, removed, group_of_label) for r in alike]))
             where = f" in '{record.module}'" if record.module else ""
             reason = f"{record.name}{where} does not follow a smaller width: {what}"
             return Culprit(tuple(groups.tolist()), reason, record.location)
@@ -227,7 +249,7 @@ class _Recorder(Tracer):  # type: ignore[no-untyped-call]
         inputs = [self.labels(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if self._removed is not None:
-            tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            tensors = _results(out)
             record = _Record(str(func.overloadpacket), self.module, self._kind(), user_location(1), inputs, [], [], [])
             for tensor in tensors:
                 kept = self._kept_part(tensor)
@@ -249,6 +271,13 @@ class _Recorder(Tracer):  # type: ignore[no-untyped-call]
         return tensor
 
 
+def _results(out: Any) -> list[Tensor]:
+    """What an operation passes on: of a tuple the first (the others are statistics, indices, sums for backward)."""
+    if isinstance(out, tuple):
+        out = out[:1]
+    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
 def _size(tensor: Tensor) -> float:
     """Sum of absolute values: what two runs of the same operation must agree on."""
     return float(tensor.detach().double().abs().sum()) if tensor.is_floating_point() else math.nan
@@ -257,8 +286,9 @@ def _size(tensor: Tensor) -> float:
 class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs the cut model beside the records and notes the first difference."""
 
-    def __init__(self, records: Sequence[_Record]) -> None:
+    def __init__(self, records: Sequence[_Record], tolerance: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._tolerance = tolerance
         self._records = records
         self._at = 0
         self.found: tuple[int, str] | None = None
@@ -268,7 +298,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.found is None:
-            self._compare(func, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
+            self._compare(func, _results(out))
             self._at += 1
         return out
 
@@ -276,7 +306,8 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The run ended early at the operation after the last one."""
         if self.found is None:
             lines = str(error).strip().splitlines()
-            self.found = (min(self._at, len(self._records) - 1), f"{type(error).__name__}: {lines[0] if lines else ''}")
+            what = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            self.found = (min(self._at, len(self._records) - 1), what)
 
     def _compare(self, func: Any, tensors: Sequence[Tensor]) -> None:
         if self._at >= len(self._records):
@@ -289,7 +320,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif shapes != record.shapes:
             self.found = (self._at, f"expected shape {record.shapes[:1]}, got {shapes[:1]}")
         elif any(
-            abs(_size(tensor) - size) > VALUE_TOLERANCE * max(size, 1e-6)
+            abs(_size(tensor) - size) > self._tolerance * max(size, 1e-6)
             for tensor, size in zip(tensors, record.sizes, strict=True)
             if not math.isnan(size) and not record.name.startswith("aten.empty")
         ):

@@ -270,7 +270,7 @@ def prune_in_place(
         dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
         if error > SELF_CHECK_TOLERANCE and dtype != "float64":
             # rounding of many float32 layers, or a wrong cut? float64 tells them apart
-            compact = _in_double(model, example_inputs, lambda inputs: _run(model, inputs, "after the cut"))
+            compact = _run_in_double(model, example_inputs, "after the cut")
             log.rollback()
             expected = _outputs_of_masked(model, plan, example_inputs, double=True)
             error, dtype = _difference(expected, compact), "float64"
@@ -296,7 +296,7 @@ def _outputs_of_masked(model: nn.Module, plan: PruningPlan, example_inputs: Any,
                 log.set_data(parameters[name], zero_removed(parameters[name].data, plan.masked_dims(name)))
         with NormOverKept(model, plan):
             if double:
-                return _in_double(model, example_inputs, lambda inputs: _run(model, inputs, "with masks"))
+                return _run_in_double(model, example_inputs, "with masks")
             return _run(model, example_inputs, "with masks")
     finally:
         log.rollback()
@@ -326,19 +326,27 @@ def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
     return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _in_double(model: nn.Module, example_inputs: Any, run: Callable[[Any], list[Tensor]]) -> list[Tensor]:
+@contextmanager
+def in_double(model: nn.Module) -> Iterator[None]:
+    """The model in double precision; its own tensors are back afterwards, bit for bit."""
     log = Transaction()
     try:
         for _, tensor in model_tensors(model).named():
             if tensor.is_floating_point():
                 log.set_data(tensor, tensor.data.double())
-        return run(tree_map(_to_double, example_inputs))
+        yield
     finally:
         log.rollback()
 
 
-def _to_double(leaf: Any) -> Any:
+def to_double(leaf: Any) -> Any:
+    """A floating tensor in double precision; anything else as it is."""
     return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _run_in_double(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
+    with in_double(model):
+        return _run(model, tree_map(to_double, example_inputs), when)
 
 
 def _difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:

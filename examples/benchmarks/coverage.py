@@ -257,7 +257,7 @@ def ours(model: nn.Module, x: Any) -> dict[str, Any]:
                 least = float(re.search(r"the least is [\d,]+ \(([\d.]+)%\)", str(error))[1]) / 100  # type: ignore[index]
                 if least > worth_it:
                     continue
-                budget = {"macs": min(least * 1.1 + 0.01, 1.0)}
+                budget = {"macs": least + 0.1 * (1 - least)}
                 started = time.perf_counter()
                 done = prune(model, x, budget=budget, allow_approximate=by_consent, **settings)
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -306,16 +307,8 @@ def _parameter_terms(
         if not slot.is_buffer:
             covered.setdefault(slot.parameter, []).append(np.arange(slot.start, slot.start + slot.size))
     for name, parameter in tensors.parameters.items():
-        constant, dims = 1.0, []
-        arrays = covered.get(name)
-        if arrays is None:
-            constant = float(parameter.numel())
-        for array in arrays or ():
-            if (group_of_label[array] >= 0).any():
-                dims.append(array)
-            else:
-                constant *= array.size
-        terms.append((constant, dims))
+        dims = [array for array in covered.get(name, ()) if (group_of_label[array] >= 0).any()]
+        terms.append((parameter.numel() / math.prod(array.size for array in dims), dims))
     return terms
 
 

@@ -104,14 +104,15 @@ class LabelSpace:
         self._reason_ids: dict[Any, int] = {}
 
     def allocate(self, parameter: str, shape: Sequence[int], is_buffer: bool) -> DimLabels:
-        """Returns fresh labels for every dimension of a parameter, and for those of a buffer that can be channels.
+        """Returns fresh labels for the dimensions that can be channels.
 
-        Buffers of one dimension are statistics, of two or three tables with the width last (position embeddings), of
-        more kernels or maps with channels in the first two; their other dimensions (windows, positions) stay as they
-        are.
+        Of kernels (more than three dimensions) these are the first two; of buffers with two or three dimensions, which
+        are tables (position embeddings, masks), the last; everywhere else all.
         """
         candidates = range(len(shape))
-        if is_buffer and len(shape) > 1:
+        if len(shape) > 3 and shape[0] > 1:
+            candidates = range(2)  # a kernel
+        elif is_buffer and len(shape) > 1:
             candidates = range(2) if len(shape) > 3 else range(len(shape) - 1, len(shape))
         labels: list[LabelArray | None] = []
         for dim, size in enumerate(shape):

@@ -15,6 +15,7 @@ import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -188,7 +189,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             torch_module.register_module_forward_hook(self._leave, always_call=True),
         ]
         try:
-            with evaluating(self.model), self:
+            with evaluating(self.model), _AttentionScale(self), self:
                 output = call_model(self.model, example_inputs)
         except TraceError:
             raise
@@ -232,12 +233,20 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 heads = np.ascontiguousarray(cube[0, :, 0])
                 for key, value in counts.items():
                     if value == sizes[axis]:
-                        self.attributes.append(AttributeTerm(name, key, 1, heads))
+                        self._note_attribute(AttributeTerm(name, key, 1, heads))
                 for key in HEAD_PRODUCTS:
                     if getattr(module, key, None) == sizes[axis] * sizes[-1]:
-                        self.attributes.append(AttributeTerm(name, key, sizes[-1], heads))
+                        self._note_attribute(AttributeTerm(name, key, sizes[-1], heads))
                 return axis
         return None
+
+    def _note_attribute(self, term: AttributeTerm) -> None:
+        """Heads that one attribute counts are the same heads, wherever the module meets them."""
+        for earlier in self.attributes:
+            if (earlier.module, earlier.attribute) == (term.module, term.attribute):
+                self.space.unify(earlier.labels, term.labels)
+                return
+        self.attributes.append(term)
 
     def labels(self, tensor: Tensor) -> DimLabels:
         """Labels of a tensor, one entry a dimension."""
@@ -358,6 +367,28 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack:
             self._stack.pop()
+
+
+class _AttentionScale(TorchFunctionMode):
+    """Pins the width of attention heads where it sets the scale of the scores.
+
+    Below this level the scale may be a number already, when torch takes attention apart into products.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
+            for tensor in (*args[:2], kwargs.get("query"), kwargs.get("key")):
+                if isinstance(tensor, Tensor):
+                    width = self._tracer.labels(tensor)[-1]
+                    self._tracer.pin(width, "width of an attention head, which sets its scale")
+        return func(*args, **kwargs)
 
 
 def _unresolved(*_: Any) -> None:
