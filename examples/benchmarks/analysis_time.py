@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ def main(rounds: int = 5, output: Path | None = None) -> None:
     mean = statistics.geometric_mean(row["ratio"] for row in rows.values())
     lines = [
         f"Python packages: torch {torch.__version__.partition('+')[0]}, timm {timm.__version__}, "
-        f"torch-pruning {torch_pruning.__version__}; {torch.get_num_threads()} threads; medians of {rounds} rounds.",
+        f"torch-pruning {version('torch-pruning')}; {torch.get_num_threads()} threads; medians of {rounds} rounds.",
         "",
         "| model | ours, s | Torch-Pruning, s | ratio | our self-check, s | output error | parameters left, M "
         "| Torch-Pruning's, M |",
