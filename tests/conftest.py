@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,27 +15,10 @@ os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _let_torchvision_import() -> None:
-    """Makes a CUDA build of torchvision importable beside a CPU build of torch.
+sys.path.append(str(Path(__file__).parent.parent / "examples" / "benchmarks"))
+from timm_import import let_torchvision_import
 
-    That build registers fake kernels for two operators of its compiled extension, which does not load here. Models
-    need neither operator, so their schemas are enough. timm and parts of transformers import torchvision.
-    """
-    try:
-        import torchvision
-    except ImportError:
-        return
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _let_torchvision_import.library = library  # type: ignore[attr-defined]  # schemas live as long as it does
-        import torchvision  # noqa: F401
-
-
-_let_torchvision_import()
+let_torchvision_import()
 # Tests run side by side (pytest -n 2): with more threads than cores, torch's threads spend their time waiting in turn.
 torch.set_num_threads(1)
 
