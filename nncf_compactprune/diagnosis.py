@@ -24,12 +24,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nncf_compactprune.channels import ChannelGraph, Hold, trace
 from nncf_compactprune.channels.labels import DimLabels, LabelSpace
-from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.channels.trace import Tracer, call_model, evaluating, user_location
 from nncf_compactprune.errors import SelfCheckError, TraceError
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.plugins import Plugins, default_plugins
-from nncf_compactprune.surgery import NormOverKept, Transaction, cut, in_double, prune_in_place, to_double, zero_removed
+from nncf_compactprune.surgery import Transaction, cut, in_double, masked, prune_in_place, to_double
 
 SINGLE_TOLERANCE = 1e-3
 DOUBLE_TOLERANCE = 1e-6
@@ -197,20 +196,12 @@ def _masked_records(
 ) -> tuple[list[_Record], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
     """Runs the masked model with labels, twice: the second time every label's fate is known."""
     rules = (plugins or default_plugins()).op_rules
-    parameters = model_tensors(model).parameters
-    log = Transaction()
-    try:
-        for name in plan.kept:
-            if name in parameters:
-                log.set_data(parameters[name], zero_removed(parameters[name].data, plan.masked_dims(name)))
+    with masked(model, plan):
         first = _Recorder(model, LabelSpace(), rules, None)
         first.run(example_inputs)
         removed, group_of_label = _fates(first.space, plan, graph)
         second = _Recorder(model, LabelSpace(), rules, removed)
-        with NormOverKept(model, plan):
-            second.run(example_inputs)
-    finally:
-        log.rollback()
+        second.run(example_inputs)
     return second.records, removed, group_of_label
 
 

@@ -287,7 +287,9 @@ def prune_in_place(
         return SelfCheck(error, dtype, seconds + time.perf_counter() - started)
 
 
-def _outputs_of_masked(model: nn.Module, plan: PruningPlan, example_inputs: Any, *, double: bool) -> list[Tensor]:
+@contextmanager
+def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
+    """The dense model with everything that goes set to zero; its own weights are back afterwards, bit for bit."""
     parameters = model_tensors(model).parameters
     log = Transaction()
     try:
@@ -295,11 +297,14 @@ def _outputs_of_masked(model: nn.Module, plan: PruningPlan, example_inputs: Any,
             if name in parameters:
                 log.set_data(parameters[name], zero_removed(parameters[name].data, plan.masked_dims(name)))
         with NormOverKept(model, plan):
-            if double:
-                return _run_in_double(model, example_inputs, "with masks")
-            return _run(model, example_inputs, "with masks")
+            yield
     finally:
         log.rollback()
+
+
+def _outputs_of_masked(model: nn.Module, plan: PruningPlan, example_inputs: Any, *, double: bool) -> list[Tensor]:
+    with masked(model, plan):
+        return (_run_in_double if double else _run)(model, example_inputs, "with masks")
 
 
 def zero_removed(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
