@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from nncf_compactprune.channels.groups import fingerprint
-from nncf_compactprune.channels.tensors import NNCF_HOOKS, model_tensors, named_modules
+from nncf_compactprune.channels.tensors import carries_hooks, model_tensors, named_modules
 from nncf_compactprune.errors import CompactPruneError, PlanError
 from nncf_compactprune.plan import Cost, PruningPlan
 from nncf_compactprune.plan_json import shown
@@ -169,8 +169,7 @@ def _persistent(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _refuse_hooks(model: nn.Module) -> None:
-    storage = getattr(model, NNCF_HOOKS, None)
-    if storage is not None and not storage.is_empty():
+    if carries_hooks(model):
         msg = (
             f"checkpoint: {type(model).__name__} carries NNCF hooks (masks, quantizers or re-parameterised weights), "
             "which plan and weights do not hold. Strip it first (nncf.strip or controller.strip())."

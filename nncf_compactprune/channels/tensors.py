@@ -15,6 +15,12 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 NNCF_HOOKS = "__nncf_hooks"
 
 
+def carries_hooks(model: nn.Module) -> bool:
+    """Whether a model has NNCF function hooks at work (masks, quantizers, re-parameterised weights)."""
+    storage = getattr(model, NNCF_HOOKS, None)
+    return storage is not None and not storage.is_empty()
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules in torch's order, shared ones once, NNCF's hook storage left out."""
     seen: set[int] = set()

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from nncf_compactprune.channels.groups import ChannelGraph, build_graph
 from nncf_compactprune.channels.labels import DimLabels, Hold, LabelArray, LabelSpace, Reason
 from nncf_compactprune.channels.shapes import without_arithmetic
-from nncf_compactprune.channels.tensors import NNCF_HOOKS, carries_channels, model_tensors, named_modules
+from nncf_compactprune.channels.tensors import carries_channels, carries_hooks, model_tensors, named_modules
 from nncf_compactprune.errors import TraceError
 from nncf_compactprune.plugins import Plugins, default_plugins
 
@@ -140,8 +140,7 @@ def trace(
 
 
 def _refuse_hooks(model: nn.Module) -> None:
-    storage = getattr(model, NNCF_HOOKS, None)
-    if storage is not None and not storage.is_empty():
+    if carries_hooks(model):
         msg = (
             f"{type(model).__name__} carries NNCF hooks (masks, quantizers or re-parameterised weights), which hide "
             "its weights from channel analysis. Strip it first (nncf.strip or controller.strip())."
