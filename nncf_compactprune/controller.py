@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,21 @@ class Scheduler:
     Call :meth:`epoch_step` at the start of every epoch and :meth:`step` before every training step.
     """
 
-    def __init__(self, algorithms: Sequence[CompressionAlgorithm]) -> None:
-        self._algorithms = algorithms
+    def __init__(self, controller: CompressionController) -> None:
+        self._controller = controller
         self.current_epoch = -1
         self.current_step = -1
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         """Begins the next epoch, or ``next_epoch`` (counted from 0)."""
         self.current_epoch = self.current_epoch + 1 if next_epoch is None else next_epoch
-        for algorithm in self._algorithms:
+        for algorithm in self._controller.begun:
             algorithm.epoch_step(self.current_epoch)
 
     def step(self, next_step: int | None = None) -> None:
         """Begins the next training step, or ``next_step`` (counted from 0)."""
         self.current_step = self.current_step + 1 if next_step is None else next_step
-        for algorithm in self._algorithms:
+        for algorithm in self._controller.begun:
             algorithm.step(self.current_step)
 
     def get_state(self) -> dict[str, int]:
@@ -83,7 +83,28 @@ class CompressionController:
     def __init__(self, context: Context, algorithms: Sequence[CompressionAlgorithm]) -> None:
         self._context = context
         self.algorithms = tuple(algorithms)
-        self.scheduler = Scheduler(self.algorithms)
+        self.scheduler = Scheduler(self)
+        self._begun = 0
+        for algorithm in self.algorithms:
+            algorithm.capture()
+
+    def begin(self, states: Sequence[Mapping[str, Any] | None] | None = None) -> None:
+        """Starts every algorithm whose predecessors in the list are settled.
+
+        :param states: of algorithms that an earlier run had begun; None for the others.
+        """
+        while self._begun < len(self.algorithms) and all(a.settled for a in self.algorithms[: self._begun]):
+            self.algorithms[self._begun].prepare(None if states is None else states[self._begun])
+            self._begun += 1
+
+    @property
+    def begun(self) -> Iterator[CompressionAlgorithm]:
+        """The algorithms at work, in order; one that settles the model on the way lets the next begin."""
+        at = 0
+        while at < self._begun:
+            yield self.algorithms[at]
+            self.begin()
+            at += 1
 
     @property
     def model(self) -> nn.Module:
@@ -103,15 +124,16 @@ class CompressionController:
 
     def loss(self) -> Tensor | float:
         """What to add to the task's loss."""
-        return sum((algorithm.loss() for algorithm in self.algorithms), 0.0)
+        return sum((algorithm.loss() for algorithm in self.algorithms[: self._begun]), 0.0)
 
     def statistics(self) -> Statistics:
         """Figures of every algorithm."""
-        return Statistics({algorithm.name: algorithm.statistics() for algorithm in self.algorithms})
+        return Statistics({algorithm.name: algorithm.statistics() for algorithm in self.algorithms[: self._begun]})
 
     def compression_stage(self) -> CompressionStage:
         """The least advanced algorithm's stage; partial as soon as one has begun."""
-        stages = [algorithm.stage() for algorithm in self.algorithms]
+        waiting = [CompressionStage.UNCOMPRESSED] * (len(self.algorithms) - self._begun)
+        stages = [algorithm.stage() for algorithm in self.algorithms[: self._begun]] + waiting
         if len(set(stages)) == 1:
             return stages[0]
         return CompressionStage.PARTIALLY_COMPRESSED
@@ -119,24 +141,28 @@ class CompressionController:
     @property
     def compression_rate(self) -> float:
         """Largest share of the cost removed by any algorithm, in [0, 1)."""
-        return max(algorithm.compression_rate for algorithm in self.algorithms)
+        return max(algorithm.compression_rate for algorithm in self.algorithms[: self._begun])
 
     @compression_rate.setter
     def compression_rate(self, value: float) -> None:
-        for algorithm in self.algorithms:
-            algorithm.compression_rate = value
+        for algorithm in self.begun:
+            if isinstance(algorithm, ChannelPruning):
+                algorithm.compression_rate = value
 
     def get_compression_state(self) -> dict[str, Any]:
         """JSON-able state: pass it to :func:`create_compressed_model` with the dense model, then load the weights."""
         return {
             "version": STATE_VERSION,
             "scheduler": self.scheduler.get_state(),
-            "algorithms": [{"name": a.name, "state": a.get_state()} for a in self.algorithms],
+            "algorithms": [
+                {"name": a.name, "state": a.get_state() if at < self._begun else None}
+                for at, a in enumerate(self.algorithms)
+            ],
         }
 
     def strip(self) -> nn.Module:
         """Ends the compression: cuts what is still masked and removes every hook. In place; returns the model."""
-        for algorithm in self.algorithms:
+        for algorithm in self.begun:
             algorithm.strip()
         self._context.plugins.emit("stripped", model=self.model)
         return self.model
@@ -188,8 +214,7 @@ def create_compressed_model(
     algorithms = [_build(plugins, entry, context) for entry in config.compression]
     states = _states(compression_state, algorithms)
     controller = CompressionController(context, algorithms)
-    for algorithm, state in zip(algorithms, states, strict=True):
-        algorithm.prepare(state)
+    controller.begin(states)
     if compression_state is not None:
         controller.scheduler.load_state(compression_state["scheduler"])
     return controller, model

@@ -282,3 +282,26 @@ def test_events_reach_plugins():
     ctrl, _ = create_compressed_model(model32(), config(schedule="one_shot"), plugins=plugins)
     ctrl.strip()
     assert listener.kinds == ["traced", "pruned", "stripped"]
+
+
+def test_an_algorithm_waits_until_those_before_it_in_the_list_have_cut():
+    document = config(schedule="exponential", pruning_steps=2)
+    document["compression"] = [document["compression"], config(budget={"params": 0.8}, schedule="one_shot")["compression"]]
+    model = model32()
+    ctrl, _ = create_compressed_model(model, document)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    ctrl.attach(optimizer=optimizer)
+    train_epoch(model, ctrl, optimizer)
+    assert len(list(ctrl.begun)) == 1
+    assert [entry["state"] is None for entry in ctrl.get_compression_state()["algorithms"]] == [False, True]
+    for _ in range(2):
+        train_epoch(model, ctrl, optimizer)
+    first, second = ctrl.begun
+    assert second.plan.before.params == first.plan.after.params
+    assert second.plan.after.params <= 0.8 * first.plan.after.params
+
+    again = model32()
+    resumed, _ = create_compressed_model(again, document, compression_state=ctrl.get_compression_state())
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(images(torch.float32)), model.eval()(images(torch.float32)))
+    assert resumed.compression_stage() is CompressionStage.FULLY_COMPRESSED

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -57,6 +59,19 @@ class Context:
         for batch in self.train_loader or ():
             yield to_device(model_inputs(batch), self.device)
 
+    def labelled_batches(self) -> Iterator[tuple[Any, Any]]:
+        """Model inputs and targets of the training loader, on the model's device; targets are None where there are
+        none."""
+        for batch in self.train_loader or ():
+            yield to_device((model_inputs(batch), targets(batch)), self.device)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the wall time of its body to ``seconds[what]``."""
+        started = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
 
 def model_inputs(batch: Any) -> Any:
     """The inputs of a batch: ``(inputs, targets)`` gives inputs, a mapping loses its label keys."""
@@ -67,6 +82,15 @@ def model_inputs(batch: Any) -> Any:
     return batch
 
 
+def targets(batch: Any) -> Any:
+    """The targets of a batch, or None: the second of ``(inputs, targets)``, or a mapping's label key."""
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in TARGET_KEYS if key in batch), None)
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[1]
+    return None
+
+
 def to_device(inputs: Any, device: torch.device) -> Any:
     """Moves every tensor."""
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs)
@@ -75,8 +99,9 @@ def to_device(inputs: Any, device: torch.device) -> Any:
 class CompressionAlgorithm(ABC):
     """One algorithm at work on one model.
 
-    The controller calls :meth:`prepare` once, then :meth:`epoch_step` and :meth:`step` as training goes, and
-    :meth:`strip` at the end. Everything else reads.
+    The controller calls :meth:`capture` on all algorithms of a list, then :meth:`prepare` once for each as soon as
+    those before it are :attr:`settled`, then :meth:`epoch_step` and :meth:`step` as training goes, and :meth:`strip` at
+    the end. Everything else reads.
 
     :param config: the validated configuration entry, an instance of ``Config``.
     :param context: the model and what comes with it.
@@ -90,12 +115,20 @@ class CompressionAlgorithm(ABC):
         self.config = config
         self.context = context
 
+    def capture(self) -> None:  # noqa: B027
+        """The model is dense, and no algorithm of the list has touched it yet: time to take a copy for a teacher."""
+
     @abstractmethod
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
         """Starts: analyses the model and installs what training needs.
 
         :param state: what :meth:`get_state` gave in an earlier run, to continue from; the model is the dense one.
         """
+
+    @property
+    def settled(self) -> bool:
+        """The shapes of the model will not change any more through this algorithm: the next of the list may begin."""
+        return True
 
     @abstractmethod
     def strip(self) -> None:

@@ -7,24 +7,20 @@ BatchNorm statistics.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import nncf
 import numpy as np
 import numpy.typing as npt
-import torch
-from nncf.common.logging import nncf_logger
 from pydantic import Field
 from torch import Tensor
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.schedules import SCHEDULES
 from nncf_compactprune.budget import Allocation, Limits, allocate
 from nncf_compactprune.channels import ChannelGraph, trace
-from nncf_compactprune.channels.tensors import named_modules
 from nncf_compactprune.config import AlgorithmConfig, Budget, Section
 from nncf_compactprune.diagnosis import analyse
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
@@ -123,6 +119,10 @@ class ChannelPruning(CompressionAlgorithm):
         elif rate != self._rate:
             self.compression_rate = rate
 
+    @property
+    def settled(self) -> bool:
+        return self._done
+
     def strip(self) -> None:
         if not self._done:
             self._prune_now()
@@ -200,7 +200,7 @@ class ChannelPruning(CompressionAlgorithm):
                 "Give macs or params instead."
             )
             raise BudgetError(msg)
-        with self._timed("trace"):
+        with self.context.timed("trace"):
             self._graph = (analyse if trial else trace)(
                 self.context.model,
                 self.context.example_inputs,
@@ -240,9 +240,9 @@ class ChannelPruning(CompressionAlgorithm):
         return Allocation(self.graph, self._prunable, budgets, limits)
 
     def _decide(self, rate: float) -> PruningPlan:
-        with self._timed("scores"):
+        with self.context.timed("scores"):
             scores = [_checked(s, g.name) for s, g in zip(self.scores(self.graph), self.graph.groups, strict=True)]
-        with self._timed("allocation"):
+        with self.context.timed("allocation"):
             keep = allocate(self._problem(rate), scores, self.config.params.allocation)
             return make_plan(self.graph, keep, algorithm=self.name)
 
@@ -254,7 +254,11 @@ class ChannelPruning(CompressionAlgorithm):
             plan = self.plan
         self._cut(plan)
         self._rate = self.target_rate
-        self._adapt_batch_norm()
+        adapt_batch_norm(
+            self.context,
+            self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples,
+            asked_for="initializer" in self.config.model_fields_set,
+        )
         self.context.plugins.emit("pruned", plan=plan, self_check=self.self_check)
 
     def _cut(self, plan: PruningPlan) -> None:
@@ -262,7 +266,7 @@ class ChannelPruning(CompressionAlgorithm):
             self._masks.remove()
         context = self.context
         try:
-            with self._timed("surgery"):
+            with self.context.timed("surgery"):
                 self.self_check = prune_in_place(
                     context.model,
                     plan,
@@ -281,20 +285,6 @@ class ChannelPruning(CompressionAlgorithm):
         self.plan = plan
         self._done = True
 
-    def _adapt_batch_norm(self) -> None:
-        samples = self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples
-        model = self.context.model
-        has_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for _, m in named_modules(model))
-        if samples == 0 or not has_norm:
-            return
-        if self.context.train_loader is None:
-            if "initializer" in self.config.model_fields_set:
-                nncf_logger.warning("BatchNorm statistics are not adapted after pruning: no train_loader was given.")
-            return
-        with self._timed("batchnorm_adaptation"):
-            batches = _until(self.context.batches(), samples)
-            nncf.batch_norm_adaptation(model, nncf.Dataset(batches))
-
     def _restore(self, state: Mapping[str, Any]) -> None:
         plan = None if state["plan"] is None else PruningPlan.from_json(state["plan"])
         self._rate = float(state["rate"])
@@ -307,12 +297,6 @@ class ChannelPruning(CompressionAlgorithm):
                 plan.validate(self.context.model)
                 self._masks.update(plan)
 
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.context.seconds[what] = self.context.seconds.get(what, 0.0) + time.perf_counter() - started
-
 
 def _checked(scores: Tensor, group: str) -> npt.NDArray[np.float64]:
     values = scores.detach().double().cpu().numpy()
@@ -322,15 +306,3 @@ def _checked(scores: Tensor, group: str) -> npt.NDArray[np.float64]:
         )
         raise BudgetError(msg)
     return values
-
-
-def _until(batches: Iterator[Any], samples: int) -> list[Any]:
-    """The first batches with at least this many examples in all."""
-    chosen, seen = [], 0
-    for batch in batches:
-        first = next((leaf for leaf in torch.utils._pytree.tree_leaves(batch) if isinstance(leaf, Tensor)), None)
-        chosen.append(batch)
-        seen += 1 if first is None else len(first)
-        if seen >= samples:
-            break
-    return chosen

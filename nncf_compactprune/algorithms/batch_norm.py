@@ -1,0 +1,47 @@
+"""BatchNorm statistics of a compressed model, measured anew on training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import nncf
+import torch
+from nncf.common.logging import nncf_logger
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from nncf_compactprune.algorithms.base import Context
+from nncf_compactprune.channels.tensors import named_modules
+
+
+def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False) -> None:
+    """Re-estimates the running statistics of every BatchNorm, through NNCF, in place.
+
+    Nothing happens with 0 samples, without a BatchNorm, or without a training loader.
+
+    :param samples: how many examples of the training loader to use, at least.
+    :param asked_for: warn where there is no training loader.
+    """
+    model = context.model
+    has_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for _, m in named_modules(model))
+    if samples == 0 or not has_norm:
+        return
+    if context.train_loader is None:
+        if asked_for:
+            nncf_logger.warning("BatchNorm statistics are not adapted after pruning: no train_loader was given.")
+        return
+    with context.timed("batchnorm_adaptation"):
+        nncf.batch_norm_adaptation(model, nncf.Dataset(first_batches(context.batches(), samples)))
+
+
+def first_batches(batches: Iterator[Any], samples: int) -> list[Any]:
+    """The first batches with at least this many examples in all."""
+    chosen, seen = [], 0
+    for batch in batches:
+        first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+        chosen.append(batch)
+        seen += 1 if first is None else len(first)
+        if seen >= samples:
+            break
+    return chosen
