@@ -286,7 +286,10 @@ def test_events_reach_plugins():
 
 def test_an_algorithm_waits_until_those_before_it_in_the_list_have_cut():
     document = config(schedule="exponential", pruning_steps=2)
-    document["compression"] = [document["compression"], config(budget={"params": 0.8}, schedule="one_shot")["compression"]]
+    document["compression"] = [
+        document["compression"],
+        config(budget={"params": 0.8}, schedule="one_shot")["compression"],
+    ]
     model = model32()
     ctrl, _ = create_compressed_model(model, document)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
