@@ -250,7 +250,8 @@ def prune_in_place(
     turn a zero channel into a constant otherwise). Where a LayerNorm over channels was cut by consent, the masked
     model takes its statistics over the kept channels.
 
-    :param example_inputs: what both are run on, in eval mode.
+    :param example_inputs: what both are run on, in eval mode: its first example, at half the resolution where that is
+        large and the model takes it (see :func:`check_inputs`).
     :param dry_run: put everything back after the check.
     :return: the comparison, or None without ``self_check``.
     :raises PlanError: the plan does not fit.
@@ -259,20 +260,21 @@ def prune_in_place(
     """
     started = time.perf_counter()
     plan.validate(model)
-    expected = _outputs_of_masked(model, plan, example_inputs, double=False) if self_check else []
+    inputs, expected = _masked_reference(model, plan, example_inputs) if self_check else (None, [])
     seconds = time.perf_counter() - started
     with transaction() as log:
         cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
         if not self_check:
             return None
         started = time.perf_counter()
-        error = _difference(expected, _run(model, example_inputs, "after the cut"))
+        error = _difference(expected, _run(model, inputs, "after the cut"))
         dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
         if error > SELF_CHECK_TOLERANCE and dtype != "float64":
             # rounding of many float32 layers, or a wrong cut? float64 tells them apart
-            compact = _run_in_double(model, example_inputs, "after the cut")
+            compact = _run_in_double(model, inputs, "after the cut")
             log.rollback()
-            expected = _outputs_of_masked(model, plan, example_inputs, double=True)
+            with masked(model, plan):
+                expected = _run_in_double(model, inputs, "with masks")
             error, dtype = _difference(expected, compact), "float64"
             cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
         if not error <= SELF_CHECK_TOLERANCE:
@@ -302,9 +304,45 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
         log.rollback()
 
 
-def _outputs_of_masked(model: nn.Module, plan: PruningPlan, example_inputs: Any, *, double: bool) -> list[Tensor]:
+LARGE_IMAGE = 128
+
+
+def check_inputs(example_inputs: Any) -> list[Any]:
+    """What a comparison may run on, cheapest first, the example input itself last.
+
+    One example tells as much about channels as many, and every other pixel of a large image as much as all: what
+    differs between a masked and a wrongly cut model are channels, at every position. Not every model runs on these, so
+    the next one is for when the masked model does not.
+    """
+    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors:
+        return [example_inputs]
+    candidates = [example_inputs]
+    batch = len(tensors[0])
+    if batch > 1 and all(len(leaf) == batch for leaf in tensors):
+        candidates.append(_on_tensors(lambda leaf: leaf[:1], example_inputs, 1))
+    images = [leaf for leaf in tensors if leaf.dim() > 2]
+    if len(images) == 1 and images[0].dim() == 4 and min(images[0].shape[2:]) >= LARGE_IMAGE:
+        candidates.append(_on_tensors(lambda leaf: leaf[..., ::2, ::2], candidates[-1], 4))
+    return candidates[::-1]
+
+
+def _on_tensors(change: Callable[[Tensor], Tensor], inputs: Any, least_dims: int) -> Any:
+    return tree_map(
+        lambda leaf: change(leaf) if isinstance(leaf, Tensor) and leaf.dim() >= least_dims else leaf, inputs
+    )
+
+
+def _masked_reference(model: nn.Module, plan: PruningPlan, example_inputs: Any) -> tuple[Any, list[Tensor]]:
+    """The first of the check inputs that the masked model runs on, with its outputs."""
+    *smaller, whole = check_inputs(example_inputs)
     with masked(model, plan):
-        return (_run_in_double if double else _run)(model, example_inputs, "with masks")
+        for inputs in smaller:
+            try:
+                return inputs, _run(model, inputs, "with masks")
+            except SelfCheckError:
+                continue
+        return whole, _run(model, whole, "with masks")
 
 
 def zero_removed(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:

@@ -69,8 +69,10 @@ class Context:
     def timed(self, what: str) -> Iterator[None]:
         """Adds the wall time of its body to ``seconds[what]``."""
         started = time.perf_counter()
-        yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
 
 
 def model_inputs(batch: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import nncf
@@ -20,9 +21,9 @@ from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionS
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.schedules import SCHEDULES
 from nncf_compactprune.budget import Allocation, Limits, allocate
-from nncf_compactprune.channels import ChannelGraph, trace
+from nncf_compactprune.channels import ChannelGraph, Hold, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Section
-from nncf_compactprune.diagnosis import analyse
+from nncf_compactprune.diagnosis import analyse, culprits
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
 from nncf_compactprune.masks import Masks
 from nncf_compactprune.plan import PruningPlan, make_plan
@@ -97,12 +98,7 @@ class ChannelPruning(CompressionAlgorithm):
             self._analyse(trial=not state["cut"])
             self._restore(state)
         elif params.schedule == "one_shot" and params.num_init_steps == 0:
-            self._analyse(trial=False)  # the cut that follows is the trial
-            try:
-                self._prune_now()
-            except SelfCheckError:
-                self._analyse(trial=True)
-                self._prune_now()
+            self._analyse_and_prune()
         else:
             self._analyse(trial=True)
             self._masks = Masks(self.context.model, self.graph)
@@ -192,7 +188,24 @@ class ChannelPruning(CompressionAlgorithm):
 
     # -- how -----------------------------------------------------------------------------------------------------
 
-    def _analyse(self, *, trial: bool) -> None:
+    def _analyse_and_prune(self) -> None:
+        """The cut is its own trial: groups that the network's code does not let shrink are pinned when it fails."""
+        holds: list[Hold] = []
+        while True:
+            self._analyse(trial=False, holds=holds)
+            plan = self._decide(self.target_rate)
+            try:
+                self._prune_now(plan)
+                return
+            except SelfCheckError:
+                context = self.context
+                with context.timed("diagnosis"):
+                    found = culprits(context.model, plan, self.graph, context.example_inputs, plugins=context.plugins)
+                if not found:
+                    raise
+                holds += found
+
+    def _analyse(self, *, trial: bool, holds: Sequence[Hold] = ()) -> None:
         """Finds the groups; with a trial, those that the network's code does not let shrink are pinned now."""
         if self.config.budget.latency is not None:
             msg = (
@@ -201,7 +214,8 @@ class ChannelPruning(CompressionAlgorithm):
             )
             raise BudgetError(msg)
         with self.context.timed("trace"):
-            self._graph = (analyse if trial else trace)(
+            find = analyse if trial else partial(trace, holds=holds)
+            self._graph = find(
                 self.context.model,
                 self.context.example_inputs,
                 plugins=self.context.plugins,
@@ -246,12 +260,11 @@ class ChannelPruning(CompressionAlgorithm):
             keep = allocate(self._problem(rate), scores, self.config.params.allocation)
             return make_plan(self.graph, keep, algorithm=self.name)
 
-    def _prune_now(self) -> None:
-        """Decides for the full budget (or keeps the schedule's last decision), cuts, adapts BatchNorm."""
-        if self.plan is None or self._rate < self.target_rate:
-            plan = self._decide(self.target_rate)
-        else:
-            plan = self.plan
+    def _prune_now(self, plan: PruningPlan | None = None) -> None:
+        """Cuts to a plan, or to the schedule's last decision, or decides for the full budget; adapts BatchNorm."""
+        if plan is None:
+            decided = self.plan if self._rate >= self.target_rate else None
+            plan = decided or self._decide(self.target_rate)
         self._cut(plan)
         self._rate = self.target_rate
         adapt_batch_norm(
