@@ -376,6 +376,7 @@ def measure(side: str, library: str, name: str, with_onnx: bool) -> dict[str, An
     row["ours"] = ours(model, x)
     if with_onnx and row["ours"]["status"] == "exact":
         row["onnx"] = onnx_works(model, x)
+        row["onnx_dense"] = row["onnx"] or onnx_works(*build(library, name))
     return row
 
 
@@ -488,6 +489,9 @@ def report(rows: list[dict[str, Any]]) -> str:
     exported = [r["onnx"] for r in rows if "onnx" in r]
     if exported:
         lines += ["", f"ONNX export of a sample, verified in ONNX Runtime: {sum(exported)} of {len(exported)}."]
+        neither = [r["name"] for r in rows if not r.get("onnx_dense", True)]
+        if neither:
+            lines[-1] += f" The exporter does not take these before pruning either: {', '.join(neither)}."
     lines += ["", "| library | network | kind | groups | pinned | params reachable | MACs reachable | MACs left "
                   "| error | ours | s | Torch-Pruning | s |", "|" + "---|" * 13]  # fmt: skip
     for r in rows:
