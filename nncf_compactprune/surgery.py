@@ -33,51 +33,67 @@ SELF_CHECK_TOLERANCE = 1e-5
 PLAN_ATTRIBUTE = "compactprune_plan"
 
 
-class Transaction:
-    """Records every change so that all can be undone, in reverse order.
+Change = Callable[[], object]
 
-    Old tensors are kept by reference: undoing is exact to the bit and costs no copy.
+
+class Transaction:
+    """Records every change so that all can be undone, in reverse order, and done again.
+
+    Tensors are kept by reference: both ways are exact to the bit and cost no copy.
     """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._changes: list[tuple[Change, Change]] = []
+        self._undone: list[tuple[Change, Change]] = []
+
+    def _do(self, change: Change, undo: Change) -> None:
+        self._changes.append((change, undo))
+        change()
 
     def set_data(self, tensor: Tensor, data: Tensor) -> None:
         """Replaces a tensor's data, keeping its identity; its gradient is dropped."""
         old_data, old_grad = tensor.data, tensor.grad
 
+        def change() -> None:
+            tensor.grad = None
+            _replace_data(tensor, data)
+
         def undo() -> None:
             _replace_data(tensor, old_data)
             tensor.grad = old_grad
 
-        self._undo.append(undo)
-        tensor.grad = None
-        _replace_data(tensor, data)
+        self._do(change, undo)
 
     def set_attribute(self, target: object, name: str, value: Any) -> None:
         """Sets an attribute."""
         if hasattr(target, name):
             old = getattr(target, name)
-            self._undo.append(lambda: setattr(target, name, old))
+            self._do(lambda: setattr(target, name, value), lambda: setattr(target, name, old))
         else:
-            self._undo.append(lambda: delattr(target, name))
-        setattr(target, name, value)
+            self._do(lambda: setattr(target, name, value), lambda: delattr(target, name))
 
     def set_item(self, target: dict[Any, Any], key: Any, value: Any) -> None:
         """Sets a dictionary entry that exists."""
         old = target[key]
-        self._undo.append(lambda: target.__setitem__(key, old))
-        target[key] = value
+        self._do(lambda: target.__setitem__(key, value), lambda: target.__setitem__(key, old))
 
     def delete_item(self, target: dict[Any, Any], key: Any) -> None:
         """Deletes a dictionary entry."""
-        old = target.pop(key)
-        self._undo.append(lambda: target.__setitem__(key, old))
+        old = target[key]
+        self._do(lambda: target.__delitem__(key), lambda: target.__setitem__(key, old))
 
     def rollback(self) -> None:
         """Undoes everything."""
-        while self._undo:
-            self._undo.pop()()
+        self._undone = self._changes
+        self._changes = []
+        for _, undo in reversed(self._undone):
+            undo()
+
+    def replay(self) -> None:
+        """Does again what :meth:`rollback` undid."""
+        self._changes, self._undone = self._undone, []
+        for change, _ in self._changes:
+            change()
 
 
 def _replace_data(tensor: Tensor, data: Tensor) -> None:
@@ -258,16 +274,14 @@ def prune_in_place(
     :raises SelfCheckError: the cut model does not run or computes something else. The model, optimizer and EMA copy are
         bit for bit what they were.
     """
-    started = time.perf_counter()
     plan.validate(model)
-    inputs, expected = _masked_reference(model, plan, example_inputs) if self_check else (None, [])
-    seconds = time.perf_counter() - started
     with transaction() as log:
         cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
         if not self_check:
             return None
         started = time.perf_counter()
-        error = _difference(expected, _run(model, inputs, "after the cut"))
+        inputs, compact, expected = _compared(log, model, plan, example_inputs)
+        error = _difference(expected, compact)
         dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
         if error > SELF_CHECK_TOLERANCE and dtype != "float64":
             # rounding of many float32 layers, or a wrong cut? float64 tells them apart
@@ -275,8 +289,8 @@ def prune_in_place(
             log.rollback()
             with masked(model, plan):
                 expected = _run_in_double(model, inputs, "with masks")
+            log.replay()
             error, dtype = _difference(expected, compact), "float64"
-            cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
         if not error <= SELF_CHECK_TOLERANCE:
             msg = (
                 f"self-check: the pruned {type(model).__name__} differs from the masked one by {error:.1e} (largest "
@@ -286,7 +300,7 @@ def prune_in_place(
             raise SelfCheckError(msg)
         if dry_run:
             log.rollback()
-        return SelfCheck(error, dtype, seconds + time.perf_counter() - started)
+        return SelfCheck(error, dtype, time.perf_counter() - started)
 
 
 @contextmanager
@@ -333,16 +347,28 @@ def _on_tensors(change: Callable[[Tensor], Tensor], inputs: Any, least_dims: int
     )
 
 
-def _masked_reference(model: nn.Module, plan: PruningPlan, example_inputs: Any) -> tuple[Any, list[Tensor]]:
-    """The first of the check inputs that the masked model runs on, with its outputs."""
-    *smaller, whole = check_inputs(example_inputs)
-    with masked(model, plan):
-        for inputs in smaller:
+def _compared(
+    log: Transaction, model: nn.Module, plan: PruningPlan, example_inputs: Any
+) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """The first of the check inputs that both models run on, with the outputs of the compact and of the masked one.
+
+    The compact model comes first: where its code does not let it shrink, it fails early, and the dense one need not
+    run at all.
+    """
+    failure: SelfCheckError | None = None
+    for inputs in check_inputs(example_inputs):
+        try:
+            compact = _run(model, inputs, "after the cut")
+            log.rollback()
             try:
-                return inputs, _run(model, inputs, "with masks")
-            except SelfCheckError:
-                continue
-        return whole, _run(model, whole, "with masks")
+                with masked(model, plan):
+                    return inputs, compact, _run(model, inputs, "with masks")
+            finally:
+                log.replay()
+        except SelfCheckError as error:
+            failure = error
+    assert failure is not None
+    raise failure
 
 
 def zero_removed(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
