@@ -6,7 +6,7 @@ A masked model and its compact form compute the same function; only the compact 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from nncf.torch.function_hook import get_hook_storage, register_post_function_hook, wrap_model
@@ -15,6 +15,7 @@ from nncf.torch.layer_utils import StatefulModuleInterface
 from torch import Tensor, nn
 
 from nncf_compactprune.channels.groups import ChannelGraph
+from nncf_compactprune.channels.tensors import NNCF_HOOKS
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.plan import PruningPlan
 
@@ -75,7 +76,8 @@ class Masks:
                 'inside a module of your own, or use "schedule": "one_shot", which needs no masks.'
             )
             raise CompactPruneError(msg)
-        self._model = wrap_model(model)
+        # accelerate's mixed precision wraps around NNCF's wrapper, which then is not to be seen any more
+        self._model = model if NNCF_HOOKS in model._modules else wrap_model(model)
         dims: dict[str, set[int]] = {}
         for group in graph.groups:
             for member in group.members:
@@ -101,11 +103,14 @@ class Masks:
 
 
 def unwrap_if_empty(model: nn.Module) -> None:
-    """Removes NNCF's wrapper from a model that has no hooks left."""
-    if "__nncf_hooks" in model._modules and get_hook_storage(model).is_empty():
-        original = cast(ForwardWithHooks, model.forward).orig_forward
+    """Removes NNCF's wrapper from a model that has no hooks left, unless something else was wrapped around it since:
+    then it stays, and passes calls through."""
+    if NNCF_HOOKS not in model._modules or not get_hook_storage(model).is_empty():
+        return
+    if isinstance(model.forward, ForwardWithHooks):
+        original = model.forward.orig_forward
         del model.forward
         if getattr(original, "__func__", None) is not type(model).forward:
             model.forward = original  # the model came with a forward of its own
         del model._replicate_for_data_parallel
-        del model._modules["__nncf_hooks"]
+        del model._modules[NNCF_HOOKS]
