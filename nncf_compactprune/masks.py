@@ -86,6 +86,25 @@ class Masks:
         device = next(model.parameters()).device
         self._masks = {name: ChannelMask(graph.parameters[name], sorted(of)).to(device) for name, of in dims.items()}
         self._handles = [register_post_function_hook(model, name, 0, mask) for name, mask in self._masks.items()]
+        self._shadow: nn.Module | None = None
+
+    def share(self, ema: nn.Module | None) -> None:
+        """Puts the same masks on a shadow copy, which thereby follows every change of them. A copy that was taken of a
+        masked model has masks of its own, which would be averaged; they are replaced.
+
+        :param ema: a module with the same parameter names, or a holder with a ``module`` attribute.
+        """
+        shadow = None if ema is None else getattr(ema, "module", ema)
+        if shadow is None or shadow is self._shadow:
+            return
+        self._shadow = shadow if NNCF_HOOKS in shadow._modules else wrap_model(shadow)
+        post_hooks = get_hook_storage(shadow).post_hooks
+        for of_one in list(post_hooks.values()):
+            for key in [key for key, hook in of_one.items() if isinstance(hook, ChannelMask)]:
+                del of_one[key]
+        for key in [key for key, of_one in post_hooks.items() if not of_one]:
+            del post_hooks[key]
+        self._handles += [register_post_function_hook(shadow, name, 0, mask) for name, mask in self._masks.items()]
 
     def update(self, plan: PruningPlan) -> None:
         """Masks what the plan removes and nothing else."""
@@ -99,7 +118,9 @@ class Masks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        unwrap_if_empty(self._model)
+        for model in (self._model, self._shadow):
+            if model is not None:
+                unwrap_if_empty(model)
 
 
 def unwrap_if_empty(model: nn.Module) -> None:

@@ -152,6 +152,7 @@ class ChannelPruning(CompressionAlgorithm):
             raise CompactPruneError(msg)
         self._rate = value
         self.plan = self._decide(value)
+        self._masks.share(self.context.ema)
         self._masks.update(self.plan)
         self.context.plugins.emit("masked", plan=self.plan)
 
@@ -263,6 +264,7 @@ class ChannelPruning(CompressionAlgorithm):
 
     def _cut(self, plan: PruningPlan) -> None:
         if self._masks is not None:
+            self._masks.share(self.context.ema)  # a copy of a masked model has masks of its own
             self._masks.remove()
         context = self.context
         try:

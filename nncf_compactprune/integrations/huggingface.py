@@ -32,7 +32,7 @@ from nncf_compactprune.config import CompressionConfig, load_config
 from nncf_compactprune.controller import create_compressed_model
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.integrations.loading import require_package
-from nncf_compactprune.integrations.pretrained import describe, write_plan_beside
+from nncf_compactprune.integrations.pretrained import describe, fill, write_plan_beside
 from nncf_compactprune.masks import unwrap_if_empty
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.surgery import plan_of
@@ -136,6 +136,8 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 'Use "schedule": "one_shot", which prunes before the Trainer compiles.'
             )
             raise CompactPruneError(msg)
+        if self._resumed is not None:
+            fill(self._model, self._resumed)
         if args.world_size == 1 and args.n_gpu <= 1:
             optimizer = kwargs["optimizer"]
             self.controller.attach(optimizer=getattr(optimizer, "optimizer", optimizer))
@@ -186,6 +188,8 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cuts what is still masked; afterwards model and config are compact and free of hooks and AMP wrappers."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            fill(self._model, state.best_model_checkpoint)
         self.controller.strip()
         _restore_forward(self._model)
         self._describe()

@@ -22,17 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from nncf_compactprune.channels.tensors import model_tensors, named_modules
+from nncf_compactprune.channels.tensors import NNCF_HOOKS, model_tensors, named_modules
 from nncf_compactprune.channels.trace import HEAD_COUNTS
-from nncf_compactprune.checkpoint import CONFIG_FILE, PLAN_FILE, load_pruned, plan_digest, write_file
+from nncf_compactprune.checkpoint import CONFIG_FILE, PLAN_FILE, plan_digest, write_file
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.integrations.loading import require_package
 from nncf_compactprune.plan import PruningPlan
-from nncf_compactprune.surgery import plan_of
+from nncf_compactprune.surgery import apply_plan, plan_of
 
 CONFIG_KEY = "compactprune"
+FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 Place = tuple[str, int | None]  # a field, or one item of a field that is a list
 
 
@@ -50,13 +52,13 @@ def save_pruned_pretrained(model: nn.Module, directory: str | PathLike[str]) -> 
 
 
 def load_pruned_pretrained(
-    directory: str | PathLike[str], model_class: type[nn.Module] | None = None, *, example_inputs: Any = None
+    directory: str | PathLike[str], model_class: type[nn.Module] | None = None, **options: Any
 ) -> nn.Module:
     """``from_pretrained`` of a pruned model: builds the dense one from the config, cuts it, loads the weights.
 
     :param directory: what :func:`save_pruned_pretrained` wrote, or the callback beside a ``Trainer``'s checkpoint.
     :param model_class: default: the class that the config names.
-    :param example_inputs: with it, the cut is proven on it, see :func:`nncf_compactprune.load_pruned`.
+    :param options: for ``from_pretrained`` (``dtype``, ...).
     :return: the model in evaluation mode, as ``from_pretrained`` gives it.
     :raises CompactPruneError: files are missing, damaged, or do not belong together.
     """
@@ -71,14 +73,56 @@ def load_pruned_pretrained(
     except (OSError, ValueError, KeyError, TypeError) as error:
         msg = f"{path}: transformers cannot read it ({error}). Copy it again from where the model was saved."
         raise CompactPruneError(msg) from error
-    said = _said(config, path)
-    _check_digest(folder / PLAN_FILE, said["plan_sha256"])
-    if model_class is None:
-        model_class = _named_class(transformers, config, path)
-    model: Any = model_class._from_config(dense_config(config), dtype=config.dtype)  # type: ignore[attr-defined]
-    load_pruned(model, folder, example_inputs=example_inputs)
+    plan = _read_plan(folder / PLAN_FILE, _said(config, path)["plan_sha256"])
+    kind = model_class or _named_class(transformers, config, path)
+    model = _from_pretrained(kind, plan, folder, dense_config(config), **options)
     model.config = config
-    return model.eval()  # type: ignore[no-any-return]
+    return model  # type: ignore[no-any-return]
+
+
+def fill(model: nn.Module, directory: str | PathLike[str]) -> None:
+    """Loads the weights of a ``Trainer``'s checkpoint into a model of that shape, in place.
+
+    ``Trainer`` itself (transformers 5.23) passes over every tensor that ``save_pretrained`` wrote under a name of old,
+    as it does for a ViT, with no more than a warning.
+
+    :param model: dense, masked, or cut to the checkpoint's plan.
+    :raises CompactPruneError: the checkpoint does not hold this model's weights.
+    """
+    config: Any = model.config
+    loaded = _from_pretrained(type(model), plan_of(model), Path(directory), dense_config(config), dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict(), strict=False)  # the masks, if any, follow from the compression's state
+
+
+def _from_pretrained(kind: Any, plan: PruningPlan | None, folder: Path, config: Any, **options: Any) -> Any:
+    cut = kind if plan is None else _cut_when_built(kind, plan)
+    try:
+        model, info = cut.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        msg = f"{folder}: the weights cannot be loaded into the pruned {kind.__name__}: {error}"
+        raise CompactPruneError(msg) from error
+    faults = {what: [str(name) for name in info.get(what, ()) if NNCF_HOOKS not in str(name)] for what in FAULTS}
+    if any(faults.values()):
+        wrong = {what: sorted(names) for what, names in faults.items() if names}
+        msg = f"{folder}: does not hold the weights of the pruned {kind.__name__}: {wrong}. Save or copy it again."
+        raise CompactPruneError(msg)
+    model.__class__ = kind
+    for _, tensor in model_tensors(model).named():
+        # What was loaded lies in the file's own memory, unaligned, where some kernels round otherwise.
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def _cut_when_built(kind: Any, plan: PruningPlan) -> Any:
+    """A subclass whose networks are cut before ``from_pretrained`` fills them: transformers then does the rest, with
+    its names of old, its shards and its dtypes."""
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)
+        with torch.device("cpu"):  # for the plan's own indices, where the network is built on the meta device
+            apply_plan(self, plan)
+
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 
 
 def describe(model: nn.Module) -> None:
@@ -93,7 +137,8 @@ def describe(model: nn.Module) -> None:
         msg = f"{kind}: expected a pruned PreTrainedModel. Prune it first, or call its own save_pretrained."
         raise CompactPruneError(msg)
     digest = plan_digest(plan.to_json().encode())
-    if (getattr(config, CONFIG_KEY, None) or {}).get("plan_sha256") == digest:
+    earlier = getattr(config, CONFIG_KEY, None) or {}
+    if earlier.get("plan_sha256") == digest:
         return
     dense = dense_config(config)
     fields = _true_fields(model, dense)
@@ -102,7 +147,7 @@ def describe(model: nn.Module) -> None:
         "dense": {name: getattr(dense, name) for name in fields},
         "plain": _builds(type(model), dense, fields, model, plan),
     }
-    for name, value in {**said["dense"], **fields, CONFIG_KEY: said}.items():
+    for name, value in (earlier.get("dense", {}) | fields | {CONFIG_KEY: said}).items():
         setattr(config, name, value)
 
 
@@ -158,12 +203,13 @@ def _decided_by(
 
 
 def _head_counts(model: nn.Module, dense: Any) -> dict[str, int]:
-    result = {}
+    """Counts of heads in which all attention modules agree, under the config's own name."""
+    result: dict[str, int] = {}
     for attribute in HEAD_COUNTS:
-        counts = {getattr(module, attribute) for _, module in named_modules(model) if hasattr(module, attribute)}
-        if type(getattr(dense, attribute, None)) is int and len(counts) == 1 and type(new := counts.pop()) is int:
-            if new != getattr(dense, attribute):
-                result[attribute] = new
+        counts = {getattr(module, attribute, None) for _, module in named_modules(model)} - {None}
+        stated = getattr(dense, attribute, None)
+        if type(stated) is int and len(counts) == 1 and counts != {stated}:
+            result[attribute] = int(counts.pop())  # type: ignore[arg-type]
     return result
 
 
@@ -200,9 +246,7 @@ def _shapes(kind: type[nn.Module], config: Any, fields: Mapping[str, Any]) -> di
     return None if built is None else model_tensors(built).shapes()
 
 
-def _builds(
-    kind: type[nn.Module], config: Any, fields: Mapping[str, Any], model: nn.Module, plan: PruningPlan
-) -> bool:
+def _builds(kind: type[nn.Module], config: Any, fields: Mapping[str, Any], model: nn.Module, plan: PruningPlan) -> bool:
     """Whether a config alone makes the model's shapes and counts of heads."""
     built = _build(kind, config, fields)
     if built is None or model_tensors(built).shapes() != model_tensors(model).shapes():
@@ -226,12 +270,13 @@ def _said(config: Any, path: Path) -> dict[str, Any]:
     return said
 
 
-def _check_digest(path: Path, expected: str) -> None:
-    found = plan_digest(path.read_bytes()) if path.is_file() else None
-    if found != expected:
-        what = "no such file" if found is None else "is not the plan that the config speaks of"
+def _read_plan(path: Path, expected: str) -> PruningPlan:
+    text = path.read_bytes() if path.is_file() else None
+    if text is None or plan_digest(text) != expected:
+        what = "no such file" if text is None else "is not the plan that the config speaks of"
         msg = f"{path}: {what}. Copy {PLAN_FILE} beside {CONFIG_FILE} from where the model was saved."
         raise CompactPruneError(msg)
+    return PruningPlan.from_json(text)
 
 
 def _named_class(transformers: Any, config: Any, path: Path) -> Any:
