@@ -26,7 +26,7 @@ CONFIG = {
     "compression": {
         "algorithm": "fbnet_pruning",
         "budget": {"macs": 0.5},
-        "params": {"schedule": "exponential", "num_init_steps": 2, "pruning_steps": 2},
+        "params": {"schedule": "exponential", "num_init_steps": 1, "pruning_steps": 2},
     },
 }
 

@@ -322,7 +322,7 @@ def test_a_shadow_copy_wears_the_same_masks_and_is_cut_along(copied):
     ctrl.attach(optimizer=optimizer, ema=shadow)
     x, sizes = images(torch.float32), []
     for _ in range(3):
-        train_epoch(model, ctrl, optimizer)
+        ctrl.scheduler.epoch_step()
         shadow.update_parameters(model)
         shadow.update_parameters(model)
         sizes.append(sum(p.numel() for p in shadow.parameters()))

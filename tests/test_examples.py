@@ -98,10 +98,10 @@ def test_nncf_training_loop(
 def test_plain_pytorch_goes_on_from_its_checkpoint(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = run_command("plain_pytorch.py", monkeypatch, capsys, "--epochs", "5")
-    assert re.findall(r"epoch (\d): (\d+)%", first) == [("1", "0"), ("2", "0"), ("3", "0"), ("4", "29"), ("5", "50")]
-    second = run_command("plain_pytorch.py", monkeypatch, capsys, "--epochs", "6")
-    assert re.findall(r"epoch (\d): (\d+)%", second) == [("6", "50")]
+    first = run_command("plain_pytorch.py", monkeypatch, capsys, "--epochs", "4")
+    assert re.findall(r"epoch (\d): (\d+)%", first) == [("1", "0"), ("2", "0"), ("3", "29"), ("4", "50")]
+    second = run_command("plain_pytorch.py", monkeypatch, capsys, "--epochs", "5")
+    assert re.findall(r"epoch (\d): (\d+)%", second) == [("5", "50")]
     assert (elsewhere / "runs" / "plain" / "model.xml").is_file()
 
 
