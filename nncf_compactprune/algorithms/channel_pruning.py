@@ -23,6 +23,7 @@ from nncf_compactprune.budget import Allocation, Limits, allocate
 from nncf_compactprune.channels import ChannelGraph, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Section
 from nncf_compactprune.diagnosis import analyse
+from nncf_compactprune.distributed import averaged, process_count, require_agreement
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
 from nncf_compactprune.masks import Masks
 from nncf_compactprune.plan import PruningPlan, make_plan
@@ -242,10 +243,13 @@ class ChannelPruning(CompressionAlgorithm):
 
     def _decide(self, rate: float) -> PruningPlan:
         with self.context.timed("scores"):
-            scores = [_checked(s, g.name) for s, g in zip(self.scores(self.graph), self.graph.groups, strict=True)]
+            raw = averaged(self.scores(self.graph))
+            scores = [_checked(s, g.name) for s, g in zip(raw, self.graph.groups, strict=True)]
         with self.context.timed("allocation"):
             keep = allocate(self._problem(rate), scores, self.config.params.allocation)
-            return make_plan(self.graph, keep, algorithm=self.name)
+            plan = make_plan(self.graph, keep, algorithm=self.name)
+        require_agreement(plan.to_json() if process_count() > 1 else "", f"the plan of '{self.name}'")
+        return plan
 
     def _prune_now(self) -> None:
         """Decides for the full budget (or keeps the schedule's last decision), cuts, adapts BatchNorm."""
