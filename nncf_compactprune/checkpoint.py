@@ -74,17 +74,17 @@ def save_pruned(model: nn.Module, directory: PathLike, *, config: Mapping[str, A
     plan = _plan_to_save(model)
     text = plan.to_json().encode() + b"\n"
     document = None if config is None else _config_text(config)
-    metadata = {"format": "pt", PLAN_DIGEST: _digest(text)}
+    metadata = {"format": "pt", PLAN_DIGEST: plan_digest(text)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The new plan lies ready before the weights that need it; replacing the weights is the moment of change.
-        with _replacing(folder / WEIGHTS_FILE) as weights:
+        with replacing(folder / WEIGHTS_FILE) as weights:
             save_file(_unshared(tensors), weights, metadata=metadata)
-            _write(folder / NEXT_PLAN_FILE, text)
-        _write(folder / PLAN_FILE, text)
+            write_file(folder / NEXT_PLAN_FILE, text)
+        write_file(folder / PLAN_FILE, text)
         (folder / NEXT_PLAN_FILE).unlink(missing_ok=True)
         if document is not None:
-            _write(folder / CONFIG_FILE, document)
+            write_file(folder / CONFIG_FILE, document)
     except (OSError, SafetensorError) as error:
         msg = f"{folder}: the model cannot be written ({error}). Choose a directory that you may write to, with space."
         raise CompactPruneError(msg) from error
@@ -239,13 +239,13 @@ def _config_text(config: Mapping[str, Any]) -> bytes:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def _digest(text: bytes) -> str:
+def plan_digest(text: bytes) -> str:
     """SHA-256 of a plan's text without white space: line ends and indentation may change on the way."""
     return hashlib.sha256(b"".join(text.split())).hexdigest()
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """Yields a path beside the target; what is written there replaces the target whole, once it is on the disk."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -261,8 +261,8 @@ def _replacing(target: Path) -> Iterator[Path]:
         raise
 
 
-def _write(target: Path, content: bytes) -> None:
-    with _replacing(target) as temporary:
+def write_file(target: Path, content: bytes) -> None:
+    with replacing(target) as temporary:
         temporary.write_bytes(content)
 
 
@@ -289,7 +289,7 @@ def _read_plan(folder: Path, model: nn.Module, digest: str | None) -> PruningPla
     text = None
     for candidate in (path, folder / NEXT_PLAN_FILE) if digest is not None else (path,):
         content = _bounded(candidate, model)
-        if content is not None and digest in (None, _digest(content)):
+        if content is not None and digest in (None, plan_digest(content)):
             path, text = candidate, content
             break
     if text is None:

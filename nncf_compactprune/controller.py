@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from nncf_compactprune.algorithms import ChannelPruning, CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.config import CompressionConfig, load_algorithm, load_config
+from nncf_compactprune.distributed import refuse_wrapped
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.plan import PruningPlan
@@ -205,6 +206,7 @@ def create_compressed_model(
     :raises CompactPruneError: nothing prunable, unreachable budget, scope without a match, and the like; the model is
         untouched.
     """
+    refuse_wrapped(model)
     plugins = plugins or default_plugins()
     if not isinstance(config, CompressionConfig):
         config = load_config(config, plugins)
@@ -314,6 +316,7 @@ def prune(
     :raises ConfigError: a wrong argument.
     :raises CompactPruneError: nothing prunable, unreachable budget, failed self-check; the model is untouched.
     """
+    refuse_wrapped(model)
     plugins = plugins or default_plugins()
     entry: dict[str, Any] = {
         "algorithm": algorithm,

@@ -6,7 +6,7 @@ A masked model and its compact form compute the same function; only the compact 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from nncf.torch.function_hook import get_hook_storage, register_post_function_hook, wrap_model
@@ -15,6 +15,7 @@ from nncf.torch.layer_utils import StatefulModuleInterface
 from torch import Tensor, nn
 
 from nncf_compactprune.channels.groups import ChannelGraph
+from nncf_compactprune.channels.tensors import NNCF_HOOKS
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.plan import PruningPlan
 
@@ -75,7 +76,8 @@ class Masks:
                 'inside a module of your own, or use "schedule": "one_shot", which needs no masks.'
             )
             raise CompactPruneError(msg)
-        self._model = wrap_model(model)
+        # accelerate's mixed precision wraps around NNCF's wrapper, which then is not to be seen any more
+        self._model = model if NNCF_HOOKS in model._modules else wrap_model(model)
         dims: dict[str, set[int]] = {}
         for group in graph.groups:
             for member in group.members:
@@ -84,6 +86,25 @@ class Masks:
         device = next(model.parameters()).device
         self._masks = {name: ChannelMask(graph.parameters[name], sorted(of)).to(device) for name, of in dims.items()}
         self._handles = [register_post_function_hook(model, name, 0, mask) for name, mask in self._masks.items()]
+        self._shadow: nn.Module | None = None
+
+    def share(self, ema: nn.Module | None) -> None:
+        """Puts the same masks on a shadow copy, which thereby follows every change of them. A copy that was taken of a
+        masked model has masks of its own, which would be averaged; they are replaced.
+
+        :param ema: a module with the same parameter names, or a holder with a ``module`` attribute.
+        """
+        shadow = None if ema is None else getattr(ema, "module", ema)
+        if shadow is None or shadow is self._shadow:
+            return
+        self._shadow = shadow if NNCF_HOOKS in shadow._modules else wrap_model(shadow)
+        post_hooks = get_hook_storage(shadow).post_hooks
+        for of_one in list(post_hooks.values()):
+            for key in [key for key, hook in of_one.items() if isinstance(hook, ChannelMask)]:
+                del of_one[key]
+        for key in [key for key, of_one in post_hooks.items() if not of_one]:
+            del post_hooks[key]
+        self._handles += [register_post_function_hook(shadow, name, 0, mask) for name, mask in self._masks.items()]
 
     def update(self, plan: PruningPlan) -> None:
         """Masks what the plan removes and nothing else."""
@@ -97,15 +118,20 @@ class Masks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        unwrap_if_empty(self._model)
+        for model in (self._model, self._shadow):
+            if model is not None:
+                unwrap_if_empty(model)
 
 
 def unwrap_if_empty(model: nn.Module) -> None:
-    """Removes NNCF's wrapper from a model that has no hooks left."""
-    if "__nncf_hooks" in model._modules and get_hook_storage(model).is_empty():
-        original = cast(ForwardWithHooks, model.forward).orig_forward
+    """Removes NNCF's wrapper from a model that has no hooks left, unless something else was wrapped around it since:
+    then it stays, and passes calls through."""
+    if NNCF_HOOKS not in model._modules or not get_hook_storage(model).is_empty():
+        return
+    if isinstance(model.forward, ForwardWithHooks):
+        original = model.forward.orig_forward
         del model.forward
         if getattr(original, "__func__", None) is not type(model).forward:
             model.forward = original  # the model came with a forward of its own
         del model._replicate_for_data_parallel
-        del model._modules["__nncf_hooks"]
+        del model._modules[NNCF_HOOKS]

@@ -18,6 +18,7 @@ from torch import nn
 from nncf_compactprune.config import CompressionConfig, Section
 from nncf_compactprune.config_errors import validated
 from nncf_compactprune.config_json import Finding, config_error
+from nncf_compactprune.snapshots import Snapshot, Snapshots
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -234,6 +235,9 @@ def fit(
     criterion: Criterion = nn.functional.cross_entropy,
     controller: Controller | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
+    snapshots: Snapshots | None = None,
+    phase: int = 0,
+    resume: Snapshot | None = None,
 ) -> list[EpochRecord]:
     """Trains in place.
 
@@ -241,13 +245,20 @@ def fit(
     :param lr_schedule: ``cosine`` falls from the optimizer's learning rate towards zero over the epochs.
     :param controller: a compression controller, stepped as in NNCF's samples.
     :param on_epoch: called with each epoch's record.
-    :returns: one record per epoch.
+    :param snapshots: where every epoch leaves a snapshot of the run.
+    :param phase: which part of the run this is, for the snapshots.
+    :param resume: a snapshot of this phase to go on from; the model has its shapes (``create_compressed_model`` with
+        its compression state). With the same batches in the same order the weights end as those of a run in one piece:
+        on a CPU, bit for bit.
+    :returns: one record per epoch trained here.
     """
     schedule = None
     if lr_schedule == "cosine" and epochs:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    if resume is not None:
+        resume.restore(model, optimizer, schedule, batches)
     records = []
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1 if resume is None else resume.epoch + 1, epochs + 1):
         start, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
         if controller is not None:
             controller.scheduler.epoch_step()
@@ -257,6 +268,9 @@ def fit(
         records.append(EpochRecord(epoch, loss, accuracy, lr, time.perf_counter() - start))
         if on_epoch is not None:
             on_epoch(records[-1])
+        if snapshots is not None:
+            state = getattr(controller, "get_compression_state", lambda: None)()
+            snapshots.save(phase, epoch, model, optimizer, schedule, batches, compression=state)
     return records
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from networks import images, trained
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nncf_compactprune import CompressionStage, create_compressed_model, prune, trace
 from nncf_compactprune.errors import (
@@ -308,3 +309,23 @@ def test_an_algorithm_waits_until_those_before_it_in_the_list_have_cut():
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.eval()(images(torch.float32)), model.eval()(images(torch.float32)))
     assert resumed.compression_stage() is CompressionStage.FULLY_COMPRESSED
+
+
+@pytest.mark.parametrize("copied", ["dense", "masked"])
+def test_a_shadow_copy_wears_the_same_masks_and_is_cut_along(copied):
+    model = model32()
+    shadow = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    ctrl, _ = create_compressed_model(model, config(schedule="exponential", pruning_steps=2))
+    if copied == "masked":
+        shadow = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    ctrl.attach(optimizer=optimizer, ema=shadow)
+    x, sizes = images(torch.float32), []
+    for _ in range(3):
+        ctrl.scheduler.epoch_step()
+        shadow.update_parameters(model)
+        shadow.update_parameters(model)
+        sizes.append(sum(p.numel() for p in shadow.parameters()))
+        torch.testing.assert_close(shadow.module.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+    assert sizes[0] == sizes[1] > sizes[2] == sum(p.numel() for p in model.parameters())
+    assert "__nncf_hooks" not in shadow.module._modules

@@ -61,9 +61,8 @@ def test_op_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     ]
 
 
-def test_nncf_training_loop(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = datasets.resolve_dataset
 
     def few(name: str) -> Any:
@@ -71,15 +70,52 @@ def test_nncf_training_loop(
         return dataclasses.replace(data, train=Subset(data.train, range(128)), test=Subset(data.test, range(64)))
 
     monkeypatch.setattr(datasets, "resolve_dataset", few)
+
+
+def run_command(
+    example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
     with pytest.raises(SystemExit) as ended:
-        run("nncf_training_loop.py", monkeypatch, "--dense-epochs", "1", "--epochs", "5", "--output", "net.onnx")
+        run(example, monkeypatch, *arguments)
     assert ended.value.code == 0
-    printed = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_nncf_training_loop(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--dense-epochs", "1", "--epochs", "5", "--output", "net.onnx")
+    printed = run_command("nncf_training_loop.py", monkeypatch, capsys, *arguments)
     parameters = [int(count.replace(",", "")) for count in re.findall(r"([\d,]+) parameters in memory", printed)]
     assert len(parameters) == 5
     assert parameters[0] == parameters[1] == parameters[2] > parameters[3] == parameters[4]
     assert "60% of the MACs removed" in printed
     assert f"{(elsewhere / 'net.onnx').stat().st_size:,} bytes" in printed
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_plain_pytorch_goes_on_from_its_checkpoint(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run_command("plain_pytorch.py", monkeypatch, capsys, "--epochs", "4")
+    assert re.findall(r"epoch (\d): (\d+)%", first) == [("1", "0"), ("2", "0"), ("3", "29"), ("4", "50")]
+    second = run_command("plain_pytorch.py", monkeypatch, capsys, "--epochs", "5")
+    assert re.findall(r"epoch (\d): (\d+)%", second) == [("5", "50")]
+    assert (elsewhere / "runs" / "plain" / "model.xml").is_file()
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_huggingface_trainer_goes_on_from_its_checkpoint(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed: transformers' Trainer needs it")
+    first = run_command("huggingface_trainer.py", monkeypatch, capsys, "--epochs", "6")
+    assert "fully_compressed" in first
+    assert "model.onnx" in first
+    again = run_command("huggingface_trainer.py", monkeypatch, capsys, "--epochs", "7")
+    assert "'epoch': '7'" in again
+    assert "'epoch': '6'" not in again
 
 
 # -- documents quote what is there -------------------------------------------------------------------------------------

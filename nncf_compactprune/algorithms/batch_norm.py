@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.channels.tensors import named_modules
+from nncf_compactprune.distributed import averaged, process_count
 
 
 def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False) -> None:
@@ -33,6 +34,22 @@ def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False)
         return
     with context.timed("batchnorm_adaptation"):
         nncf.batch_norm_adaptation(model, nncf.Dataset(first_batches(context.batches(), samples)))
+        pool_over_ranks(model)
+
+
+def pool_over_ranks(model: torch.nn.Module) -> None:
+    """Mean and variance over the data of all processes: each has seen its own part."""
+    norms: list[Any] = [
+        module
+        for _, module in named_modules(model)
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+    means = averaged([norm.running_mean for norm in norms])
+    squares = averaged([norm.running_var + norm.running_mean.square() for norm in norms])
+    if process_count() > 1:
+        for norm, mean, square in zip(norms, means, squares, strict=True):
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(square - mean.square())
 
 
 def first_batches(batches: Iterator[Any], samples: int) -> list[Any]:

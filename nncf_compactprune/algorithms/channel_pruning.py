@@ -24,6 +24,7 @@ from nncf_compactprune.budget import Allocation, Limits, allocate
 from nncf_compactprune.channels import ChannelGraph, Hold, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Section
 from nncf_compactprune.diagnosis import analyse, culprits
+from nncf_compactprune.distributed import averaged, process_count, require_agreement
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
 from nncf_compactprune.masks import Masks
 from nncf_compactprune.plan import PruningPlan, make_plan
@@ -148,6 +149,7 @@ class ChannelPruning(CompressionAlgorithm):
             raise CompactPruneError(msg)
         self._rate = value
         self.plan = self._decide(value)
+        self._masks.share(self.context.ema)
         self._masks.update(self.plan)
         self.context.plugins.emit("masked", plan=self.plan)
 
@@ -255,10 +257,13 @@ class ChannelPruning(CompressionAlgorithm):
 
     def _decide(self, rate: float) -> PruningPlan:
         with self.context.timed("scores"):
-            scores = [_checked(s, g.name) for s, g in zip(self.scores(self.graph), self.graph.groups, strict=True)]
+            raw = averaged(self.scores(self.graph))
+            scores = [_checked(s, g.name) for s, g in zip(raw, self.graph.groups, strict=True)]
         with self.context.timed("allocation"):
             keep = allocate(self._problem(rate), scores, self.config.params.allocation)
-            return make_plan(self.graph, keep, algorithm=self.name)
+            plan = make_plan(self.graph, keep, algorithm=self.name)
+        require_agreement(plan.to_json() if process_count() > 1 else "", f"the plan of '{self.name}'")
+        return plan
 
     def _prune_now(self, plan: PruningPlan | None = None) -> None:
         """Cuts to a plan, or to the schedule's last decision, or decides for the full budget; adapts BatchNorm."""
@@ -276,6 +281,7 @@ class ChannelPruning(CompressionAlgorithm):
 
     def _cut(self, plan: PruningPlan) -> None:
         if self._masks is not None:
+            self._masks.share(self.context.ema)  # a copy of a masked model has masks of its own
             self._masks.remove()
         context = self.context
         try:

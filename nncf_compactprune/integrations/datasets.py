@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from nncf_compactprune.errors import ResolveError
 from nncf_compactprune.hookspecs import hookimpl
@@ -59,16 +59,26 @@ class ResolvedDataset:
     std: tuple[float, ...] = (1.0,)
     augment: Augment | None = None
 
-    def train_loader(self, batch_size: int, *, augment: bool = True, seed: int = 0) -> DataLoader[Batch]:
+    def train_loader(
+        self, batch_size: int, *, augment: bool = True, seed: int = 0, sampler: Sampler[int] | None = None
+    ) -> DataLoader[Batch]:
         """Returns shuffled batches ``(images [n, c, h, w], labels [n])``; equal seeds give equal epochs.
 
         An incomplete last batch is dropped unless it is the only one: BatchNorm cannot train on a single image.
+
+        :param sampler: the order instead of shuffling, such as a ``DistributedSampler``'s.
         """
         collate = _Collate(self.mean, self.std, self.augment if augment else None, seed)
         generator = torch.Generator().manual_seed(seed)
         drop_last = len(self.train) > batch_size  # type: ignore[arg-type]
         return DataLoader(
-            self.train, batch_size, shuffle=True, drop_last=drop_last, collate_fn=collate, generator=generator
+            self.train,
+            batch_size,
+            shuffle=sampler is None,
+            sampler=sampler,
+            drop_last=drop_last,
+            collate_fn=collate,
+            generator=generator,
         )
 
     def test_loader(self, batch_size: int) -> DataLoader[Batch]:

@@ -8,13 +8,15 @@ A run writes into one directory::
     model.safetensors   weights after fine-tuning; with config and plan, the checkpoint
     dense/, pruned/     ONNX and OpenVINO files of both
     report.json, report.md, widths.png
+    snapshots/          while it runs: the last two epochs; a run that was killed goes on from there
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -35,6 +37,7 @@ from nncf_compactprune.integrations.loading import require_package
 from nncf_compactprune.integrations.models import (
     ExampleInputs,
     ResolvedModel,
+    load_weights,
     resolve_model,
     save_weights,
 )
@@ -42,11 +45,16 @@ from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.report import Comparison, NetworkFigures, plot_widths, to_json, to_markdown
 from nncf_compactprune.report.writing import write_whole
+from nncf_compactprune.snapshots import Snapshot, Snapshots
 from nncf_compactprune.surgery import plan_of
 from nncf_compactprune.training import EpochRecord, RunConfig, class_scores, evaluate, fit, unread_key_warnings
 from nncf_compactprune.version import __version__
 
 Say = Callable[[str], None]
+
+DENSE_FILE = "dense.safetensors"
+SNAPSHOTS = "snapshots"
+DENSE, FINE_TUNING = 0, 1  # the phases of a run
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,8 @@ def run(
 ) -> RunOutcome:
     """Builds or loads the dense model, prunes and fine-tunes it, exports both, compares them and writes the report.
 
+    A run that was killed is continued by running the same config again: every epoch leaves a snapshot.
+
     :param source: a config file.
     :param overrides: see :func:`read_settings`.
     :param say: is given one line for every step.
@@ -136,8 +146,18 @@ def run(
     # The first file written also tells whether the directory can be written, before hours of training.
     write_whole(directory / CONFIG_FILE, (json.dumps(settings.document, indent=2) + "\n").encode())
 
-    history = _pretrain(resolved.model, dataset, settings, example, plugins, say)
-    save_weights(resolved.model, directory / "dense.safetensors")
+    history: list[dict[str, Any]] = []
+    snapshots = Snapshots(directory / SNAPSHOTS, _identity(settings), history)
+    found = snapshots.newest()
+    if found is not None:
+        say(f"Going on from {found.path}")
+        history += found.facts["history"]
+    if found is None or found.phase == DENSE:
+        _pretrain(resolved.model, dataset, settings, example, plugins, say, snapshots, found)
+        save_weights(resolved.model, directory / DENSE_FILE)
+    else:
+        load_weights(resolved.model, directory / DENSE_FILE)
+    resume = found if found is not None and found.phase == FINE_TUNING else None
     dense = copy.deepcopy(resolved.model)
     dense_accuracy = evaluate(dense, dataset.test_loader(config.batch_size))
     say(f"Dense: test accuracy {dense_accuracy:.2%}")
@@ -145,11 +165,12 @@ def run(
     controller, model = create_compressed_model(
         resolved.model,
         settings.compression,
-        dataset.train_loader(config.batch_size, seed=config.seed),
+        _SameBatches(dataset, config),
+        compression_state=None if resume is None else resume.facts["compression"],
         example_inputs=example,
         plugins=plugins,
     )
-    history += _fine_tune(controller, model, dataset, config, say)
+    _fine_tune(controller, model, dataset, config, say, snapshots, resume)
     model = controller.strip()
     plan = plan_of(model)
     if plan is None:
@@ -168,6 +189,7 @@ def run(
         _figures(plan.after.macs, plan.after.params, accuracy, files["pruned"], latency["pruned"]),
     )
     _write_report(directory, settings, comparison, plan, files, history)
+    snapshots.remove()
     return RunOutcome(comparison, plan, directory)
 
 
@@ -260,37 +282,46 @@ def _pretrain(
     example: ExampleInputs,
     plugins: Plugins,
     say: Say,
-) -> list[dict[str, Any]]:
+    snapshots: Snapshots,
+    resume: Snapshot | None,
+) -> None:
     config = settings.run
     if config.weights is not None:
-        return []
+        return
     if not config.pretrain_epochs:
         say("Warning: neither weights nor pretrain_epochs are given: the dense model is untrained.")
-        return []
+        return
     loader = dataset.train_loader(config.batch_size, seed=config.seed)
     # A budget out of reach or a scope without a match shows on the untrained model too, before the training.
     say("Trying the compression on a copy of the untrained model")
     create_compressed_model(copy.deepcopy(model), settings.compression, loader, example_inputs=example, plugins=plugins)
     say(f"Training the dense model for {config.pretrain_epochs} epochs")
-    history: list[dict[str, Any]] = []
     fit(
         model,
         dataset.train_loader(config.batch_size, seed=config.seed),
         config.optimizer.build(model),
         epochs=config.pretrain_epochs,
         lr_schedule=config.lr_schedule,
-        on_epoch=lambda record: _tell(record, "dense", config.pretrain_epochs, history, say),
+        on_epoch=lambda record: _tell(record, "dense", config.pretrain_epochs, snapshots.history, say),
+        snapshots=snapshots,
+        phase=DENSE,
+        resume=resume,
     )
-    return history
 
 
 def _fine_tune(
-    controller: CompressionController, model: nn.Module, dataset: ResolvedDataset, config: RunConfig, say: Say
-) -> list[dict[str, Any]]:
+    controller: CompressionController,
+    model: nn.Module,
+    dataset: ResolvedDataset,
+    config: RunConfig,
+    say: Say,
+    snapshots: Snapshots,
+    resume: Snapshot | None,
+) -> None:
     say(f"Fine-tuning for {config.epochs} epochs")
     optimizer = config.optimizer.build(model)
     controller.attach(optimizer=optimizer)
-    history: list[dict[str, Any]] = []
+    history = snapshots.history
     fit(
         model,
         dataset.train_loader(config.batch_size, seed=config.seed + 1),
@@ -299,8 +330,27 @@ def _fine_tune(
         lr_schedule=config.lr_schedule,
         controller=controller,
         on_epoch=lambda record: _tell(record, "pruned", config.epochs, history, say, controller.compression_rate),
+        snapshots=snapshots,
+        phase=FINE_TUNING,
+        resume=resume,
     )
-    return history
+
+
+class _SameBatches:
+    """Training batches in the same order at every pass: what data-driven decisions see does not depend on whether an
+    earlier pass was in this process or in one that was killed."""
+
+    def __init__(self, dataset: ResolvedDataset, config: RunConfig) -> None:
+        self._dataset, self._config = dataset, config
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._dataset.train_loader(self._config.batch_size, seed=self._config.seed))
+
+
+def _identity(settings: Settings) -> str:
+    """A digest of everything in the config but the place of the results."""
+    document = {key: value for key, value in settings.document.items() if key != "output_dir"}
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _tell(

@@ -1,0 +1,288 @@
+"""Pruned Hugging Face models on disk: what ``save_pretrained`` writes, with the plan beside the weights.
+
+A ``config.json`` has one width for all layers, a pruned network one for each. So:
+
+- ``plan.json`` says what every layer keeps; the config names it by its digest.
+- A field of the config is rewritten where the pruned network bears it out: every dimension that the field decides has
+  been cut to the same width (found by building the network, without memory, with the field doubled), or every attention
+  module says the same number of heads. All other fields stay those of the dense network.
+- ``config.compactprune["dense"]`` keeps the dense values of what was rewritten, so that the dense network can be built
+  from the same file. ``["plain"]`` says whether the rewritten config alone already builds the pruned network: then
+  plain ``from_pretrained`` loads it too.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from nncf_compactprune.channels.tensors import NNCF_HOOKS, model_tensors, named_modules
+from nncf_compactprune.channels.trace import HEAD_COUNTS
+from nncf_compactprune.checkpoint import CONFIG_FILE, PLAN_FILE, plan_digest, write_file
+from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.integrations.loading import require_package
+from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.surgery import apply_plan, plan_of
+
+CONFIG_KEY = "compactprune"
+FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
+Place = tuple[str, int | None]  # a field, or one item of a field that is a list
+
+
+def save_pruned_pretrained(model: nn.Module, directory: str | PathLike[str]) -> Path:
+    """``model.save_pretrained(directory)``, and the plan beside it, for :func:`load_pruned_pretrained`.
+
+    :param model: a pruned ``PreTrainedModel`` without hooks; its config is brought up to date in place.
+    :return: the directory.
+    :raises CompactPruneError: the model was not pruned.
+    """
+    describe(model)
+    model.save_pretrained(directory)  # type: ignore[operator]
+    write_plan_beside(model, directory)
+    return Path(directory)
+
+
+def load_pruned_pretrained(
+    directory: str | PathLike[str], model_class: type[nn.Module] | None = None, **options: Any
+) -> nn.Module:
+    """``from_pretrained`` of a pruned model: builds the dense one from the config, cuts it, loads the weights.
+
+    :param directory: what :func:`save_pruned_pretrained` wrote, or the callback beside a ``Trainer``'s checkpoint.
+    :param model_class: default: the class that the config names.
+    :param options: for ``from_pretrained`` (``dtype``, ...).
+    :return: the model in evaluation mode, as ``from_pretrained`` gives it.
+    :raises CompactPruneError: files are missing, damaged, or do not belong together.
+    """
+    transformers = require_package("transformers", "nncf-compactprune[transformers]")
+    folder = Path(directory)
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        msg = f"{path}: no such file. Pass the directory that save_pruned_pretrained wrote."
+        raise CompactPruneError(msg)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        msg = f"{path}: transformers cannot read it ({error}). Copy it again from where the model was saved."
+        raise CompactPruneError(msg) from error
+    plan = _read_plan(folder / PLAN_FILE, _said(config, path)["plan_sha256"])
+    kind = model_class or _named_class(transformers, config, path)
+    model = _from_pretrained(kind, plan, folder, dense_config(config), **options)
+    model.config = config
+    return model  # type: ignore[no-any-return]
+
+
+def fill(model: nn.Module, directory: str | PathLike[str]) -> None:
+    """Loads the weights of a ``Trainer``'s checkpoint into a model of that shape, in place.
+
+    ``Trainer`` itself (transformers 5.23) passes over every tensor that ``save_pretrained`` wrote under a name of old,
+    as it does for a ViT, with no more than a warning.
+
+    :param model: dense, masked, or cut to the checkpoint's plan.
+    :raises CompactPruneError: the checkpoint does not hold this model's weights.
+    """
+    config: Any = model.config
+    loaded = _from_pretrained(type(model), plan_of(model), Path(directory), dense_config(config), dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict(), strict=False)  # the masks, if any, follow from the compression's state
+
+
+def _from_pretrained(kind: Any, plan: PruningPlan | None, folder: Path, config: Any, **options: Any) -> Any:
+    cut = kind if plan is None else _cut_when_built(kind, plan)
+    try:
+        model, info = cut.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        msg = f"{folder}: the weights cannot be loaded into the pruned {kind.__name__}: {error}"
+        raise CompactPruneError(msg) from error
+    faults = {what: [str(name) for name in info.get(what, ()) if NNCF_HOOKS not in str(name)] for what in FAULTS}
+    if any(faults.values()):
+        wrong = {what: sorted(names) for what, names in faults.items() if names}
+        msg = f"{folder}: does not hold the weights of the pruned {kind.__name__}: {wrong}. Save or copy it again."
+        raise CompactPruneError(msg)
+    model.__class__ = kind
+    for _, tensor in model_tensors(model).named():
+        # What was loaded lies in the file's own memory, unaligned, where some kernels round otherwise.
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def _cut_when_built(kind: Any, plan: PruningPlan) -> Any:
+    """A subclass whose networks are cut before ``from_pretrained`` fills them: transformers then does the rest, with
+    its names of old, its shards and its dtypes."""
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)
+        with torch.device("cpu"):  # for the plan's own indices, where the network is built on the meta device
+            apply_plan(self, plan)
+
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+
+
+def describe(model: nn.Module) -> None:
+    """Brings the config of a pruned model up to date, in place; the rules are at the head of this module.
+
+    :raises CompactPruneError: the model was not pruned, or is no Hugging Face model.
+    """
+    config: Any = getattr(model, "config", None)
+    plan = plan_of(model)
+    if plan is None or not hasattr(model, "save_pretrained") or config is None:
+        kind = type(model).__name__
+        msg = f"{kind}: expected a pruned PreTrainedModel. Prune it first, or call its own save_pretrained."
+        raise CompactPruneError(msg)
+    digest = plan_digest(plan.to_json().encode())
+    earlier = getattr(config, CONFIG_KEY, None) or {}
+    if earlier.get("plan_sha256") == digest:
+        return
+    dense = dense_config(config)
+    fields = _true_fields(model, dense)
+    said = {
+        "plan_sha256": digest,
+        "dense": {name: getattr(dense, name) for name in fields},
+        "plain": _builds(type(model), dense, fields, model, plan),
+    }
+    for name, value in (earlier.get("dense", {}) | fields | {CONFIG_KEY: said}).items():
+        setattr(config, name, value)
+
+
+def write_plan_beside(model: nn.Module, directory: str | PathLike[str]) -> None:
+    """Writes ``plan.json`` of a pruned model.
+
+    :raises CompactPruneError: it cannot be written.
+    """
+    plan = plan_of(model)
+    if plan is not None:
+        write_file(Path(directory) / PLAN_FILE, plan.to_json().encode() + b"\n")
+
+
+def dense_config(config: Any) -> Any:
+    """A copy of a config as it was before the pruning."""
+    dense = copy.deepcopy(config)
+    said = dense.__dict__.pop(CONFIG_KEY, None) or {}
+    return _with_fields(dense, said.get("dense", {}))
+
+
+# -- which fields are true ---------------------------------------------------------------------------------------------
+
+
+def _true_fields(model: nn.Module, dense: Any) -> dict[str, Any]:
+    """Fields of a dense config with the values that the pruned model bears out, where these differ."""
+    kind = type(model)
+    before, now = _shapes(kind, dense, {}), model_tensors(model).shapes()
+    if before is None or before.keys() != now.keys():
+        return {}
+    fields: dict[str, Any] = {}
+    for (name, at), value in _integers(dense):
+        decided = _decided_by(kind, dense, (name, at), value, before)
+        shares = {Fraction(now[parameter][dim], before[parameter][dim]) for parameter, dim in decided}
+        if len(shares) == 1 and (new := value * shares.pop()) != value and new.denominator == 1:
+            fields[name] = _placed(fields.get(name, getattr(dense, name)), at, int(new))
+    return {**fields, **_head_counts(model, dense)}
+
+
+def _decided_by(
+    kind: type[nn.Module], dense: Any, place: Place, value: int, before: Mapping[str, tuple[int, ...]]
+) -> set[tuple[str, int]]:
+    """Parameter dimensions that grow with a field; none where the field changes more than widths."""
+    name, at = place
+    doubled = _shapes(kind, dense, {name: _placed(getattr(dense, name), at, 2 * value)})
+    if doubled is None or doubled.keys() != before.keys():
+        return set()
+    return {
+        (parameter, dim)
+        for parameter, shape in before.items()
+        for dim, (a, b) in enumerate(zip(shape, doubled[parameter], strict=False))
+        if a != b
+    }
+
+
+def _head_counts(model: nn.Module, dense: Any) -> dict[str, int]:
+    """Counts of heads in which all attention modules agree, under the config's own name."""
+    result: dict[str, int] = {}
+    for attribute in HEAD_COUNTS:
+        counts = {getattr(module, attribute, None) for _, module in named_modules(model)} - {None}
+        stated = getattr(dense, attribute, None)
+        if type(stated) is int and len(counts) == 1 and counts != {stated}:
+            result[attribute] = int(counts.pop())  # type: ignore[arg-type]
+    return result
+
+
+def _integers(config: Any) -> Iterator[tuple[Place, int]]:
+    for name, value in config.to_dict().items():
+        if type(value) is int and value > 1:
+            yield (name, None), value
+        elif isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
+            yield from (((name, at), item) for at, item in enumerate(value) if item > 1)
+
+
+def _placed(field: Any, at: int | None, value: int) -> Any:
+    return value if at is None else [*field[:at], value, *field[at + 1 :]]
+
+
+def _with_fields(config: Any, fields: Mapping[str, Any]) -> Any:
+    result = copy.deepcopy(config)
+    for name, value in fields.items():
+        setattr(result, name, value)
+    return result
+
+
+def _build(kind: type[nn.Module], config: Any, fields: Mapping[str, Any]) -> nn.Module | None:
+    """The network on the meta device, which costs no memory; None where the config does not make one."""
+    try:
+        with torch.device("meta"):
+            return kind(_with_fields(config, fields))
+    except Exception:  # whatever a config's or a network's own checks raise
+        return None
+
+
+def _shapes(kind: type[nn.Module], config: Any, fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    built = _build(kind, config, fields)
+    return None if built is None else model_tensors(built).shapes()
+
+
+def _builds(kind: type[nn.Module], config: Any, fields: Mapping[str, Any], model: nn.Module, plan: PruningPlan) -> bool:
+    """Whether a config alone makes the model's shapes and counts of heads."""
+    built = _build(kind, config, fields)
+    if built is None or model_tensors(built).shapes() != model_tensors(model).shapes():
+        return False
+    return all(
+        getattr(built.get_submodule(name), attribute) == value
+        for name, values in plan.attributes.items()
+        for attribute, value in values.items()
+    )
+
+
+# -- what a directory says -------------------------------------------------------------------------------------------
+
+
+def _said(config: Any, path: Path) -> dict[str, Any]:
+    said = getattr(config, CONFIG_KEY, None)
+    if not isinstance(said, dict) or not isinstance(said.get("dense"), dict) or "plan_sha256" not in said:
+        msg = f"{path}: does not speak of a pruned model. Load it with from_pretrained, or save it with "
+        msg += "save_pruned_pretrained."
+        raise CompactPruneError(msg)
+    return said
+
+
+def _read_plan(path: Path, expected: str) -> PruningPlan:
+    text = path.read_bytes() if path.is_file() else None
+    if text is None or plan_digest(text) != expected:
+        what = "no such file" if text is None else "is not the plan that the config speaks of"
+        msg = f"{path}: {what}. Copy {PLAN_FILE} beside {CONFIG_FILE} from where the model was saved."
+        raise CompactPruneError(msg)
+    return PruningPlan.from_json(text)
+
+
+def _named_class(transformers: Any, config: Any, path: Path) -> Any:
+    names = config.architectures or [""]
+    found = getattr(transformers, names[0], None) if names[0].isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        msg = f"{path}: names the class {json.dumps(names[0])}, which transformers does not have. Pass model_class."
+        raise CompactPruneError(msg)
+    return found
