@@ -22,6 +22,20 @@ from nncf_compactprune.errors import DistillationError, nearest
 Precision = Literal["same", "bfloat16", "float16"]
 
 
+class _Gram(torch.autograd.Function):
+    """A Aᵀ of ``[b, n]``. As it is symmetric, its gradient takes one product instead of autograd's two."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        ctx.save_for_backward(a)
+        return a @ a.t()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (a,) = ctx.saved_tensors
+        return (gradient + gradient.t()) @ a
+
+
 def similarity(features: Tensor) -> Tensor:
     """How alike the examples of a batch are to a layer: G = A Aᵀ with each row scaled to length 1, A = ``[b, c·h·w]``
     (Tung & Mori 2019, "Similarity-Preserving Knowledge Distillation", eqs. 1-2).
@@ -32,7 +46,9 @@ def similarity(features: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         flat = features.flatten(1)
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        return functional.normalize(flat @ flat.t(), dim=1)
+        # Dynamo fails on a Function inside NNCF's function mode (torch 2.13, NNCF 3.4).
+        gram = flat @ flat.t() if torch.compiler.is_compiling() else _Gram.apply(flat)
+        return functional.normalize(gram, dim=1)
 
 
 def similarity_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

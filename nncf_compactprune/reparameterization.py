@@ -258,9 +258,11 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Module], operations: Mappin
             msg = f"'{name}' has an NNCF hook already (a mask, a quantizer). Strip that one first."
             raise CompactPruneError(msg)
         used_by = [] if operations is None else operations.get(name, [])
-        if operations is not None and (not used_by or any(op.split("/")[-2] not in CHAINABLE for op in used_by)):
+        scope = name.rpartition(".")[0].replace(".", "/")
+        own = {f"{scope}/{kind}" for kind in CHAINABLE}
+        if operations is not None and (not used_by or any(op.rpartition("/")[0] not in own for op in used_by)):
             msg = (
-                f"mode \"chain\": '{name}' goes into {', '.join(used_by) or 'no operation'}, expected a convolution or "
-                'a linear operation itself. Use "merged", or leave the layer out by ignored_scopes.'
+                f"mode \"chain\": '{name}' goes into {', '.join(used_by) or 'no operation'}, expected only its own "
+                'layer\'s convolution or linear operation. Use "merged", or leave the layer out by ignored_scopes.'
             )
             raise CompactPruneError(msg)

@@ -257,7 +257,7 @@ def test_weight_with_another_hook_is_refused():
 
 def test_chain_of_a_weight_that_goes_elsewhere_is_refused():
     net, _ = built("conv")
-    with pytest.raises(CompactPruneError, match=r"'layer\.weight' goes into layer/mul/0, expected a convolution"):
+    with pytest.raises(CompactPruneError, match=r"'layer\.weight' goes into layer/mul/0, expected only its own layer"):
         Reparameterization(
             net, {"layer.weight": net.layer}, 2, mode="chain", operations={"layer.weight": ["layer/mul/0"]}
         )

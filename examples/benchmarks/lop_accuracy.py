@@ -155,3 +155,19 @@ def read_rows(rows_file: Path) -> list[dict[str, Any]]:
     if not rows_file.exists():
         return []
     return [json.loads(line) for line in rows_file.read_text().splitlines()]
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "kd": {"logits_weight": 0.1},
+    "lop": {"expansion": 4},
+    "spkd": {"similarity_weight": 10_000.0},
+    "lop_spkd": {"expansion": 4, "similarity_weight": 10_000.0},
+}
+TITLES = {
+    "plain": "(a) plain fine-tuning",
+    "kd": "(b) logits KD",
+    "lop": "(c) LOP",
+    "spkd": "(d) SPKD",
+    "lop_spkd": "(e) LOP + SPKD",
+}

@@ -24,7 +24,7 @@ from nncf_compactprune.channels import ChannelGraph, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Section
 from nncf_compactprune.diagnosis import analyse
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
-from nncf_compactprune.masks import Masks
+from nncf_compactprune.masks import Masks, drop_masks
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.scopes import prunable_groups
 from nncf_compactprune.surgery import SelfCheck, prune_in_place
@@ -282,6 +282,8 @@ class ChannelPruning(CompressionAlgorithm):
                     self._masks.update(self.plan)
             raise
         self._masks = None
+        if context.ema is not None:
+            drop_masks(getattr(context.ema, "module", context.ema))
         self.plan = plan
         self._done = True
 
