@@ -13,95 +13,21 @@ distillation also from logits, and without expansion; the mean instead of the su
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.expandable import compare, outputs, select_layers
 from nncf_compactprune.algorithms.factor_groups import FactorGroups
-from nncf_compactprune.channels.tensors import named_modules
-from nncf_compactprune.channels.trace import call_model, evaluating
-from nncf_compactprune.config import AlgorithmConfig, Section
-from nncf_compactprune.distillation import Distillation, Precision, digest
-from nncf_compactprune.errors import CompactPruneError, DistillationError, ScopeError, SelfCheckError
-from nncf_compactprune.factors import LAYERS
+from nncf_compactprune.algorithms.overparameterization_config import OverparameterizationConfig
+from nncf_compactprune.config import AlgorithmConfig
+from nncf_compactprune.distillation import Distillation, digest
+from nncf_compactprune.errors import CompactPruneError, DistillationError
 from nncf_compactprune.hookspecs import Algorithm, hookimpl
-from nncf_compactprune.reparameterization import Mode, Reparameterization, fold
-from nncf_compactprune.scopes import operations_by_parameter, parameters_in_scope
-
-START_TOLERANCE = 1e-4  # of whole networks; one layer keeps 1e-6
-
-
-class OverparameterizationParams(Section):
-    """How layers are expanded.
-
-    :param expansion: r: the inner layers are that many times wider; null expands nothing (distillation alone).
-    :param mode: ``"merged"`` multiplies the factors and runs one layer; ``"chain"`` runs three, many times slower.
-    :param skip_first: leave the network's first layer as it is.
-    :param skip_last: leave its last layer (the classifier) as it is; neither is it distilled.
-    :param core_scale: random part of the core, relative to the weight; 0: none, and then r has no effect under SGD.
-    :param weight_decay: of the merged weights, through ``ctrl.loss()``; null leaves decay to the optimizer, on factors.
-    """
-
-    expansion: int | None = Field(default=4, ge=1)
-    mode: Mode = "merged"
-    skip_first: bool = False
-    skip_last: bool = True
-    core_scale: float = Field(default=1.0, ge=0)
-    weight_decay: float | None = Field(default=None, ge=0)
-
-
-class DistillationConfig(Section):
-    """What the teacher adds to the loss.
-
-    :param similarity_weight: of the similarity-preserving loss (mean over layers); 0 is off.
-    :param logits_weight: of the logits' divergence; 0 is off.
-    :param temperature: T of the logits' divergence.
-    :param schedule: both weights stay, or fall to 0 in ``schedule_epochs`` epochs.
-    :param schedule_epochs: for ``"linear"`` and ``"cosine"``; the teacher does not run any more after.
-    :param teacher_precision: ``"same"`` as the student, or autocast to half precision.
-    """
-
-    similarity_weight: float = Field(default=0.0, ge=0)
-    logits_weight: float = Field(default=0.0, ge=0)
-    temperature: float = Field(default=4.0, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    schedule_epochs: int = Field(default=10, ge=1)
-    teacher_precision: Precision = "same"
-
-    @property
-    def active(self) -> bool:
-        """Whether there is a teacher at all."""
-        return self.similarity_weight > 0 or self.logits_weight > 0
-
-    def factor(self, epochs: int) -> float:
-        """What is left of the weights after so many epochs, in [0, 1]."""
-        if self.schedule == "constant":
-            return 1.0
-        done = min(epochs / self.schedule_epochs, 1.0)
-        return 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-
-
-class OverparameterizationConfig(AlgorithmConfig):
-    """A ``linear_overparameterization`` entry."""
-
-    params: OverparameterizationParams = OverparameterizationParams()
-    distillation: DistillationConfig = DistillationConfig()
-
-    @model_validator(mode="after")
-    def _does_something(self) -> OverparameterizationConfig:
-        if self.params.expansion is None and not self.distillation.active:
-            msg = 'nothing to do: expected an "expansion", or a "similarity_weight" or "logits_weight" above 0.'
-            raise ValueError(msg)
-        if self.params.expansion is None and self.params.weight_decay is not None:
-            msg = 'params.weight_decay is that of merged weights: expected an "expansion" too.'
-            raise ValueError(msg)
-        return self
+from nncf_compactprune.reparameterization import Reparameterization, fold
+from nncf_compactprune.scopes import operations_by_parameter
 
 
 class LinearOverparameterization(CompressionAlgorithm):
@@ -138,7 +64,10 @@ class LinearOverparameterization(CompressionAlgorithm):
         if state is not None and state["stripped"]:
             self._stripped = True
             return
-        self._layers = self._select()
+        params, scopes = self.config.params, (self.config.ignored_scopes, self.config.target_scopes)
+        self._layers, self._candidates = select_layers(
+            self.context.model, self.context.example_inputs, *scopes, params.skip_first, params.skip_last
+        )
         teacher = self.context.teacher if self.context.teacher is not None else self._teacher
         if self.config.distillation.active and teacher is not None:
             self._teacher_digest = digest(teacher)
@@ -219,52 +148,12 @@ class LinearOverparameterization(CompressionAlgorithm):
 
     # -- how -----------------------------------------------------------------------------------------------------
 
-    def _select(self) -> dict[str, str]:
-        """The layers to expand and to distil, in the order of execution: weight name to module name."""
-        model, params = self.context.model, self.config.params
-        candidates = self._expandable()
-        self._candidates = len(candidates)
-        chosen = list(candidates)
-        chosen = chosen[1 if params.skip_first else 0 : len(chosen) - 1 if params.skip_last else len(chosen)]
-        scopes = self.config.ignored_scopes, self.config.target_scopes
-        allowed = parameters_in_scope(model, self.context.example_inputs, chosen, *scopes)
-        layers = {weight: candidates[weight] for weight in chosen if weight in allowed}
-        if not layers:
-            msg = (
-                f"no layer to expand in {type(model).__name__}: {len(candidates)} trainable convolution and linear "
-                f"layers run, {len(chosen)} without the first and last (skip_first={params.skip_first}, skip_last="
-                f"{params.skip_last}), 0 in scope. Widen target_scopes or ignored_scopes."
-            )
-            raise ScopeError(msg)
-        return layers
-
-    def _expandable(self) -> dict[str, str]:
-        """Every layer that runs and whose weight is a trainable parameter of its own, in the order of execution."""
-        model = self.context.model
-        names = {id(module): name for name, module in named_modules(model)}
-        first_name = {id(parameter): name for name, parameter in model.named_parameters()}
-        order: dict[str, str] = {}
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.requires_grad and weight.is_floating_point():
-                order.setdefault(first_name[id(weight)], names[id(module)])
-
-        handles = [m.register_forward_hook(note) for _, m in named_modules(model) if isinstance(m, LAYERS)]
-        try:
-            with evaluating(model):
-                call_model(model, self.context.example_inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return order
-
     def _expand(self, expansion: int) -> None:
         """Installs the factors, and checks that the network computes what it computed."""
         model, params, example = self.context.model, self.config.params, self.context.example_inputs
         modules = {weight: model.get_submodule(name) for weight, name in self._layers.items()}
         operations = operations_by_parameter(model, example) if params.mode == "chain" else None
-        before = _outputs(model, example)
+        before = outputs(model, example)
 
         def expanded(root: nn.Module, layers: Mapping[str, nn.Module], *, keep_merged: bool) -> Reparameterization:
             return Reparameterization(
@@ -278,7 +167,7 @@ class LinearOverparameterization(CompressionAlgorithm):
             )
 
         self._weights = expanded(model, modules, keep_merged=bool(params.weight_decay))
-        _compare(before, _outputs(model, example))
+        compare(before, outputs(model, example))
         idle = [name for name, hook in self._weights.hooks.items() if not hook.calls]
         if idle:
             msg = (
@@ -338,26 +227,6 @@ class LinearOverparameterization(CompressionAlgorithm):
                 "weights before create_compressed_model, or give that run's teacher."
             )
             raise DistillationError(msg)
-
-
-def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    with evaluating(model):
-        return [leaf for leaf in tree_leaves(call_model(model, example_inputs)) if isinstance(leaf, Tensor)]
-
-
-def _compare(before: list[Tensor], after: list[Tensor]) -> None:
-    """:raises SelfCheckError: an output changed."""
-    for old, new in zip(before, after, strict=True):
-        if not old.is_floating_point():
-            continue
-        tolerance = START_TOLERANCE if torch.finfo(old.dtype).eps < 1e-6 else math.sqrt(torch.finfo(old.dtype).eps)
-        error = float((new - old).abs().max() / old.abs().max().clamp_min(torch.finfo(old.dtype).tiny))
-        if not error <= tolerance:
-            msg = (
-                f"self-check: expanding the layers changed the output by {error:.1e} of its largest value, expected at "
-                f"most {tolerance:.0e}. The model was restored. Please report the architecture."
-            )
-            raise SelfCheckError(msg)
 
 
 @hookimpl
