@@ -121,6 +121,8 @@ class CompressionController:
         """
         self._context.optimizer = optimizer if optimizer is not None else self._context.optimizer
         self._context.ema = ema if ema is not None else self._context.ema
+        for algorithm in self.algorithms[: self._begun]:
+            algorithm.attached()
 
     def loss(self) -> Tensor | float:
         """What to add to the task's loss."""

@@ -322,7 +322,8 @@ def test_decay_of_the_merged_weight_pulls_as_plain_decay_does():
     assert float(ctrl.loss().detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     optimizer = sgd(model, weight_decay=0.3)
     ctrl.attach(optimizer=optimizer)
-    ctrl.scheduler.epoch_step()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # in time
+    train_epoch(model, ctrl, optimizer, scheduler=scheduler)
     by_decay = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
     assert set(by_decay) == {0.3, 0.0}
     factors = {id(p) for n, p in model.named_parameters() if n.endswith((".first", ".core", ".last"))}
@@ -350,9 +351,8 @@ def test_merged_decay_after_the_scheduler_was_built_is_refused():
     ctrl, _ = create_compressed_model(model, config(lop(weight_decay=0.1)))
     optimizer = sgd(model, weight_decay=0.1)
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    ctrl.attach(optimizer=optimizer)
     with pytest.raises(CompactPruneError, match=r"params\.weight_decay: .*before you build the scheduler"):
-        ctrl.scheduler.epoch_step()
+        ctrl.attach(optimizer=optimizer)
     assert len(optimizer.param_groups) == 1
 
 

@@ -249,31 +249,38 @@ def tuning_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+INTRODUCTION = f"""# Recovery of a pruned ResNet-20 on CIFAR-10
+
+`python examples/benchmarks/lop_accuracy.py final --data FOLDER`. Test accuracy in percent (all 10,000 images), mean
+and standard deviation over {len(SEEDS)} seeds (order and augmentation of the images); in brackets the mean gain over
+plain fine-tuning with the same seed. Every arm: one epoch of {TRAIN_IMAGES:,} images, batch {BATCH}, SGD with
+momentum 0.9 and decay 5e-4, learning rate falling to 0 by a cosine. The network is pruned by `fbnet_pruning` (global,
+L2, widths of multiples of 8), and BatchNorm re-estimated. The dense network: 91.73.
+"""
+TUNING = f"""## Tuning
+
+`lop_accuracy.py tune`: {TUNING_BUDGET:.0%} of the MACs, one seed, accuracy on {VALIDATION_IMAGES:,} training images
+that were not trained on. With one seed, differences below about a point say little.
+"""
+
+
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     """The page beside this file."""
+    chosen = (
+        f"- {TITLES[arm]}: " + ", ".join(f"{name} {value:g}" for name, value in options.items())
+        for arm, options in CHOSEN.items()
+    )
     text = [
-        "# Recovery of a pruned ResNet-20 on CIFAR-10",
-        "",
-        "`python examples/benchmarks/lop_accuracy.py final --data FOLDER`. Test accuracy in percent (all 10,000 images),",
-        f"mean and standard deviation over {len(SEEDS)} seeds (order and augmentation of the images); in brackets the mean",
-        "gain over plain fine-tuning with the same seed. Every arm: one epoch of",
-        f"{TRAIN_IMAGES:,} images, batch {BATCH}, SGD with momentum 0.9, decay 5e-4, learning rate falling to 0 by a cosine;",
-        "pruned by `fbnet_pruning` (global, L2, widths of multiples of 8), BatchNorm re-estimated. The dense network: 91.73.",
-        "",
+        INTRODUCTION,
         *final_table(rows),
         "",
-        "Chosen by the tuning below: " + "; ".join(
-            f"{TITLES[arm]} " + ", ".join(f"{name} {value:g}" for name, value in options.items())
-            for arm, options in CHOSEN.items()
-        ) + ".",
+        "Chosen by the tuning below:",
         "",
-        "## Tuning",
+        *chosen,
         "",
-        f"`lop_accuracy.py tune`: {TUNING_BUDGET:.0%} of the MACs, one seed, accuracy on {VALIDATION_IMAGES:,} training",
-        "images that were not trained on. With one seed, differences below about a point say little.",
-        "",
+        TUNING,
         *tuning_table(rows),
-    ]  # fmt: skip
+    ]
     path.write_text("\n".join(text) + "\n")
 
 

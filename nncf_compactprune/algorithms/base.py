@@ -144,6 +144,9 @@ class CompressionAlgorithm(ABC):
     def statistics(self) -> Mapping[str, Any]:
         """Figures to report, by name."""
 
+    def attached(self) -> None:  # noqa: B027
+        """The context has an optimizer or an EMA copy now, or another one."""
+
     def epoch_step(self, epoch: int) -> None:  # noqa: B027  not every algorithm has a schedule
         """An epoch begins."""
 

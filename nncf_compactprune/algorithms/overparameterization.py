@@ -94,17 +94,16 @@ class LinearOverparameterization(CompressionAlgorithm):
     def settled(self) -> bool:
         return self._stripped
 
-    def epoch_step(self, epoch: int) -> None:
+    def attached(self) -> None:
         self._adopt_optimizer()
+
+    def epoch_step(self, epoch: int) -> None:
         if self._first_epoch is None:
             self._first_epoch = epoch
         self._factor = self.config.distillation.factor(epoch - self._first_epoch)
         if self._distillation is not None and self._factor == 0:
             self._distillation.remove()
             self._distillation = None
-
-    def step(self, step: int) -> None:
-        self._adopt_optimizer()
 
     def loss(self) -> Tensor | float:
         total: Tensor | float = 0.0
