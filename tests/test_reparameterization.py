@@ -12,8 +12,9 @@ from nncf.torch.function_hook import register_post_function_hook, wrap_model
 from torch import nn
 
 from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.factor_hooks import FactorizedWeight
 from nncf_compactprune.factors import Factors, Geometry, factorise, merge
-from nncf_compactprune.reparameterization import FactorizedWeight, Reparameterization, fold
+from nncf_compactprune.reparameterization import Reparameterization, fold
 
 KINDS = {
     "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 7, 7)),

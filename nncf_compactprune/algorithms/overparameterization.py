@@ -167,7 +167,7 @@ class LinearOverparameterization(CompressionAlgorithm):
 
         self._weights = expanded(model, modules, keep_merged=bool(params.weight_decay))
         compare(before, outputs(model, example))
-        idle = [name for name, hook in self._weights.hooks.items() if not hook.calls]
+        idle = [name for name, hook in self._weights.hooks.items() if not hook.used]
         if idle:
             msg = (
                 f"'{idle[0]}' is not used as a parameter of an operation that NNCF's hooks see. Leave its layer out by "

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from nncf_compactprune.config import AlgorithmConfig, Section
 from nncf_compactprune.distillation import Precision
-from nncf_compactprune.reparameterization import Mode
+from nncf_compactprune.factor_hooks import Mode
 
 
 class OverparameterizationParams(Section):
