@@ -79,6 +79,8 @@ def digest(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers, names included."""
     total = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue  # a module's extra state
         total.update(name.encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

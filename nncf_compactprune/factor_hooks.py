@@ -41,6 +41,7 @@ class FactorizedWeight(nn.Module, StatefulModuleInterface):  # type: ignore[misc
         self.expansion = expansion
         self.mode = mode
         self.used = False
+        self.trainable = True  # whether the weight itself is, once the hook is gone
         shapes = geometry.factor_shapes(expansion)
         self.first, self.core, self.last = (nn.Parameter(torch.zeros(shape)) for shape in shapes)
         self.watch: tuple[str, MergedWeights] | None = None

@@ -67,16 +67,21 @@ class Reparameterization:
         self.hooks: dict[str, FactorizedWeight] = {}
         wrap_model(model)
         generator = torch.Generator().manual_seed(FACTOR_SEED)
-        for name, module in layers.items():
-            hook = FactorizedWeight(Geometry.of(module), expansion, mode)
-            hook.assign(module.weight, generator, core_scale)  # type: ignore[arg-type]
-            hook.watch = (name, self.merged) if keep_merged else None
-            hook.train(module.training)
-            self.hooks[name] = hook
-            register_post_function_hook(model, name, 0, hook)
-            module.weight.requires_grad_(False)
-            if mode == "chain" and operations is not None:
-                _register_chain(model, name, module, hook, operations[name])
+        try:
+            for name, module in layers.items():
+                hook = FactorizedWeight(Geometry.of(module), expansion, mode)
+                hook.assign(module.weight, generator, core_scale)  # type: ignore[arg-type]
+                hook.watch = (name, self.merged) if keep_merged else None
+                hook.trainable = module.weight.requires_grad  # type: ignore[assignment]
+                hook.train(module.training)
+                self.hooks[name] = hook
+                register_post_function_hook(model, name, 0, hook)
+                module.weight.requires_grad_(False)
+                if mode == "chain" and operations is not None:
+                    _register_chain(model, name, module, hook, operations[name])
+        except BaseException:  # out of memory, above all
+            fold(model, write=False)
+            raise
 
     @property
     def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -86,7 +91,7 @@ class Reparameterization:
                 yield name, factor
 
     def remove(self, *, keep_training: bool = True) -> None:
-        """Takes the hooks off; the layers' own weights train again.
+        """Takes the hooks off; the layers' own weights train again if they did before.
 
         :param keep_training: write the products into the weights; otherwise these are what they were in the beginning.
         """
@@ -104,7 +109,7 @@ def fold(model: nn.Module, *, write: bool = True) -> None:
     for name, hook in list(storage.named_hooks()):
         if isinstance(hook, FactorizedWeight):
             weight = parameters[decode_hook_name(name)[1]]
-            weight.requires_grad_(True)
+            weight.requires_grad_(hook.trainable)
             if write:
                 weight.copy_(hook.merged())
         if isinstance(hook, (FactorizedWeight, ChainPart)):

@@ -50,11 +50,16 @@ class FactorGroups:
             if id(factor) not in held and id(factor) not in moved:
                 self._home[id(factor)]["params"].append(factor)
 
-    def release(self) -> None:
-        """Takes the factors and their state out; a weight that is in no group joins its factors' former group."""
-        for _, factor in self._pairs:
+    def release(self, *, anew: bool = True) -> None:
+        """Takes the factors and their state out; a weight that is in no group joins its factors' former group.
+
+        :param anew: forget the weights' own state too, as it is from before the factors trained.
+        """
+        for weight, factor in self._pairs:
             self._take_out(factor)
             self.optimizer.state.pop(factor, None)
+            if anew:
+                self.optimizer.state.pop(weight, None)
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for weight, factor in self._pairs:
             if id(weight) not in held:

@@ -201,7 +201,7 @@ class LinearOverparameterization(CompressionAlgorithm):
             self._distillation.remove()
             self._distillation = None
         if self._groups is not None:
-            self._groups.release()
+            self._groups.release(anew=keep_training)
             self._groups = None
         if self._weights is not None:
             self._weights.remove(keep_training=keep_training)
