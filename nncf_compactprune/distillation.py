@@ -31,8 +31,8 @@ class _Gram(torch.autograd.Function):
         return a @ a.t()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        (a,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        a: Tensor = ctx.saved_tensors[0]
         return (gradient + gradient.t()) @ a
 
 
@@ -47,7 +47,7 @@ def similarity(features: Tensor) -> Tensor:
         flat = features.flatten(1)
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         # Dynamo fails on a Function inside NNCF's function mode (torch 2.13, NNCF 3.4).
-        gram = flat @ flat.t() if torch.compiler.is_compiling() else _Gram.apply(flat)
+        gram = flat @ flat.t() if torch.compiler.is_compiling() else _Gram.apply(flat)  # type: ignore[no-untyped-call]
         return functional.normalize(gram, dim=1)
 
 

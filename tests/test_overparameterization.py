@@ -22,8 +22,14 @@ SIMILARITY = {"similarity_weight": 10.0, "logits_weight": 0.1}
 
 
 def lop(*, distillation=None, scopes=None, **params):
-    entry = {"algorithm": "linear_overparameterization", "params": params, **(scopes or {})}
-    return entry if distillation is None else {**entry, "distillation": distillation}
+    """An entry; without a teacher unless one is asked for."""
+    distillation = {"similarity_weight": 0.0} if distillation is None else distillation
+    return {
+        "algorithm": "linear_overparameterization",
+        "params": params,
+        "distillation": distillation,
+        **(scopes or {}),
+    }
 
 
 def pruning(**params):

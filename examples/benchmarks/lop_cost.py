@@ -1,6 +1,6 @@
 """What over-parameterised training costs: step time and peak memory of plain, merged and chain, without a teacher.
 
-    python examples/benchmarks/lop_cost.py [--rounds 7] [--threads 1]
+    python examples/benchmarks/lop_cost.py [--rounds 5] [--threads 1]
 
 ResNet-20 and ResNet-56 for CIFAR-10, as they are and pruned to half of their MACs; random weights and images, batch
 128, SGD with momentum and decay. Time: the variants take training steps in turn in one process, and the ratio is the
@@ -44,7 +44,8 @@ def make_step(network: str, share: float, variant: str) -> Callable[[], float]:
         entries.append({"algorithm": "fbnet_pruning", "budget": {"macs": share}, "params": {"schedule": "one_shot"}})
     if variant != "plain":
         params = {"expansion": EXPANSION, "mode": variant}
-        entries.append({"algorithm": "linear_overparameterization", "params": params})
+        no_teacher = {"similarity_weight": 0.0}
+        entries.append({"algorithm": "linear_overparameterization", "params": params, "distillation": no_teacher})
     if entries:
         create_compressed_model(model, {"input_info": {"sample_size": [2, 3, 32, 32]}, "compression": entries})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -126,7 +127,7 @@ def table(rows: list[dict[str, Any]], threads: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(rounds: int = 7, threads: int = 1, memory_of: str = "") -> None:
+def main(rounds: int = 5, threads: int = 1, memory_of: str = "") -> None:
     torch.set_num_threads(threads)
     if memory_of:
         network, share, variant = memory_of.split(",")

@@ -34,7 +34,8 @@ class OverparameterizationParams(Section):
 class DistillationConfig(Section):
     """What the teacher adds to the loss.
 
-    :param similarity_weight: of the similarity-preserving loss (mean over layers); 0 is off.
+    :param similarity_weight: of the similarity-preserving loss (mean over layers); 0 is off. The default is for batches
+        of about 128 images; the loss falls with the batch size as 1 / b.
     :param logits_weight: of the logits' divergence; 0 is off.
     :param temperature: T of the logits' divergence.
     :param schedule: both weights stay, or fall to 0 in ``schedule_epochs`` epochs.
@@ -42,7 +43,7 @@ class DistillationConfig(Section):
     :param teacher_precision: ``"same"`` as the student, or autocast to half precision.
     """
 
-    similarity_weight: float = Field(default=0.0, ge=0)
+    similarity_weight: float = Field(default=30000.0, ge=0)
     logits_weight: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=4.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
