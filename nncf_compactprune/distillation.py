@@ -20,6 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from nncf_compactprune.errors import DistillationError, nearest
 
 Precision = Literal["same", "bfloat16", "float16"]
+_POOLS: dict[int, Callable[[Tensor, list[int]], Tensor]] = {
+    4: functional.adaptive_avg_pool2d,
+    5: functional.adaptive_avg_pool3d,
+}
 
 
 class _Gram(torch.autograd.Function):
@@ -36,14 +40,18 @@ class _Gram(torch.autograd.Function):
         return (gradient + gradient.t()) @ a
 
 
-def similarity(features: Tensor) -> Tensor:
+def similarity(features: Tensor, size: int | None = None) -> Tensor:
     """How alike the examples of a batch are to a layer: G = A Aᵀ with each row scaled to length 1, A = ``[b, c·h·w]``
     (Tung & Mori 2019, "Similarity-Preserving Knowledge Distillation", eqs. 1-2).
 
     :param features: ``[b, ...]``; half precision is computed in float32.
+    :param size: of maps ``[b, c, h, w]`` (and volumes) larger than this, averages over so many positions a side are
+        taken instead, which is ours: the product costs b²·c·h·w, as much as a convolution.
     :return: ``[b, b]``.
     """
     with torch.autocast(features.device.type, enabled=False):
+        if size is not None and features.dim() in _POOLS and max(features.shape[2:]) > size:
+            features = _POOLS[features.dim()](features, [min(size, side) for side in features.shape[2:]])
         flat = features.flatten(1)
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         # Dynamo fails on a Function inside NNCF's function mode (torch 2.13, NNCF 3.4).
@@ -114,6 +122,7 @@ class Distillation:
     :param teacher: is put into eval mode, gets hooks on its paired layers; runs without gradients.
     :param layers: names of the layers whose similarities are compared; empty for logits only.
     :param logits: also compare class scores.
+    :param feature_size: see :func:`similarity`.
     :param precision: ``"same"`` runs the teacher as the loop runs the student, others under that autocast.
     :raises DistillationError: a layer that the teacher does not have, or the teacher is the student itself.
     """
@@ -126,10 +135,12 @@ class Distillation:
         *,
         logits: bool = False,
         precision: Precision = "same",
+        feature_size: int | None = None,
     ) -> None:
         self._check(student, teacher, layers)
         self.teacher = teacher.eval()
         self._precision = precision
+        self._feature_size = feature_size
         self._recording = False
         self._warned = False
         self._similarities: dict[str, list[tuple[str, Tensor]]] = {"student": [], "teacher": []}
@@ -202,7 +213,7 @@ class Distillation:
     def _reduce(self, who: str, name: str) -> Callable[..., None]:
         def reduce(module: nn.Module, args: Any, output: Any) -> None:
             if self._recording and isinstance(output, Tensor):
-                self._similarities[who].append((name, similarity(output)))
+                self._similarities[who].append((name, similarity(output, self._feature_size)))
 
         return reduce
 

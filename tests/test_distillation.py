@@ -52,6 +52,16 @@ def test_similarity_ignores_scale_and_rotation_of_features_but_not_their_pattern
     assert similarity(x.half()).dtype == torch.float32
 
 
+def test_large_maps_are_averaged_down_first_on_request():
+    x = torch.randn(3, 2, 8, 6, dtype=torch.float64)
+    torch.testing.assert_close(similarity(x, 4), similarity(F.adaptive_avg_pool2d(x, (4, 4))))
+    torch.testing.assert_close(similarity(x, 8), similarity(x), rtol=0, atol=0)
+    volume = torch.randn(3, 2, 4, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(similarity(volume, 2), similarity(F.avg_pool3d(volume, 2)))
+    tokens = torch.randn(3, 9, 5, dtype=torch.float64)
+    assert torch.equal(similarity(tokens, 2), similarity(tokens)), "no map"
+
+
 def test_logits_loss_is_hinton_s():
     s, t = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
     p, q = (t / 3).softmax(1), (s / 3).softmax(1)

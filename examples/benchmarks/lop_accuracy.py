@@ -56,6 +56,7 @@ class Trial:
     core_scale: float = 1.0
     merged_decay: float | None = None
     similarity_weight: float = 0.0
+    feature_size: int | None = None
     logits_weight: float = 0.0
     epochs: int = 1
 
@@ -68,6 +69,7 @@ class Trial:
             "params": {"schedule": "one_shot", "allocation": "global"},
         }
         weights = {"similarity_weight": self.similarity_weight, "logits_weight": self.logits_weight}
+        distillation = {**weights, "feature_size": self.feature_size}
         if self.expansion is None and not any(weights.values()):
             return [pruning]
         recovery = {
@@ -77,7 +79,7 @@ class Trial:
                 "core_scale": self.core_scale,
                 "weight_decay": self.merged_decay,
             },
-            "distillation": weights,
+            "distillation": distillation,
         }
         return [pruning, recovery]
 
@@ -170,8 +172,8 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "plain": {"lr": 0.01},
     "kd": {"lr": 0.01, "logits_weight": 0.3},
     "lop": {"lr": 0.003, **LOP},
-    "spkd": {"lr": 0.01, "similarity_weight": 30_000.0},
-    "lop_spkd": {"lr": 0.003, "similarity_weight": 30_000.0, **LOP},
+    "spkd": {"lr": 0.01, "similarity_weight": 30_000.0, "feature_size": 8},
+    "lop_spkd": {"lr": 0.003, "similarity_weight": 30_000.0, "feature_size": 8, **LOP},
 }
 
 
@@ -189,6 +191,7 @@ def tuning_trials() -> list[Trial]:
     tried += [("lop_spkd", {"lr": 0.01, "core_scale": 0.0, "similarity_weight": 3000.0, **LOP})]
     tried += [("lop_spkd", {"lr": lr, "similarity_weight": 1e4, **LOP}) for lr in (0.003, 0.01)]
     tried += [("lop_spkd", {"lr": 0.003, "similarity_weight": 3e4, **LOP})]
+    tried += [(arm, CHOSEN[arm]) for arm in ("spkd", "lop_spkd")]
     return [Trial(arm, TUNING_BUDGET, TUNING_SEED, judged_on="validation", **options) for arm, options in tried]
 
 
@@ -242,7 +245,9 @@ def tuning_table(rows: list[dict[str, Any]]) -> list[str]:
         if trial["judged_on"] == "validation":
             names = ("core_scale", "merged_decay") if trial["expansion"] else ()
             options = {
-                name: trial[name] for name in (*names, "similarity_weight", "logits_weight") if trial[name] is not None
+                name: trial[name]
+                for name in (*names, "similarity_weight", "feature_size", "logits_weight")
+                if trial[name] is not None
             }
             shown = ", ".join(f"{name} {value:g}" for name, value in options.items() if value or name == "core_scale")
             lines.append(f"| {TITLES[trial['arm']]} | {trial['lr']:g} | {shown} | {100 * row['accuracy']:.2f} |")

@@ -7,7 +7,8 @@ fine-tunes with similarity-preserving distillation from the dense network's laye
 Deviations, as only the paper's abstract was at hand: the factors are merged into one weight at every step instead of
 run one after another (same function, same gradients; ``"mode": "chain"`` runs them); a random part of the core that
 the merge cancels (``core_scale``, see :func:`nncf_compactprune.factors.factorise`); decay of the merged weight;
-distillation also from logits, and without expansion; the mean instead of the sum over layers.
+distillation also from logits, and without expansion; similarities of averaged-down features, and their mean instead of
+their sum over layers.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class LinearOverparameterization(CompressionAlgorithm):
                     list(self._layers.values()) if distillation.similarity_weight else [],
                     logits=distillation.logits_weight > 0,
                     precision=distillation.teacher_precision,
+                    feature_size=distillation.feature_size,
                 )
         except BaseException:
             self._end(keep_training=False)

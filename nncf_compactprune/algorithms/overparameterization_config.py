@@ -36,6 +36,8 @@ class DistillationConfig(Section):
 
     :param similarity_weight: of the similarity-preserving loss (mean over layers); 0 is off. The default is for batches
         of about 128 images; the loss falls with the batch size as 1 / b.
+    :param feature_size: feature maps are averaged down to this many positions a side first; null: none are, as in the
+        original, which costs about as much again as training itself.
     :param logits_weight: of the logits' divergence; 0 is off.
     :param temperature: T of the logits' divergence.
     :param schedule: both weights stay, or fall to 0 in ``schedule_epochs`` epochs.
@@ -44,6 +46,7 @@ class DistillationConfig(Section):
     """
 
     similarity_weight: float = Field(default=30000.0, ge=0)
+    feature_size: int | None = Field(default=8, ge=1)
     logits_weight: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=4.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
