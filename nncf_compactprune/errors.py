@@ -72,6 +72,10 @@ class SelfCheckError(CompactPruneError):
     """The pruned model did not compute what the masked model computed; the model was restored."""
 
 
+class DistillationError(CompactPruneError):
+    """Teacher and student do not pair up."""
+
+
 class ExportError(CompactPruneError):
     """An exported file could not be written, or does not compute what the model computes."""
 

@@ -123,6 +123,17 @@ class Masks:
                 unwrap_if_empty(model)
 
 
+def drop_masks(model: nn.Module) -> None:
+    """Takes every mask off a model: an EMA copy made while masks were on has them too."""
+    if "__nncf_hooks" not in model._modules:
+        return
+    storage = get_hook_storage(model)
+    for name, hook in list(storage.named_hooks()):
+        if isinstance(hook, ChannelMask):
+            storage.delete_hook(name)
+    unwrap_if_empty(model)
+
+
 def unwrap_if_empty(model: nn.Module) -> None:
     """Removes NNCF's wrapper from a model that has no hooks left, unless something else was wrapped around it since:
     then it stays, and passes calls through."""

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from torch.utils.data import Subset
 
 from nncf_compactprune.algorithms.fbnet import FBNetConfig
+from nncf_compactprune.algorithms.overparameterization import OverparameterizationConfig
 from nncf_compactprune.cli import main
 from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
 from nncf_compactprune.integrations import datasets
@@ -194,6 +195,11 @@ def fields(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
 
 def test_readme_lists_every_key_of_fbnet_pruning_with_its_default() -> None:
     assert table("algorithm") == fields(FBNetConfig)
+
+
+def test_readme_lists_every_key_of_linear_overparameterization_with_its_default() -> None:
+    own = {key: value for key, value in fields(OverparameterizationConfig).items() if "." in key}
+    assert table("params.expansion") == {k: v for k, v in own.items() if not k.startswith("initializer.")}
 
 
 def test_readme_lists_every_key_of_a_run_with_its_default() -> None:

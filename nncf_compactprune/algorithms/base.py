@@ -39,6 +39,7 @@ class Context:
     :param train_loader: batches of ``(inputs, targets)`` or of keyword dicts, or None.
     :param optimizer: whose state follows when the model shrinks while training, or None.
     :param ema: a shadow copy that follows too, or None.
+    :param teacher: what to distil from, or None: the model itself as it came.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Context:
     train_loader: Iterable[Any] | None = None
     optimizer: Optimizer | None = None
     ema: nn.Module | None = None
+    teacher: nn.Module | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -143,6 +145,9 @@ class CompressionAlgorithm(ABC):
     @abstractmethod
     def statistics(self) -> Mapping[str, Any]:
         """Figures to report, by name."""
+
+    def attached(self) -> None:  # noqa: B027
+        """The context has an optimizer or an EMA copy now, or another one."""
 
     def epoch_step(self, epoch: int) -> None:  # noqa: B027  not every algorithm has a schedule
         """An epoch begins."""

@@ -26,7 +26,7 @@ from nncf_compactprune.config import AlgorithmConfig, Budget, Section
 from nncf_compactprune.diagnosis import analyse, culprits
 from nncf_compactprune.distributed import averaged, process_count, require_agreement
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
-from nncf_compactprune.masks import Masks
+from nncf_compactprune.masks import Masks, drop_masks
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.scopes import prunable_groups
 from nncf_compactprune.surgery import SelfCheck, prune_in_place
@@ -301,6 +301,8 @@ class ChannelPruning(CompressionAlgorithm):
                     self._masks.update(self.plan)
             raise
         self._masks = None
+        if context.ema is not None:
+            drop_masks(getattr(context.ema, "module", context.ema))
         self.plan = plan
         self._done = True
 
