@@ -18,6 +18,7 @@ from torch import nn
 from nncf_compactprune.config import CompressionConfig, Section
 from nncf_compactprune.config_errors import validated
 from nncf_compactprune.config_json import Finding, config_error
+from nncf_compactprune.scores.labelled import class_scores
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -164,13 +165,6 @@ def unread_key_warnings(keys: Iterable[str]) -> list[str]:
         close = [] if key in known else difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8)
         warnings += [f"'{key}' is not read. Did you mean '{close[0]}'?" for _ in close]
     return warnings
-
-
-def class_scores(output: Any) -> torch.Tensor:
-    """Returns the scores ``[n, classes]`` of a classifier's output: a tensor, a sequence or a Hugging Face output."""
-    if isinstance(output, torch.Tensor):
-        return output
-    return output["logits"] if isinstance(output, dict) else output[0]  # type: ignore[no-any-return]
 
 
 def train_epoch(
