@@ -19,17 +19,18 @@ Only the abstract was at hand. What is ours:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from nncf.common.logging import nncf_logger
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
-from nncf_compactprune.budget import uniform
+from nncf_compactprune.budget import Allocation, uniform
 from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.channels.trace import call_model, evaluating
 from nncf_compactprune.config import AlgorithmConfig
@@ -39,7 +40,7 @@ from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.scores.class_effects import FeatureScatter, MarginEffects
 from nncf_compactprune.scores.labelled import FewPerClass, class_scores
 from nncf_compactprune.scores.magnitude import l2
-from nncf_compactprune.scores.trace_ratio import RemovalCurve, joint_removal, lazy_greedy, trace_ratio_curve
+from nncf_compactprune.scores.trace_ratio import RemovalCurve, damped, joint_removal, lazy_greedy, trace_ratio_curve
 
 
 class CatroParams(ChannelPruningParams):
@@ -49,6 +50,8 @@ class CatroParams(ChannelPruningParams):
     :param form: what a channel is worth: ``"margin"`` or ``"plain"``.
     :param samples_per_class: labelled samples of each class that are looked at, in each process.
     :param contribution: weight of what channels contribute to their consumers, beside their effect on the margins.
+    :param damping: in [0, 1]: how far groups are brought to one scale. 0 takes losses as measured, 1 gives every
+        group the same mean.
     :param feature_size: of ``"plain"``: features are averaged to this many positions a spatial dimension.
     :param classes: prune for these classes only, and cut the classifier to them; indices, at least two.
     """
@@ -58,13 +61,14 @@ class CatroParams(ChannelPruningParams):
     samples_per_class: int = Field(default=50, ge=1)
     contribution: float = Field(default=3.0, ge=0)
     feature_size: int = Field(default=4, ge=1)
+    damping: float = Field(default=0.5, ge=0, le=1)
     classes: list[int] | None = None
 
     @field_validator("allocation")
     @classmethod
     def _has_losses(cls, value: str) -> str:
         if value == "global":
-            msg = "'catro' has losses instead of scores: expected \"greedy\" or \"uniform\"."
+            msg = '\'catro\' has losses instead of scores: expected "greedy" or "uniform".'
             raise ValueError(msg)
         return value
 
@@ -103,15 +107,13 @@ class Catro(ChannelPruning):
         with self.context.timed("scores"):
             curves = self._curves()
         with self.context.timed("allocation"):
-            convex = [curve.convex for curve in curves]
-            widths = uniform(problem, convex) if self._uniform else lazy_greedy(problem, convex)
-            removed = (self.graph.sizes - widths).astype(int)
-            keep = [curve.kept[gone] for curve, gone in zip(curves, removed, strict=True)]
-            return make_plan(self.graph, keep, algorithm=self.name)
+            return make_plan(self.graph, self._kept(problem, curves), algorithm=self.name)
 
-    @property
-    def _uniform(self) -> bool:
-        return self.config.params.allocation == "uniform"
+    def _kept(self, problem: Allocation, curves: Sequence[RemovalCurve]) -> list[npt.NDArray[np.bool_]]:
+        losses = [curve.convex for curve in curves]
+        widths = (uniform if self.config.params.allocation == "uniform" else lazy_greedy)(problem, losses)
+        removed = (self.graph.sizes - widths).astype(int)
+        return [curve.kept[gone] for curve, gone in zip(curves, removed, strict=True)]
 
     def _curves(self) -> list[RemovalCurve]:
         """What every group loses at every width, all on one scale."""
@@ -121,22 +123,30 @@ class Catro(ChannelPruning):
         params = self.config.params
         classes = self._class_count()
         samples = FewPerClass(self.context.labelled_batches(), classes, params.samples_per_class, params.classes)
+        groups = [index for index, free in enumerate(self._prunable) if free]
+        found: dict[int, RemovalCurve] = {}
         if params.form == "plain":
-            scatter = FeatureScatter(self.graph, classes, params.feature_size)
+            scatter = FeatureScatter(self.graph, groups, classes, params.feature_size)
             scatter.collect(self.context.model, samples)
-            pairs = [scatter.scatter(group) for group in range(len(self.graph.groups))]
-            return self._completed([None if p is None else trace_ratio_curve(p[0].numpy(), p[1].numpy()) for p in pairs])
-        wanted = None if params.classes is None else torch.tensor(params.classes)
-        effects = MarginEffects(self.graph, wanted)
-        effects.collect(self.context.model, samples)
-        grams = [effects.gram(group, params.contribution) for group in range(len(self.graph.groups))]
-        return self._completed([None if gram is None else joint_removal(gram.numpy()) for gram in grams])
+            for group in groups:
+                pair = scatter.scatter(group)
+                if pair is not None:
+                    found[group] = trace_ratio_curve(pair[0].numpy(), pair[1].numpy())
+        else:
+            wanted = None if params.classes is None else torch.tensor(params.classes)
+            effects = MarginEffects(self.graph, groups, wanted)
+            effects.collect(self.context.model, samples)
+            for group in groups:
+                gram = effects.gram(group, params.contribution)
+                if gram is not None:
+                    found[group] = joint_removal(damped(gram.numpy(), params.damping))
+        return self._completed(found)
 
-    def _completed(self, curves: Sequence[RemovalCurve | None]) -> list[RemovalCurve]:
-        """Groups whose consumers were not seen are ranked by the squared L2 norm of their filters, scaled so that a
-        channel loses as much as one of the other groups on average."""
-        seen = [float(curve.loss[-1]) / len(curve.loss) for curve in curves if curve is not None]
-        missing = [group for group, curve in zip(self.graph.groups, curves, strict=True) if curve is None]
+    def _completed(self, found: Mapping[int, RemovalCurve]) -> list[RemovalCurve]:
+        """A curve for every group. Groups whose consumers were not seen are ranked by the squared L2 norm of their
+        filters, scaled so that a channel loses as much as one of the other groups on average."""
+        seen = [float(curve.loss[-1]) / len(curve.loss) for curve in found.values()]
+        missing = [g for g, free in enumerate(self._prunable) if free and g not in found]
         if not seen:
             msg = (
                 f"'catro' saw no convolution or matrix product consume a channel of {type(self.context.model).__name__}, "
@@ -144,18 +154,15 @@ class Catro(ChannelPruning):
             )
             raise CompactPruneError(msg)
         if missing:
-            nncf_logger.warning(
-                "catro: ranked by filter norms, as no consumer was seen: %s.", ", ".join(g.name for g in missing)
-            )
+            names = ", ".join(self.graph.groups[g].name for g in missing)
+            nncf_logger.warning("catro: ranked by filter norms, as no consumer was seen: %s.", names)
         tensors = model_tensors(self.context.model).all()
-        result = []
-        for group, curve in zip(self.graph.groups, curves, strict=True):
-            if curve is None:
-                norms = l2(group, tensors).double().cpu().square()
-                scale = float(np.mean(seen)) / max(float(norms.mean()), 1e-30)
-                curve = joint_removal(torch.diag(norms * scale).numpy())
-            result.append(curve)
-        return result
+        curves = []
+        for index, group in enumerate(self.graph.groups):
+            norms = l2(group, tensors).double().cpu().square() if index in missing else torch.zeros(group.size)
+            scale = float(np.mean(seen)) / max(float(norms.mean()), 1e-30)
+            curves.append(found[index] if index in found else joint_removal(torch.diag(norms * scale).double().numpy()))
+        return curves
 
     def _class_count(self) -> int:
         """How many scores the model gives.

@@ -8,7 +8,7 @@ where it enters its consumers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.channels.trace import call_model, evaluating
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.scores.class_statistics import ClassMoments, reduced
-from nncf_compactprune.scores.consumers import Call, Contributions, ConsumerMode
+from nncf_compactprune.scores.consumers import Call, ConsumerMode, Contributions
 from nncf_compactprune.scores.labelled import class_scores
 
 Key = tuple[int, str]
@@ -27,10 +27,15 @@ HALF_PRECISION_SCALE = 1024.0  # keeps small gradients of float16 networks from 
 
 
 class ClassStatistics(ABC):
-    """Collects, while labelled samples run through a model."""
+    """Collects, while labelled samples run through a model.
 
-    def __init__(self, graph: ChannelGraph) -> None:
+    :param graph: the model's channels.
+    :param groups: indices of the groups that are looked at.
+    """
+
+    def __init__(self, graph: ChannelGraph, groups: Collection[int]) -> None:
         self.graph = graph
+        self.groups = groups
         self.samples = torch.zeros((), dtype=torch.float64)
 
     @abstractmethod
@@ -56,7 +61,7 @@ class ClassStatistics(ABC):
             for inputs, labels in batches:
                 self.labels = labels
                 with torch.enable_grad():
-                    with ConsumerMode(model, self.graph, self.see):
+                    with ConsumerMode(model, self.graph, self.groups, self.see):
                         scores = class_scores(call_model(model, inputs))
                     self.end_batch(scores, labels.to(scores.device))
                 self.samples += len(labels)
@@ -81,8 +86,8 @@ class MarginEffects(ClassStatistics):
     :class:`~nncf_compactprune.scores.consumers.Contributions` to it.
     """
 
-    def __init__(self, graph: ChannelGraph, classes: Tensor | None = None) -> None:
-        super().__init__(graph)
+    def __init__(self, graph: ChannelGraph, groups: Collection[int], classes: Tensor | None = None) -> None:
+        super().__init__(graph, groups)
         self._classes = classes
         self._anchor = torch.zeros((), requires_grad=True)
         self._batch: dict[Key, Tensor] = {}
@@ -188,8 +193,8 @@ class FeatureScatter(ClassStatistics):
     :param classes: the model's number of classes.
     """
 
-    def __init__(self, graph: ChannelGraph, classes: int, size: int) -> None:
-        super().__init__(graph)
+    def __init__(self, graph: ChannelGraph, groups: Collection[int], classes: int, size: int) -> None:
+        super().__init__(graph, groups)
         self._classes = classes
         self._size = size
         self.moments: dict[Key, ClassMoments] = {}

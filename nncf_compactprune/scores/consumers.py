@@ -8,7 +8,7 @@ the parameter it comes from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from nncf_compactprune.channels import ChannelGraph, Member
 from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.scores.class_statistics import reduced
 
-PATCHES = 16  # output positions looked at in each sample
+PATCHES = 6  # output positions looked at in each sample
 SKETCH = 64  # outputs of a consumer, at most; more are mixed down at random
 CHUNK_ELEMENTS = 2**23  # of one intermediate result
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -73,18 +73,21 @@ class ConsumerMode(TorchFunctionMode):
 
     :param model: runs under this mode.
     :param graph: its groups.
+    :param groups: indices of those to look at.
     :param listener: from a call to the input that the consumer gets instead.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, listener: Callable[[Call], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, groups: Collection[int], listener: Callable[[Call], Tensor]
+    ) -> None:
         super().__init__()
         self._listener = listener
         tensors = model_tensors(model)
         self._names = {id(tensor): name for name, tensor in tensors.named()}
         self._keep: list[Tensor] = []  # ids stay unique while their tensors live
         self._members: dict[str, list[tuple[int, Member]]] = {}
-        for index, group in enumerate(graph.groups):
-            for member in group.members:
+        for index in groups:
+            for member in graph.groups[index].members:
                 self._members.setdefault(member.parameter, []).append((index, member))
 
     def __torch_function__(
@@ -109,7 +112,9 @@ class ConsumerMode(TorchFunctionMode):
         sources = [self._names.get(id(leaf)) for leaf in tensors]
         if not sources or None in sources or result.dim() < 2:
             return
-        known = next((name for name in sources if any(m.role == "in" for _, m in self._members.get(name or "", ()))), None)
+        known = next(
+            (name for name in sources if any(m.role == "in" for _, m in self._members.get(name or "", ()))), None
+        )
         if known is not None:
             self._names[id(result)] = known
             self._keep.append(result)
@@ -146,9 +151,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def _bound(
-    kind: str, args: Sequence[Any], named: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, dict[str, Any]] | None:
+def _bound(kind: str, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]] | None:
     options = {**dict(zip(_NAMES[kind], args, strict=False)), **named}
     weight = options.get("weight", options.get("other", options.get("mat2")))
     return (options["input"], weight, options) if "input" in options and isinstance(weight, Tensor) else None

@@ -108,7 +108,8 @@ class FewPerClass:
             raise DataError(msg)
         if missing:
             nncf_logger.warning(
-                "The training loader holds no sample of %s: channels are chosen for the other classes.", _listed(missing)
+                "The training loader holds no sample of %s: channels are chosen for the other classes.",
+                _listed(missing),
             )
 
 

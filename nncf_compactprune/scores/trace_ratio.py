@@ -125,6 +125,16 @@ def joint_removal(gram: Floats) -> RemovalCurve:
     return RemovalCurve(loss, kept)
 
 
+def damped(gram: Floats, exponent: float) -> Floats:
+    """A loss form over the mean loss of its channels to some power: 0 leaves it, 1 gives every group the same mean.
+
+    Losses are taken at the dense network, where the groups that look cheapest look too cheap: they are all cut at
+    once, and what they lose adds up.
+    """
+    mean = float(np.diag(gram).mean())
+    return gram * mean**-exponent if mean > 0 else gram
+
+
 def lazy_greedy(problem: Allocation, curves: Sequence[Floats]) -> Widths:
     """Stage 1: widths of all groups under every budget, by the least loss for the most missing budget.
 
@@ -171,9 +181,7 @@ def lazy_greedy(problem: Allocation, curves: Sequence[Floats]) -> Widths:
     return _given_back(problem, curves, widths, level)
 
 
-def _saving(
-    problem: Allocation, missing: Mapping[str, int], widths: Widths, group: int, removed: int
-) -> float:
+def _saving(problem: Allocation, missing: Mapping[str, int], widths: Widths, group: int, removed: int) -> float:
     """The largest share of what a budget missed at first, among the budgets still missed, that a step saves."""
     shares = [0.0]
     for kind, most in problem.budgets.items():
