@@ -18,7 +18,7 @@ from torch import nn
 from nncf_compactprune.config import CompressionConfig, Section
 from nncf_compactprune.config_errors import validated
 from nncf_compactprune.config_json import Finding, config_error
-from nncf_compactprune.scores.labelled import class_scores
+from nncf_compactprune.scores.labelled import class_scores as class_scores  # also for those who import it from here
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -14,7 +14,7 @@ Only the abstract was at hand. What is ours:
   of the next layer. See :class:`~nncf_compactprune.scores.class_effects.MarginEffects`. It won in
   ``examples/benchmarks/catro_forms.md``.
 - Stage 1 gives every group the width at which the next channel's loss for its exact share of the missing budget is the
-  same everywhere (:func:`~nncf_compactprune.scores.trace_ratio.lazy_greedy`).
+  same everywhere (:func:`~nncf_compactprune.budget.lazy_greedy`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
-from nncf_compactprune.budget import Allocation, uniform
+from nncf_compactprune.budget import Allocation, lazy_greedy, uniform
 from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.channels.trace import call_model, evaluating
 from nncf_compactprune.config import AlgorithmConfig
@@ -40,7 +40,7 @@ from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.scores.class_effects import FeatureScatter, MarginEffects
 from nncf_compactprune.scores.labelled import FewPerClass, class_scores
 from nncf_compactprune.scores.magnitude import l2
-from nncf_compactprune.scores.trace_ratio import RemovalCurve, damped, joint_removal, lazy_greedy, trace_ratio_curve
+from nncf_compactprune.scores.trace_ratio import RemovalCurve, damped, joint_removal, trace_ratio_curve
 
 
 class CatroParams(ChannelPruningParams):
@@ -148,9 +148,10 @@ class Catro(ChannelPruning):
         seen = [float(curve.loss[-1]) / len(curve.loss) for curve in found.values()]
         missing = [g for g, free in enumerate(self._prunable) if free and g not in found]
         if not seen:
+            kind = type(self.context.model).__name__
             msg = (
-                f"'catro' saw no convolution or matrix product consume a channel of {type(self.context.model).__name__}, "
-                "so it cannot tell what they are for. Use another algorithm."
+                f"'catro' saw no convolution or matrix product consume a channel of {kind}: it cannot tell what they "
+                "are for. Use another algorithm."
             )
             raise CompactPruneError(msg)
         if missing:

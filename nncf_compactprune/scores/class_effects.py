@@ -117,8 +117,8 @@ class MarginEffects(ClassStatistics):
 
     def end_batch(self, scores: Tensor, labels: Tensor) -> None:
         scale = HALF_PRECISION_SCALE if scores.dtype == torch.float16 else 1.0
-        self._anchor.grad = None
-        (margins(_wide(scores), labels, self._classes).sum() * scale).backward(inputs=[self._anchor])
+        objective = margins(_wide(scores), labels, self._classes).sum() * scale
+        torch.autograd.grad(objective, [self._anchor])
         by_group: dict[int, Tensor] = {}
         for (group, parameter), effect in self._batch.items():
             effect = effect / scale
@@ -241,5 +241,7 @@ def _pooled(x: Tensor, size: int) -> Tensor:
     """``[n, channels, features]``, spatial dimensions averaged to at most ``size`` each."""
     if x.dim() == 2:
         return x[:, :, None]
-    pool = {3: F.adaptive_avg_pool1d, 4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}[x.dim()]
-    return pool(x, [min(size, n) for n in x.shape[2:]]).flatten(2)  # type: ignore[operator, no-any-return]
+    if x.dim() == 3:
+        return F.adaptive_avg_pool1d(x, min(size, x.shape[2]))
+    pool = F.adaptive_avg_pool2d if x.dim() == 4 else F.adaptive_avg_pool3d
+    return pool(x, min(size, *x.shape[2:])).flatten(2)

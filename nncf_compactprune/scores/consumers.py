@@ -208,7 +208,7 @@ class Contributions:
                 self.sums.append(torch.zeros(mixed.shape[0], mixed.shape[2], dtype=torch.float64))
                 self.rows.append(torch.zeros((), dtype=torch.float64))
             rows = max(1, CHUNK_ELEMENTS // max(mixed.shape[0] * mixed.shape[2], 1))
-            for part in inputs.to(wide).split(rows):
+            for part in torch.split(inputs.to(wide), rows):
                 contributed = torch.bmm(part.transpose(0, 1), mixed)
                 self.sums[at] += contributed.sum(1).to("cpu", torch.float64)
                 flat = contributed.flatten(1)

@@ -50,7 +50,7 @@ def checked_labels(labels: Any, classes: int, where: str = "train_loader") -> Te
     values = values.long()
     outside = values[(values < 0) | (values >= classes)]
     if len(outside):
-        msg = f"{where}: label {int(outside[0])} is out of range, expected 0 to {classes - 1} as the model has {classes} classes."
+        msg = f"{where}: label {int(outside[0])} is out of range: the model has {classes} classes, 0 to {classes - 1}."
         raise DataError(msg)
     return values
 
@@ -108,7 +108,7 @@ class FewPerClass:
             raise DataError(msg)
         if missing:
             nncf_logger.warning(
-                "The training loader holds no sample of %s: channels are chosen for the other classes.",
+                "The training loader holds no sample of %s: channels are chosen for the others.",
                 _listed(missing),
             )
 

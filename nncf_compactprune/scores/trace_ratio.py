@@ -2,21 +2,17 @@
 
 *Trace ratio*: the subset of a given size with the largest ``Σ between / Σ within`` (Nie et al. 2008, "Trace Ratio
 Criterion for Feature Selection"). *Joint removal*: channels in the order in which a quadratic form of what is removed
-grows least. Both give a :class:`RemovalCurve` per group; :func:`lazy_greedy` (stage 1) shares a budget out over them on
-exact costs.
+grows least. Both give a :class:`RemovalCurve` for a group, over which :func:`nncf_compactprune.budget.lazy_greedy`
+shares out a budget.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from nncf_compactprune.budget import Allocation, Widths
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -55,13 +51,14 @@ def trace_ratio(between: Floats, within: Floats, width: int) -> TraceRatio:
         kept = _best(np.where(within <= 0, between, -1.0), width)
         return TraceRatio(kept, math.inf, (math.inf,))
     ratio, history = 0.0, [0.0]
+    best = _best(between, width)
     while True:
         kept = _best(between - ratio * within, width)
         total = float(within[kept].sum())
         risen = float(between[kept].sum()) / total if total > 0 else 0.0
-        if risen <= ratio:  # up to rounding, equal: the fixpoint
-            return TraceRatio(kept, max(ratio, risen), tuple(history))
-        ratio = risen
+        if risen <= ratio:  # the fixpoint; another set of the same score may have no ratio at all
+            return TraceRatio(best, ratio, tuple(history))
+        best, ratio = kept, risen
         history.append(ratio)
 
 
@@ -133,78 +130,3 @@ def damped(gram: Floats, exponent: float) -> Floats:
     """
     mean = float(np.diag(gram).mean())
     return gram * mean**-exponent if mean > 0 else gram
-
-
-def lazy_greedy(problem: Allocation, curves: Sequence[Floats]) -> Widths:
-    """Stage 1: widths of all groups under every budget, by the least loss for the most missing budget.
-
-    A step takes a group to its next allowed width; its price is the loss over the share that it saves, on exact cost
-    polynomials, of what the dense network is above budget; of several budgets still missed, the largest share counts.
-    Prices only rise, on convex curves and as savings shrink with the other groups, so a popped step that is still the
-    cheapest is the cheapest of all.
-
-    When the budget holds, steps are taken back where it allows, dearest first.
-
-    :param curves: for each group the loss at every number removed, ``[channels]``, convex, rising.
-    :return: widths, ``[groups]``.
-    """
-    widths = problem.sizes.copy()
-    missing = {kind: problem.graph.cost[kind](widths) - most for kind, most in problem.budgets.items()}
-    level = [len(options) - 1 for options in problem.allowed]
-
-    def price(group: int) -> float:
-        options, at = problem.allowed[group], level[group]
-        if at == 0:
-            return math.inf
-        dense = int(problem.sizes[group])
-        saving = _saving(problem, missing, widths, group, int(options[at] - options[at - 1]))
-        loss = curves[group][dense - int(options[at - 1])] - curves[group][dense - int(options[at])]
-        return max(float(loss), 0.0) / saving if saving > 0 else math.inf
-
-    heap = [(price(group), group) for group in range(len(widths))]
-    heapq.heapify(heap)
-    taken: list[int] = []
-    while heap and not problem.fits(widths):
-        _, group = heapq.heappop(heap)
-        current = price(group)
-        if math.isinf(current):
-            continue
-        if heap and current > heap[0][0]:
-            heapq.heappush(heap, (current, group))
-            continue
-        level[group] -= 1
-        widths[group] = problem.allowed[group][level[group]]
-        taken.append(group)
-        heapq.heappush(heap, (price(group), group))
-    if not problem.fits(widths):
-        return problem.floor
-    return _given_back(problem, curves, widths, level)
-
-
-def _saving(problem: Allocation, missing: Mapping[str, int], widths: Widths, group: int, removed: int) -> float:
-    """The largest share of what a budget missed at first, among the budgets still missed, that a step saves."""
-    shares = [0.0]
-    for kind, most in problem.budgets.items():
-        excess = problem.graph.cost[kind](widths) - most
-        if excess > 0:
-            shares.append(min(problem.graph.cost[kind].saved(widths, group, removed), excess) / missing[kind])
-    return max(shares)
-
-
-def _given_back(problem: Allocation, curves: Sequence[Floats], widths: Widths, level: list[int]) -> Widths:
-    """Undoes steps that the last one made needless."""
-    while True:
-        best, gain = -1, 0.0
-        for group, options in enumerate(problem.allowed):
-            if level[group] + 1 >= len(options):
-                continue
-            trial = widths.copy()
-            trial[group] = options[level[group] + 1]
-            dense = int(problem.sizes[group])
-            back = float(curves[group][dense - int(widths[group])] - curves[group][dense - int(trial[group])])
-            if back > gain and problem.fits(trial):
-                best, gain = group, back
-        if best < 0:
-            return widths
-        level[best] += 1
-        widths[best] = problem.allowed[best][level[best]]
