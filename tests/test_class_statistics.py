@@ -38,9 +38,7 @@ def test_scatter_is_that_of_the_definition(offset: float) -> None:
     values, labels = samples(offset=offset)
     got = moments(values, labels, [1, 7, 20, 32])
     within = sum((values[labels == c] - values[labels == c].mean(0)).square().sum(0) for c in range(4))
-    between = sum(
-        int((labels == c).sum()) * (values[labels == c].mean(0) - values.mean(0)).square() for c in range(4)
-    )
+    between = sum(int((labels == c).sum()) * (values[labels == c].mean(0) - values.mean(0)).square() for c in range(4))
     torch.testing.assert_close(got.within, within, rtol=1e-7, atol=0)
     torch.testing.assert_close(got.between, between, rtol=1e-6, atol=0)
     torch.testing.assert_close(got.within + got.between, (values - values.mean(0)).square().sum(0), rtol=1e-6, atol=0)

@@ -61,13 +61,13 @@ def faded(model: nn.Module, group, channel: int, step: float, x: Tensor) -> Tens
 
 
 class Several(nn.Module):
-    """Consumers as modules, functions, products with either orientation; 1-d, 3-d, strides, dilation, groups, 'same'."""
+    """Consumers as modules, functions and products of either orientation; 1-d, 3-d, strided, dilated, grouped."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3)
         self.strided = nn.Conv2d(8, 8, 3, 2, 2, 2, padding_mode="reflect")
-        self.same = nn.Conv2d(8, 8, (4, 3), padding="same", groups=2)
+        self.same = nn.Conv2d(8, 8, (5, 3), padding="same", groups=2)
         self.line = nn.Conv1d(8, 6, 3, padding=1)
         self.volume = nn.Conv3d(6, 4, (1, 3, 2))
         self.kernel = nn.Parameter(torch.randn(4, 8))
@@ -76,7 +76,7 @@ class Several(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.same(F.relu(self.strided(F.relu(self.stem(x))))))
         x = F.relu(self.line(x.flatten(2)))
-        x = F.relu(F.conv3d(input=x.reshape(*x.shape[:2], 1, 6, 6), weight=self.volume.weight))
+        x = F.relu(F.conv3d(input=x.reshape(*x.shape[:2], 1, 5, 5), weight=self.volume.weight))
         x = x.mean((2, 3, 4)).to(x.dtype)
         return F.relu(x @ self.kernel).matmul(self.table)
 
@@ -139,12 +139,11 @@ def test_many_outputs_are_mixed_down_without_bias(monkeypatch: pytest.MonkeyPatc
 
 def test_a_lattice_is_spread_over_all_dimensions() -> None:
     flat = consumers._lattice((32, 32))
-    assert len(flat) == consumers.PATCHES
-    rows, columns = flat // 32, flat % 32
-    for values in (rows, columns):
-        assert len(values.unique()) == len(values)
+    assert len(flat.unique()) == consumers.PATCHES
+    for values in (flat // 32, flat % 32):
         assert values.min() < 11
         assert values.max() >= 21
+        assert len(values.unique()) > consumers.PATCHES // 2
     assert consumers._lattice((2, 2)).tolist() == [0, 1, 2, 3]
 
 
@@ -216,11 +215,12 @@ def test_masked_channels_have_no_effect() -> None:
     masks.update(plan)
     found = effects_of(model, graph, (x, y))
     masks.remove()
-    gone = [
-        (g, k) for g, group in enumerate(graph.groups) for k in range(group.size) if float(gram(found, g)[k, k]) == 0
-    ]
-    removed = sum(change.before - change.after for change in plan.groups)
-    assert len(gone) == removed > 0
+    alive = [gram(found, g).diagonal() > 0 for g in range(len(graph.groups))]
+    for group, living in zip(graph.groups, alive, strict=True):
+        first = group.members[0]
+        kept = set(plan.kept[first.parameter][first.dim])
+        assert {k for k in range(group.size) if living[k]} <= kept
+        assert living.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -19,6 +19,7 @@ Only the abstract was at hand. What is ours:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -29,7 +30,9 @@ from nncf.common.logging import nncf_logger
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
+from nncf_compactprune.algorithms.subtask import ClassSubset, with_classifier_cut
 from nncf_compactprune.budget import Allocation, lazy_greedy, uniform
 from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.channels.trace import call_model, evaluating
@@ -107,7 +110,17 @@ class Catro(ChannelPruning):
         with self.context.timed("scores"):
             curves = self._curves()
         with self.context.timed("allocation"):
-            return make_plan(self.graph, self._kept(problem, curves), algorithm=self.name)
+            plan = make_plan(self.graph, self._kept(problem, curves), algorithm=self.name)
+        classes, context = self.config.params.classes, self.context
+        if classes is None:
+            return plan
+        return with_classifier_cut(plan, context.model, self.graph, classes, context.example_inputs, context.plugins)
+
+    def adaptation_context(self) -> Context:
+        classes, loader = self.config.params.classes, self.context.train_loader
+        if classes is None or loader is None:
+            return self.context
+        return dataclasses.replace(self.context, train_loader=ClassSubset(loader, classes))
 
     def _kept(self, problem: Allocation, curves: Sequence[RemovalCurve]) -> list[npt.NDArray[np.bool_]]:
         losses = [curve.convex for curve in curves]

@@ -89,6 +89,10 @@ class ChannelPruning(CompressionAlgorithm):
         """One score a channel for every group, shape ``[group.size]``, larger kept."""
         raise NotImplementedError
 
+    def adaptation_context(self) -> Context:
+        """Whose training loader re-estimates BatchNorm statistics after the cut."""
+        return self.context
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
@@ -255,7 +259,7 @@ class ChannelPruning(CompressionAlgorithm):
         self._cut(plan)
         self._rate = self.target_rate
         adapt_batch_norm(
-            self.context,
+            self.adaptation_context(),
             self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples,
             asked_for="initializer" in self.config.model_fields_set,
         )

@@ -83,7 +83,9 @@ class ConsumerMode(TorchFunctionMode):
         super().__init__()
         self._listener = listener
         tensors = model_tensors(model)
-        self._names = {id(tensor): name for name, tensor in tensors.named()}
+        # Masks of NNCF hooks have no name of their own, but what they are multiplied with stays a parameter.
+        self._names = {id(tensor): "" for tensor in (*model.buffers(), *model.parameters())}
+        self._names.update((id(tensor), name) for name, tensor in tensors.named())
         self._keep: list[Tensor] = []  # ids stay unique while their tensors live
         self._members: dict[str, list[tuple[int, Member]]] = {}
         for index in groups:
@@ -110,14 +112,11 @@ class ConsumerMode(TorchFunctionMode):
             return
         tensors = [leaf for leaf in (*args, *named.values()) if isinstance(leaf, Tensor)]
         sources = [self._names.get(id(leaf)) for leaf in tensors]
-        if not sources or None in sources or result.dim() < 2:
+        if not sources or None in sources:
             return
-        known = next(
-            (name for name in sources if any(m.role == "in" for _, m in self._members.get(name or "", ()))), None
-        )
-        if known is not None:
-            self._names[id(result)] = known
-            self._keep.append(result)
+        consumed = (n for n in sources if any(member.role == "in" for _, member in self._members.get(n or "", ())))
+        self._names[id(result)] = next(consumed, "") or ""
+        self._keep.append(result)
 
     def _call(self, kind: str, x: Tensor, weight: Tensor, options: Mapping[str, Any]) -> Call | None:
         name = self._names.get(id(weight))

@@ -86,7 +86,7 @@ class FewPerClass:
             values = checked_labels(labels, self._classes)
             chosen = self._chosen(values.cpu())
             if len(chosen):
-                yield _taken(inputs, chosen, len(values)), values[chosen.to(values.device)]
+                yield taken(inputs, chosen, len(values)), values[chosen.to(values.device)]
         self._check_classes()
 
     def _chosen(self, labels: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def _listed(classes: Sequence[int]) -> str:
     return f"class {shown}" if len(classes) == 1 else f"classes {shown}"
 
 
-def _taken(inputs: Any, chosen: Tensor, samples: int) -> Any:
+def taken(inputs: Any, chosen: Tensor, samples: int) -> Any:
     """The chosen samples of every tensor with one row a sample.
 
     :raises DataError: inputs and labels differ in number.
