@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from nncf_compactprune.errors import DistillationError, nearest
+from nncf_compactprune.scores.labelled import class_scores
 
 Precision = Literal["same", "bfloat16", "float16"]
 _POOLS: dict[int, Callable[[Tensor, list[int]], Tensor]] = {
@@ -74,13 +75,6 @@ def logits_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     students = functional.log_softmax(student.float() / temperature, -1).flatten(0, -2)
     teachers = functional.log_softmax(teacher.float() / temperature, -1).flatten(0, -2)
     return functional.kl_div(students, teachers, reduction="batchmean", log_target=True) * temperature**2
-
-
-def class_scores(output: Any) -> Tensor:
-    """Returns the scores ``[n, classes]`` of a classifier's output: a tensor, a sequence or a Hugging Face output."""
-    if isinstance(output, Tensor):
-        return output
-    return output["logits"] if isinstance(output, dict) else output[0]  # type: ignore[no-any-return]
 
 
 def digest(model: nn.Module) -> str:

@@ -60,6 +60,10 @@ class BudgetError(CompactPruneError):
     """The floors make the budget unreachable. The message states the reachable minimum."""
 
 
+class DataError(CompactPruneError):
+    """The training loader does not give what an algorithm needs: samples, labels, gradients."""
+
+
 class NothingPrunableError(CompactPruneError):
     """No channel group is left to prune. The message states why each was pinned."""
 

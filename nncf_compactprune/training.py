@@ -18,8 +18,8 @@ from torch import nn
 from nncf_compactprune.config import CompressionConfig, Section
 from nncf_compactprune.config_errors import validated
 from nncf_compactprune.config_json import Finding, config_error
+from nncf_compactprune.scores.labelled import class_scores as class_scores  # also for those who import it from here
 from nncf_compactprune.snapshots import Snapshot, Snapshots
-from nncf_compactprune.distillation import class_scores as class_scores
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -91,6 +91,10 @@ class ChannelPruning(CompressionAlgorithm):
         """One score a channel for every group, shape ``[group.size]``, larger kept."""
         raise NotImplementedError
 
+    def adaptation_context(self) -> Context:
+        """Whose training loader re-estimates BatchNorm statistics after the cut."""
+        return self.context
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
@@ -256,14 +260,17 @@ class ChannelPruning(CompressionAlgorithm):
         return Allocation(self.graph, self._prunable, budgets, limits)
 
     def _decide(self, rate: float) -> PruningPlan:
+        plan = self._plan(rate)
+        require_agreement(plan.to_json() if process_count() > 1 else "", f"the plan of '{self.name}'")
+        return plan
+
+    def _plan(self, rate: float) -> PruningPlan:
         with self.context.timed("scores"):
             raw = averaged(self.scores(self.graph))
             scores = [_checked(s, g.name) for s, g in zip(raw, self.graph.groups, strict=True)]
         with self.context.timed("allocation"):
             keep = allocate(self._problem(rate), scores, self.config.params.allocation)
-            plan = make_plan(self.graph, keep, algorithm=self.name)
-        require_agreement(plan.to_json() if process_count() > 1 else "", f"the plan of '{self.name}'")
-        return plan
+            return make_plan(self.graph, keep, algorithm=self.name)
 
     def _prune_now(self, plan: PruningPlan | None = None) -> None:
         """Cuts to a plan, or to the schedule's last decision, or decides for the full budget; adapts BatchNorm."""
@@ -273,7 +280,7 @@ class ChannelPruning(CompressionAlgorithm):
         self._cut(plan)
         self._rate = self.target_rate
         adapt_batch_norm(
-            self.context,
+            self.adaptation_context(),
             self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples,
             asked_for="initializer" in self.config.model_fields_set,
         )

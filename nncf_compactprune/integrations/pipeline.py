@@ -32,7 +32,7 @@ from nncf_compactprune.config_json import plain_object, read
 from nncf_compactprune.controller import CompressionController, create_compressed_model
 from nncf_compactprune.errors import CompactPruneError, ConfigError, Problem, ResolveError
 from nncf_compactprune.export import ExportedFile, export_model, measure_latency
-from nncf_compactprune.integrations.datasets import ResolvedDataset, resolve_dataset
+from nncf_compactprune.integrations.datasets import ResolvedDataset, only_classes, resolve_dataset
 from nncf_compactprune.integrations.loading import require_package
 from nncf_compactprune.integrations.models import (
     ExampleInputs,
@@ -170,6 +170,11 @@ def run(
         example_inputs=example,
         plugins=plugins,
     )
+    classes = _subtask(model)
+    if classes:  # labels are counted anew from here on
+        dataset = only_classes(dataset, classes)
+        dense_accuracy = evaluate(_Scores(dense, classes), dataset.test_loader(config.batch_size))
+        say(f"Classes {', '.join(dataset.class_names)}: dense test accuracy among them {dense_accuracy:.2%}")
     _fine_tune(controller, model, dataset, config, say, snapshots, resume)
     model = controller.strip()
     plan = plan_of(model)
@@ -191,6 +196,23 @@ def run(
     _write_report(directory, settings, comparison, plan, files, history)
     snapshots.remove()
     return RunOutcome(comparison, plan, directory)
+
+
+def _subtask(model: nn.Module) -> tuple[int, ...]:
+    """The classes that a cut classifier still knows; empty where it knows all."""
+    plan = plan_of(model)
+    return plan.output_classes if plan is not None else ()
+
+
+class _Scores(nn.Module):
+    """A classifier's scores of some classes only."""
+
+    def __init__(self, model: nn.Module, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.model, self.classes = model, list(classes)
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        return class_scores(self.model(*args))[:, self.classes]
 
 
 def load_run(directory: str | PathLike[str], plugins: Plugins | None = None) -> ResolvedModel:
@@ -406,6 +428,7 @@ def _write_report(
         "model": config.model,
         "dataset": config.dataset,
         "algorithm": plan.algorithm,
+        **({"classes": list(plan.output_classes)} if plan.output_classes else {}),
         **json.loads(to_json(comparison)),
         "verification": {
             f"{network}/{file.path.name}": {
@@ -425,6 +448,7 @@ def _write_report(
         "",
         f"Dataset `{config.dataset}`, algorithm `{plan.algorithm}`, seed {config.seed}, version {__version__}.",
         "",
+        *([f"For the classes {', '.join(map(str, plan.output_classes))} only.", ""] if plan.output_classes else []),
         to_markdown(comparison),
         "## Channel widths",
         "",

@@ -1,0 +1,80 @@
+"""ResNet-20 pruned for 2, 3 and 5 of CIFAR-10's classes: how small at which accuracy on them.
+
+    python examples/benchmarks/catro_subtasks.py --data FOLDER
+
+Dense is the trained network with only these scores compared. Pruned networks are fine-tuned on the classes' images
+among 10,000, as many steps as an epoch of all takes; accuracy on all their test images. Rows are kept in
+``catro_subtasks.jsonl``; the table goes to ``catro_subtasks.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from catro_cifar import DATA, INNER, Cifar, Rows, accuracy, fine_tuned
+from torch import Tensor
+
+from nncf_compactprune import create_compressed_model
+from nncf_compactprune.integrations.datasets import CIFAR10_CLASSES
+from nncf_compactprune.surgery import plan_of
+
+HERE = Path(__file__).parent
+SUBTASKS = ([3, 5], [0, 8], [3, 5, 7], [3, 4, 5, 6, 7], list(range(10)))
+BUDGETS = (0.33, 0.2, 0.12)
+
+
+def part(images: Tensor, labels: Tensor, classes: list[int]) -> tuple[Tensor, Tensor]:
+    """The classes' samples, labels counted from 0."""
+    hit = labels[:, None] == torch.tensor(classes)
+    chosen = hit.any(1)
+    return images[chosen], hit[chosen].int().argmax(1)
+
+
+def pruned(data: Cifar, classes: list[int], budget: float) -> dict[str, Any]:
+    entry = {
+        "algorithm": "catro", "budget": {"macs": budget}, "target_scopes": INNER,
+        "params": {"schedule": "one_shot", "round_to": 1, **({"classes": classes} if len(classes) < 10 else {})},
+    }  # fmt: skip
+    _, model = create_compressed_model(
+        data.model(20), {"compression": entry}, data.few(50), example_inputs=data.test[:2]
+    )
+    plan = plan_of(model)
+    assert plan is not None
+    images, labels = part(data.train, data.train_labels, classes)
+    tuned = fine_tuned(model, images, labels, seed=0, epochs=max(round(10 / len(classes)), 1))
+    return {
+        "macs": plan.after.macs, "times": plan.before.macs / plan.after.macs,
+        "accuracy": accuracy(tuned, *part(data.test, data.test_labels, classes)),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = Rows(HERE / "catro_subtasks.jsonl")
+    data = Cifar.load(arguments.data)
+    dense = data.model(20)
+    lines = ["| classes | dense, % | " + " | ".join(f"{b:.0%} of the MACs, %" for b in BUDGETS) + " |"]
+    lines.append("|---|---" + "|---" * len(BUDGETS) + "|")
+    for classes in SUBTASKS:
+
+        def measure_dense(classes: list[int] = classes) -> dict[str, Any]:
+            return {"accuracy": accuracy(dense, *part(data.test, data.test_labels, classes), classes)}
+
+        cells = [f"{rows.get(f'{classes} dense', measure_dense)['accuracy']:.2f}"]
+        for budget in BUDGETS:
+            row = rows.get(f"{classes} {budget}", lambda c=classes, b=budget: pruned(data, c, b))
+            cells.append(f"{row['accuracy']:.2f} ({row['times']:.1f}x fewer)")
+        names = "all ten" if len(classes) == 10 else ", ".join(CIFAR10_CLASSES[c] for c in classes)
+        lines.append(f"| {names} | {' | '.join(cells)} |")
+    text = __doc__.split("\n\n")[2].strip()
+    (HERE / "catro_subtasks.md").write_text("\n".join(["# Pruning for some of the classes", "", text, "", *lines, ""]))
+
+
+if __name__ == "__main__":
+    main()
