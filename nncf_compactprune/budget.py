@@ -141,8 +141,16 @@ def greedy(problem: Allocation, scores: Scores) -> Widths:
     A step takes a group to its next allowed width. Its price is the score lost (scaled to sum 1 over the group's mean,
     as in :func:`global_ranking`) over the share of the missing budget that it saves, the tightest budget deciding.
     """
-    scaled = [np.sort(s / max(float(np.mean(s)), 1e-12)) for s in scores]
-    lost = [np.concatenate([[0.0], np.cumsum(s)]) for s in scaled]
+    return _greedy(problem, [np.sort(s / max(float(np.mean(s)), 1e-12)) for s in scores])
+
+
+def least_loss(problem: Allocation, scores: Scores) -> Widths:
+    """As :func:`greedy`, for scores that are losses in one unit all over the network: nothing is scaled."""
+    return _greedy(problem, [np.sort(s) for s in scores])
+
+
+def _greedy(problem: Allocation, ascending: Scores) -> Widths:
+    lost = [np.concatenate([[0.0], np.cumsum(s)]) for s in ascending]
     widths = problem.sizes.copy()
     level = [len(options) - 1 for options in problem.allowed]
 
@@ -179,6 +187,7 @@ ALLOCATIONS: Mapping[str, Callable[[Allocation, Scores], Widths]] = {
     "uniform": uniform,
     "global": global_ranking,
     "greedy": greedy,
+    "least_loss": least_loss,
 }
 
 
@@ -199,7 +208,7 @@ def allocate(problem: Allocation, scores: Scores, method: str) -> list[npt.NDArr
     """Solves the problem by a named method.
 
     :param scores: for each group one score a channel, finite, larger kept.
-    :param method: ``"uniform"``, ``"global"`` or ``"greedy"``.
+    :param method: ``"uniform"``, ``"global"``, ``"greedy"`` or ``"least_loss"``.
     :return: for each group which channels stay.
     """
     if method not in ALLOCATIONS:

@@ -39,6 +39,7 @@ class Context:
     :param train_loader: batches of ``(inputs, targets)`` or of keyword dicts, or None.
     :param optimizer: whose state follows when the model shrinks while training, or None.
     :param ema: a shadow copy that follows too, or None.
+    :param shared: what algorithms of one list leave for those after them, by a key of their own.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Context:
     optimizer: Optimizer | None = None
     ema: nn.Module | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

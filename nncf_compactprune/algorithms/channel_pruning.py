@@ -89,6 +89,14 @@ class ChannelPruning(CompressionAlgorithm):
         """One score a channel for every group, shape ``[group.size]``, larger kept."""
         raise NotImplementedError
 
+    def after_cut(self, plan: PruningPlan) -> None:
+        """The model was just cut: time to make up for it. BatchNorm adaptation on training data, by default."""
+        adapt_batch_norm(
+            self.context,
+            self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples,
+            asked_for="initializer" in self.config.model_fields_set,
+        )
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
@@ -254,11 +262,7 @@ class ChannelPruning(CompressionAlgorithm):
             plan = self.plan
         self._cut(plan)
         self._rate = self.target_rate
-        adapt_batch_norm(
-            self.context,
-            self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples,
-            asked_for="initializer" in self.config.model_fields_set,
-        )
+        self.after_cut(plan)
         self.context.plugins.emit("pruned", plan=plan, self_check=self.self_check)
 
     def _cut(self, plan: PruningPlan) -> None:
