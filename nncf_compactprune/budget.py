@@ -142,6 +142,11 @@ def greedy(problem: Allocation, scores: Scores) -> Widths:
     return lazy_greedy(problem, [np.concatenate([[0.0], np.cumsum(s)]) for s in scaled])
 
 
+def least_loss(problem: Allocation, scores: Scores) -> Widths:
+    """As :func:`greedy`, for scores that are losses in one unit all over the network: nothing is scaled."""
+    return lazy_greedy(problem, [np.concatenate([[0.0], np.cumsum(np.sort(s))]) for s in scores])
+
+
 def lazy_greedy(problem: Allocation, curves: Scores) -> Widths:
     """Stage 1: widths of all groups under every budget, by the least loss for the most missing budget.
 
@@ -221,6 +226,7 @@ ALLOCATIONS: Mapping[str, Callable[[Allocation, Scores], Widths]] = {
     "uniform": uniform,
     "global": global_ranking,
     "greedy": greedy,
+    "least_loss": least_loss,
 }
 
 
@@ -241,7 +247,7 @@ def allocate(problem: Allocation, scores: Scores, method: str) -> list[npt.NDArr
     """Solves the problem by a named method.
 
     :param scores: for each group one score a channel, finite, larger kept.
-    :param method: ``"uniform"``, ``"global"`` or ``"greedy"``.
+    :param method: ``"uniform"``, ``"global"``, ``"greedy"`` or ``"least_loss"``.
     :return: for each group which channels stay.
     """
     if method not in ALLOCATIONS:

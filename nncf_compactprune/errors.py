@@ -84,6 +84,10 @@ class ExportError(CompactPruneError):
     """An exported file could not be written, or does not compute what the model computes."""
 
 
+class DataFreeError(CompactPruneError):
+    """A network says too little of its own inputs, or its weights are no basis for compression without data."""
+
+
 class PluginError(CompactPruneError):
     """A plugin is misspelt, duplicates a name, or does not load."""
 

@@ -40,6 +40,7 @@ class Context:
     :param optimizer: whose state follows when the model shrinks while training, or None.
     :param ema: a shadow copy that follows too, or None.
     :param teacher: what to distil from, or None: the model itself as it came.
+    :param shared: what algorithms of one list leave for those after them, by a key of their own.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Context:
     ema: nn.Module | None = None
     teacher: nn.Module | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

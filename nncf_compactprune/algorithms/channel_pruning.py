@@ -95,6 +95,14 @@ class ChannelPruning(CompressionAlgorithm):
         """Whose training loader re-estimates BatchNorm statistics after the cut."""
         return self.context
 
+    def after_cut(self, plan: PruningPlan) -> None:
+        """The model was just cut: time to make up for it. BatchNorm adaptation on training data, by default."""
+        adapt_batch_norm(
+            self.adaptation_context(),
+            self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples,
+            asked_for="initializer" in self.config.model_fields_set,
+        )
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
@@ -279,11 +287,7 @@ class ChannelPruning(CompressionAlgorithm):
             plan = decided or self._decide(self.target_rate)
         self._cut(plan)
         self._rate = self.target_rate
-        adapt_batch_norm(
-            self.adaptation_context(),
-            self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples,
-            asked_for="initializer" in self.config.model_fields_set,
-        )
+        self.after_cut(plan)
         self.context.plugins.emit("pruned", plan=plan, self_check=self.self_check)
 
     def _cut(self, plan: PruningPlan) -> None:
