@@ -51,5 +51,7 @@ def load_pruned_timm(directory: str | PathLike[str], *, example_inputs: Any = No
     if not isinstance(name, str) or not timm.is_model(name):
         msg = f"{path}: timm {timm.__version__} has no model {name!r}. Install the version that it was saved with."
         raise CompactPruneError(msg)
+    # JSON knows no tuples, timm's data config no lists.
+    data_config = {key: tuple(value) if isinstance(value, list) else value for key, value in data_config.items()}
     model: nn.Module = timm.create_model(name, pretrained_cfg=data_config, **model_args)
     return load_pruned(model, directory, example_inputs=example_inputs)
