@@ -6,7 +6,7 @@ A masked model and its compact form compute the same function; only the compact 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from nncf.torch.function_hook import get_hook_storage, register_post_function_hook, wrap_model
@@ -31,6 +31,7 @@ class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
         super().__init__()
         self.shape = tuple(shape)
         self.dims = tuple(dims)
+        self._names = {dim: f"mask_{dim}" for dim in self.dims}
         for dim in self.dims:
             view = [1] * len(self.shape)
             view[dim] = self.shape[dim]
@@ -38,9 +39,12 @@ class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
 
     def forward(self, parameter: Tensor) -> Tensor:
         """The masked parameter; gradients of removed slices are zero."""
-        for dim in self.dims:
-            parameter = parameter * getattr(self, f"mask_{dim}").to(parameter.dtype)
-        return parameter
+        # NNCF's function mode need not look at these: nothing hooks an operation of a hook, and it takes its time.
+        with torch._C.DisableTorchFunction():
+            for dim in self.dims:
+                mask = cast(Tensor, self._buffers[self._names[dim]])
+                parameter = parameter * (mask if mask.dtype == parameter.dtype else mask.to(parameter.dtype))
+            return parameter
 
     @torch.no_grad()
     def keep(self, dim: int, positions: Tensor | None) -> None:
@@ -64,8 +68,11 @@ class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
 class Masks:
     """The masks of one model.
 
-    :param model: is wrapped for NNCF hooks (in place).
-    :param graph: its channels; every member parameter of every prunable group gets one mask.
+    A parameter carries its hook only while something of it is removed: with no hooks at all, NNCF's function mode is
+    off, and the epochs before the first channel goes cost nothing.
+
+    :param model: is wrapped for NNCF hooks (in place) when the first channel goes.
+    :param graph: its channels; every member parameter of every prunable group can be masked.
     :raises CompactPruneError: the model is a bare ``nn.Sequential``.
     """
 
@@ -76,8 +83,6 @@ class Masks:
                 'inside a module of your own, or use "schedule": "one_shot", which needs no masks.'
             )
             raise CompactPruneError(msg)
-        # accelerate's mixed precision wraps around NNCF's wrapper, which then is not to be seen any more
-        self._model = model if NNCF_HOOKS in model._modules else wrap_model(model)
         dims: dict[str, set[int]] = {}
         for group in graph.groups:
             for member in group.members:
@@ -85,42 +90,47 @@ class Masks:
                     dims.setdefault(member.parameter, set()).add(member.dim)
         device = next(model.parameters()).device
         self._masks = {name: ChannelMask(graph.parameters[name], sorted(of)).to(device) for name, of in dims.items()}
-        self._handles = [register_post_function_hook(model, name, 0, mask) for name, mask in self._masks.items()]
-        self._shadow: nn.Module | None = None
+        self._models = [model]
+        self._handles: list[Any] = []
 
     def share(self, ema: nn.Module | None) -> None:
-        """Puts the same masks on a shadow copy, which thereby follows every change of them. A copy that was taken of a
-        masked model has masks of its own, which would be averaged; they are replaced.
+        """Puts the same masks on a shadow copy from the next :meth:`update` on. A copy that was taken of a masked model
+        has masks of its own, which would be averaged; they go.
 
         :param ema: a module with the same parameter names, or a holder with a ``module`` attribute.
         """
         shadow = None if ema is None else getattr(ema, "module", ema)
-        if shadow is None or shadow is self._shadow:
+        if shadow is None or any(shadow is model for model in self._models):
             return
-        self._shadow = shadow if NNCF_HOOKS in shadow._modules else wrap_model(shadow)
-        post_hooks = get_hook_storage(shadow).post_hooks
-        for of_one in list(post_hooks.values()):
-            for key in [key for key, hook in of_one.items() if isinstance(hook, ChannelMask)]:
-                del of_one[key]
-        for key in [key for key, of_one in post_hooks.items() if not of_one]:
-            del post_hooks[key]
-        self._handles += [register_post_function_hook(shadow, name, 0, mask) for name, mask in self._masks.items()]
+        self._models.append(shadow)
+        if NNCF_HOOKS in shadow._modules:
+            post_hooks = get_hook_storage(shadow).post_hooks
+            for of_one in list(post_hooks.values()):
+                for key in [key for key, hook in of_one.items() if isinstance(hook, ChannelMask)]:
+                    del of_one[key]
+            for key in [key for key, of_one in post_hooks.items() if not of_one]:
+                del post_hooks[key]
 
     def update(self, plan: PruningPlan) -> None:
         """Masks what the plan removes and nothing else."""
+        self.remove()
         for name, mask in self._masks.items():
             kept = plan.masked_dims(name)
             for dim in mask.dims:
                 mask.keep(dim, kept.get(dim))
+            if kept:
+                for model in self._models:
+                    # accelerate's mixed precision wraps around NNCF's wrapper, which then is not to be seen any more
+                    wrapped = model if NNCF_HOOKS in model._modules else wrap_model(model)
+                    self._handles.append(register_post_function_hook(wrapped, name, 0, mask))
 
     def remove(self) -> None:
         """Takes the masks off; without other hooks the model's own forward is back and nothing of NNCF is left."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for model in (self._model, self._shadow):
-            if model is not None:
-                unwrap_if_empty(model)
+        for model in self._models:
+            unwrap_if_empty(model)
 
 
 def drop_masks(model: nn.Module) -> None:

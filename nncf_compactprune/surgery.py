@@ -102,6 +102,7 @@ def _replace_data(tensor: Tensor, data: Tensor) -> None:
     While an old graph is alive (a loss that is still in scope), autograd keeps the parameter's gradient accumulator,
     which expects the old shape. It is renewed only when dtype or device change, so the dtype changes for a moment.
     """
+    torch.clear_autocast_cache()  # or a surrounding autocast goes on with its copy of the old data
     other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
     tensor.data = torch.empty(0, dtype=other, device=tensor.device)
     tensor.data = data

@@ -105,7 +105,7 @@ def check_statistics(rank: int) -> None:
 
 
 def check_masks(rank: int) -> None:
-    """DDP carries rank 0's masks to the others, and the masked network is the compact one afterwards."""
+    """All ranks mask the same channels, and the masked network under DDP is the compact one afterwards."""
     net = trained("residual", dtype=torch.float32)
     ctrl, net = create_compressed_model(net, CONFIG)
     model = DistributedDataParallel(net)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -329,3 +330,50 @@ def test_a_shadow_copy_wears_the_same_masks_and_is_cut_along(copied):
         torch.testing.assert_close(shadow.module.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
     assert sizes[0] == sizes[1] > sizes[2] == sum(p.numel() for p in model.parameters())
     assert "__nncf_hooks" not in shadow.module._modules
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_after_the_cut_trains_and_computes_the_same():
+    model = model32()
+    prune(model, images(torch.float32), budget={"macs": 0.5}, round_to=1)
+    x = images(torch.float32)
+    compiled = torch.compile(model.eval())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = model.head.weight.detach().clone()
+    compiled.train()(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(before, model.head.weight)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_scheduled_run_under_autocast(memory_format):
+    model = model32().to(memory_format=memory_format)
+    ctrl, _ = create_compressed_model(model, config(schedule="exponential", pruning_steps=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    ctrl.attach(optimizer=optimizer)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            train_epoch(model, ctrl, optimizer)
+    assert ctrl.compression_stage() is CompressionStage.FULLY_COMPRESSED
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any(p.grad is not None and p.grad.shape != p.shape for p in model.parameters())
+    if memory_format is torch.channels_last:
+        wide = [p for p in model.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+        assert wide
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
+
+
+def test_epochs_before_the_first_channel_goes_run_without_hooks():
+    model = model32()
+    ctrl, _ = create_compressed_model(model, config(schedule="exponential", num_init_steps=1, pruning_steps=2))
+    for rate in (0, 0):
+        ctrl.scheduler.epoch_step()
+        assert ctrl.compression_rate == rate
+        assert "__nncf_hooks" not in model._modules
+        assert "forward" not in model.__dict__
+    ctrl.scheduler.epoch_step()
+    assert ctrl.compression_rate > 0
+    assert "__nncf_hooks" in model._modules

@@ -135,6 +135,19 @@ def test_huggingface_trainer_goes_on_from_its_checkpoint(
     assert "'epoch': '6'" not in again
 
 
+def test_timm_train(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    printed = run_command("timm_train.py", monkeypatch, capsys, "--epochs", "4", "--images", "64")
+    dense, pruned = printed.split("Pruning it")
+    assert "removed" not in dense
+    assert re.findall(r"EMA\), (\d+)%", pruned)[-1] == "50"
+    assert {p.name for p in (elsewhere / "runs" / "timm").iterdir()} >= {
+        "model.safetensors",
+        "plan.json",
+        "config.json",
+    }
+
+
 # -- documents quote what is there -------------------------------------------------------------------------------------
 
 

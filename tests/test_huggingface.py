@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nncf_compactprune import hookimpl, prune
+from nncf_compactprune import create_compressed_model, hookimpl, prune
 from nncf_compactprune.algorithms import CompressionAlgorithm, CompressionStage
+from nncf_compactprune.channels.tensors import carries_hooks
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.integrations.datasets import resolve_dataset
 from nncf_compactprune.plugins import Plugins
@@ -388,7 +389,7 @@ def test_mistakes_are_told_before_they_cost_anything(examples: Any, tmp_path: Pa
     callback = CompressionCallback(model, document())
     with pytest.raises(CompactPruneError, match="made for another model"):
         trainer(resnet(), callback, examples, tmp_path).train()
-    with pytest.raises(CompactPruneError, match=r'torch_compile does not see.*"one_shot"'):
+    with pytest.raises(CompactPruneError, match=r'torch_compile does not see masks.*"one_shot"'):
         callback.on_train_begin(
             dataclasses.replace(arguments(tmp_path), torch_compile=True), transformers.TrainerState(), None, model=model
         )
@@ -400,3 +401,30 @@ def test_mistakes_are_told_before_they_cost_anything(examples: Any, tmp_path: Pa
     run = transformers.Trainer(plain, arguments(tmp_path), train_dataset=examples[:64], callbacks=[silent])
     with pytest.raises(CompactPruneError, match=r"'pull' adds to the loss.*compute_loss_func=callback\.compute_loss"):
         run.train()
+
+
+def test_a_loop_of_accelerate(examples: Any) -> None:
+    """accelerate wraps model and optimizer; the controller is given what is inside."""
+    from accelerate import Accelerator
+
+    model = resnet()
+    dense = sum(p.numel() for p in model.parameters())
+    inputs = image_inputs(model)
+    ctrl, model = create_compressed_model(model, document(), example_inputs=inputs)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    loader = torch.utils.data.DataLoader(examples[:64], 16)
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), 1e-3), loader)
+    ctrl.attach(optimizer=optimizer.optimizer)
+    for _ in range(4):
+        ctrl.scheduler.epoch_step()
+        model.train()
+        for batch in loader:
+            ctrl.scheduler.step()
+            optimizer.zero_grad()
+            accelerator.backward(model(**batch).loss + ctrl.loss())
+            optimizer.step()
+    ctrl.strip()
+    inside = accelerator.unwrap_model(model)
+    assert sum(p.numel() for p in inside.parameters()) < dense
+    assert not carries_hooks(inside)
+    assert torch.isfinite(logits(inside, inputs)).all()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from nncf_compactprune import export_model, load_pruned, prune, save_pruned
-from nncf_compactprune.errors import BudgetError, NothingPrunableError
+from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError
+from nncf_compactprune.integrations.timm import load_pruned_timm, save_pruned_timm
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 
@@ -68,3 +70,23 @@ def test_exports_with_fewer_heads_and_channels(library, name, tmp_path):
     model, x, _ = pruned(library, name)
     files = export_model(model, x, tmp_path / "model.onnx")
     assert files[0].verification.passed
+
+
+def test_timm_models_keep_name_arguments_and_data_config(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=7, in_chans=1)
+    x = torch.randn(2, 1, 64, 64)
+    prune(model, x, budget={"macs": 0.6}, round_to=1)
+    save_pruned_timm(model, tmp_path, num_classes=7, in_chans=1)
+    again = load_pruned_timm(tmp_path, example_inputs=x)
+    assert torch.equal(outputs(model, x)[0], outputs(again, x)[0])
+    config = timm.data.resolve_data_config(model=again)
+    assert config == timm.data.resolve_data_config(model=model)
+    with pytest.raises(CompactPruneError, match=r"expected a model of timm\.create_model"):
+        save_pruned_timm(torch.nn.Linear(2, 2), tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**document, "architecture": "no_such"}))
+    with pytest.raises(CompactPruneError, match="has no model 'no_such'"):
+        load_pruned_timm(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CompactPruneError, match="expected what save_pruned_timm wrote"):
+        load_pruned_timm(tmp_path)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,10 +81,12 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no autocast and an untouched random state inside; training flags restored after."""
     training = [module for _, module in named_modules(model) if module.training]
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     if training:
         model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)):
+        with torch.no_grad(), autocast, torch.random.fork_rng(devices=_cuda_devices(model)):
             yield
     finally:
         for module in training:

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms import CompressionAlgorithm, CompressionStage
-from nncf_compactprune.channels.tensors import carries_hooks
 from nncf_compactprune.checkpoint import write_file
 from nncf_compactprune.config import CompressionConfig, load_config
 from nncf_compactprune.controller import create_compressed_model
@@ -130,9 +129,9 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 "without resume_from_checkpoint. Give it the same folder: the plan is replayed before the weights."
             )
             raise CompactPruneError(msg)
-        if args.torch_compile and carries_hooks(self._model):
+        if args.torch_compile and not all(algorithm.settled for algorithm in self.controller.algorithms):
             msg = (
-                "CompressionCallback: torch_compile does not see NNCF's masks. "
+                "CompressionCallback: torch_compile does not see masks, nor a model that shrinks later. "
                 'Use "schedule": "one_shot", which prunes before the Trainer compiles.'
             )
             raise CompactPruneError(msg)
