@@ -36,6 +36,7 @@ class ClassStatistics(ABC):
     def __init__(self, graph: ChannelGraph, groups: Collection[int]) -> None:
         self.graph = graph
         self.groups = groups
+        self.labels = torch.zeros(0, dtype=torch.int64)  # of the batch that runs
         self.samples = torch.zeros((), dtype=torch.float64)
 
     @abstractmethod
@@ -116,9 +117,11 @@ class MarginEffects(ClassStatistics):
             self._batch[key] = self._batch.get(key, 0) + effect
 
     def end_batch(self, scores: Tensor, labels: Tensor) -> None:
+        if not self.contributions:
+            return  # no consumer was seen
         scale = HALF_PRECISION_SCALE if scores.dtype == torch.float16 else 1.0
         objective = margins(_wide(scores), labels, self._classes).sum() * scale
-        torch.autograd.grad(objective, [self._anchor])
+        torch.autograd.grad(objective, [self._anchor], allow_unused=True)
         by_group: dict[int, Tensor] = {}
         for (group, parameter), effect in self._batch.items():
             effect = effect / scale
