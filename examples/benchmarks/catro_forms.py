@@ -62,8 +62,7 @@ class Effects(MarginEffects):
         torch.autograd.grad(objective, [self._anchor])
         for (group, parameter), effect in self._batch.items():  # one consumer each
             self.moments[group].update(effect, labels)
-            self.effects[group] = self.effects.get(group, 0) + effect.T @ effect
-            self.own[group, parameter] = self.own.get((group, parameter), 0) + effect.square().sum()
+            self.effects[group, parameter] = self.effects.get((group, parameter), 0) + effect.T @ effect
         self._batch = {}
 
 
@@ -113,7 +112,7 @@ def forms(data: Cifar, depth: int) -> dict[str, Form]:
         return lambda g: scatters[name].scatter(g)  # type: ignore[return-value]
 
     def mean_square(effects: Effects) -> Callable[[int], Tensor]:
-        return lambda g: effects.effects[g].diagonal()
+        return lambda g: effects.effects[g, consumer[g]].diagonal()
 
     def first_order(effects: Effects) -> Callable[[int], Tensor]:
         return lambda g: (effects.moments[g].mean * effects.moments[g].count[:, None]).sum(0).abs()
@@ -140,7 +139,7 @@ def forms(data: Cifar, depth: int) -> dict[str, Form]:
     for name, effects in (("cross-entropy", entropy), ("margin", margin)):
         result[f"{name}, first order"] = top(first_order(effects))
         result[f"{name}, mean²"] = top(mean_square(effects))
-        result[f"joint {name}"] = joint(lambda g, e=effects: e.effects[g])
+        result[f"joint {name}"] = joint(lambda g, e=effects: e.effects[g, consumer[g]])
         result[f"joint {name} + 3 contributions"] = joint(lambda g, e=effects: e.gram(g, 3.0))  # type: ignore[arg-type]
     result["margin, between classes"] = top(lambda g: margin.moments[g].between)
     result["margin, within classes"] = top(lambda g: margin.moments[g].within)
