@@ -29,9 +29,7 @@ def main(dense_epochs: int, epochs: int) -> None:
     model = trained(digits_net(), train, dense_epochs, 0.05)
 
     images = next(iter(test))[0][:2]
-    result = prune(
-        model, images, "catro", budget={"macs": 0.2}, train_loader=train, classes=[3, 8], samples_per_class=30
-    )
+    result = prune(model, images, "catro", budget={"macs": 0.2}, train_loader=train, classes=[3, 8])
     classes = result.plan.output_classes  # (3, 8): output 0 is the digit 3, output 1 the digit 8
     trained(model, ClassSubset(train, classes), epochs, 0.02)
     accuracy = evaluate(model, ClassSubset(test, classes))

@@ -162,6 +162,7 @@ def lazy_greedy(problem: Allocation, curves: Scores) -> Widths:
     """
     widths = problem.sizes.copy()
     missing = {kind: problem.graph.cost[kind](widths) - most for kind, most in problem.budgets.items()}
+    missing = {kind: excess for kind, excess in missing.items() if excess > 0}  # the others hold whatever goes
     level = [len(options) - 1 for options in problem.allowed]
 
     def price(group: int) -> float:
@@ -196,10 +197,10 @@ def lazy_greedy(problem: Allocation, curves: Scores) -> Widths:
 def _saving(problem: Allocation, missing: Mapping[str, int], widths: Widths, group: int, removed: int) -> float:
     """The largest share of what a budget missed at first, among the budgets still missed, that a step saves."""
     shares = [0.0]
-    for kind, most in problem.budgets.items():
-        excess = problem.graph.cost[kind](widths) - most
+    for kind, first in missing.items():
+        excess = problem.graph.cost[kind](widths) - problem.budgets[kind]
         if excess > 0:
-            shares.append(min(problem.graph.cost[kind].saved(widths, group, removed), excess) / missing[kind])
+            shares.append(min(problem.graph.cost[kind].saved(widths, group, removed), excess) / first)
     return max(shares)
 
 

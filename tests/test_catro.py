@@ -124,6 +124,36 @@ def test_hugging_face_batches_and_outputs() -> None:
     assert result.plan.after.macs <= 0.5 * result.plan.before.macs
 
 
+class ByEinsum(nn.Module):
+    """Channels that an operation consumes which is not looked into."""
+
+    def __init__(self, with_conv: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 12, 3)
+        self.second = nn.Conv2d(12, 12, 3) if with_conv else nn.Identity()
+        self.head = nn.Parameter(torch.randn(5, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.second(F.relu(self.first(x)))).mean((2, 3))
+        return torch.einsum("bc,oc->bo", x, self.head)
+
+
+def test_groups_whose_consumers_are_not_seen_fall_back_on_filter_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nncf.common.logging import nncf_logger
+
+    said = []
+    monkeypatch.setattr(nncf_logger, "warning", lambda text, *args: said.append(text % args))
+    model = ByEinsum(with_conv=True)
+    norms = model.second.weight.detach().square().sum((1, 2, 3)) + model.second.bias.detach().square()
+    result = catro(model, {"macs": 0.4})
+    kept = result.plan.kept["second.weight"][0]
+    assert sorted(kept) == sorted(norms.topk(len(kept)).indices.tolist())
+    assert said == ["catro: ranked by filter norms, as no consumer was seen: second."]
+    with pytest.raises(CompactPruneError, match="saw no convolution or matrix product consume a channel of ByEinsum"):
+        catro(ByEinsum(with_conv=False))
+
+
 # -- wrong input -------------------------------------------------------------------------------------------------------
 
 

@@ -62,8 +62,7 @@ class Effects(MarginEffects):
         torch.autograd.grad(objective, [self._anchor])
         for (group, parameter), effect in self._batch.items():  # one consumer each
             self.moments[group].update(effect, labels)
-            self.effects[group] = self.effects.get(group, 0) + effect.T @ effect
-            self.own[group, parameter] = self.own.get((group, parameter), 0) + effect.square().sum()
+            self.effects[group, parameter] = self.effects.get((group, parameter), 0) + effect.T @ effect
         self._batch = {}
 
 
@@ -102,7 +101,7 @@ def forms(data: Cifar, depth: int) -> dict[str, Form]:
         effects.collect(model, batches)
     margin, entropy = found["margin"], found["cross-entropy"]
     scatters = {}
-    for name, size in (("flattened", 32), ("pooled to 4", 4), ("pooled to 1", 1)):
+    for name, size in (("flattened", 32), ("pooled to 1", 1)):
         scatters[name] = FeatureScatter(graph, groups, 10, size)
         scatters[name].collect(model, batches)
     through = ConsumerScatter(graph, groups)
@@ -113,7 +112,7 @@ def forms(data: Cifar, depth: int) -> dict[str, Form]:
         return lambda g: scatters[name].scatter(g)  # type: ignore[return-value]
 
     def mean_square(effects: Effects) -> Callable[[int], Tensor]:
-        return lambda g: effects.effects[g].diagonal()
+        return lambda g: effects.effects[g, consumer[g]].diagonal()
 
     def first_order(effects: Effects) -> Callable[[int], Tensor]:
         return lambda g: (effects.moments[g].mean * effects.moments[g].count[:, None]).sum(0).abs()
@@ -128,7 +127,9 @@ def forms(data: Cifar, depth: int) -> dict[str, Form]:
     for name in scatters:
         result[f"trace ratio, {name}"] = ratio(plain(name))
         result[f"between, {name}"] = top(lambda g, n=name: plain(n)(g)[0])
-        result[f"Fisher ratio, {name}"] = top(lambda g, n=name: plain(n)(g)[0] / plain(n)(g)[1].clamp_min(1e-12))
+    result["Fisher ratio, flattened"] = top(
+        lambda g: plain("flattened")(g)[0] / plain("flattened")(g)[1].clamp_min(1e-12)
+    )
     result["trace ratio, flattened, within shrunk by half"] = ratio(plain("flattened"), 0.5)
     result["trace ratio, flattened, within shrunk wholly"] = ratio(plain("flattened"), 1.0)
     result["through the consumer: trace ratio"] = ratio(through.scatter)
@@ -138,10 +139,10 @@ def forms(data: Cifar, depth: int) -> dict[str, Form]:
     for name, effects in (("cross-entropy", entropy), ("margin", margin)):
         result[f"{name}, first order"] = top(first_order(effects))
         result[f"{name}, mean²"] = top(mean_square(effects))
-        result[f"{name}, between classes"] = top(lambda g, e=effects: e.moments[g].between)
-        result[f"{name}, within classes"] = top(lambda g, e=effects: e.moments[g].within)
-        result[f"joint {name}"] = joint(lambda g, e=effects: e.effects[g])
+        result[f"joint {name}"] = joint(lambda g, e=effects: e.effects[g, consumer[g]])
         result[f"joint {name} + 3 contributions"] = joint(lambda g, e=effects: e.gram(g, 3.0))  # type: ignore[arg-type]
+    result["margin, between classes"] = top(lambda g: margin.moments[g].between)
+    result["margin, within classes"] = top(lambda g: margin.moments[g].within)
     result["joint contributions"] = joint(lambda g: contributed[g])
     for weight in (1.0, 10.0):
         result[f"joint margin + {weight:.0f} contributions"] = joint(lambda g, w=weight: margin.gram(g, w))  # type: ignore[arg-type]

@@ -36,6 +36,7 @@ class ClassStatistics(ABC):
     def __init__(self, graph: ChannelGraph, groups: Collection[int]) -> None:
         self.graph = graph
         self.groups = groups
+        self.labels = torch.zeros(0, dtype=torch.int64)  # of the batch that runs
         self.samples = torch.zeros((), dtype=torch.float64)
 
     @abstractmethod
@@ -81,9 +82,8 @@ class MarginEffects(ClassStatistics):
 
     :param classes: those whose scores count; default: all.
 
-    After :meth:`collect`: ``effects[g] = Σ_i t_i t_iᵀ``, ``own[g, consumer]`` the sum of the squared effects by way of
-    one consumer, ``contributions[g, consumer]`` the
-    :class:`~nncf_compactprune.scores.consumers.Contributions` to it.
+    After :meth:`collect`: ``effects[g, consumer] = Σ_i t_i t_iᵀ``, with the effects by way of one consumer, and
+    ``contributions[g, consumer]`` what the channels contribute to it.
     """
 
     def __init__(self, graph: ChannelGraph, groups: Collection[int], classes: Tensor | None = None) -> None:
@@ -91,8 +91,7 @@ class MarginEffects(ClassStatistics):
         self._classes = classes
         self._anchor = torch.zeros((), requires_grad=True)
         self._batch: dict[Key, Tensor] = {}
-        self.effects: dict[int, Tensor] = {}
-        self.own: dict[Key, Tensor] = {}
+        self.effects: dict[Key, Tensor] = {}
         self.contributions: dict[Key, Contributions] = {}
 
     def see(self, call: Call) -> Tensor:
@@ -116,22 +115,17 @@ class MarginEffects(ClassStatistics):
             self._batch[key] = self._batch.get(key, 0) + effect
 
     def end_batch(self, scores: Tensor, labels: Tensor) -> None:
+        if not self.contributions:
+            return  # no consumer was seen
         scale = HALF_PRECISION_SCALE if scores.dtype == torch.float16 else 1.0
         objective = margins(_wide(scores), labels, self._classes).sum() * scale
-        torch.autograd.grad(objective, [self._anchor])
-        by_group: dict[int, Tensor] = {}
-        for (group, parameter), effect in self._batch.items():
-            effect = effect / scale
-            by_group[group] = by_group.get(group, 0) + effect
-            key = (group, parameter)
-            self.own[key] = self.own.get(key, 0) + effect.square().sum()
-        for group, effect in by_group.items():
-            self.effects[group] = self.effects.get(group, 0) + effect.T @ effect
+        torch.autograd.grad(objective, [self._anchor], allow_unused=True)
+        for key, effect in self._batch.items():
+            self.effects[key] = self.effects.get(key, 0) + (effect / scale).T @ (effect / scale)
         self._batch = {}
 
     def all_reduce(self) -> None:
-        self.effects = {group: reduced(self.effects[group]) for group in sorted(self.effects)}
-        self.own = {key: reduced(self.own[key]) for key in sorted(self.own)}
+        self.effects = {key: reduced(self.effects[key]) for key in sorted(self.effects)}
         for key in sorted(self.contributions):
             self.contributions[key].all_reduce()
 
@@ -139,19 +133,18 @@ class MarginEffects(ClassStatistics):
         """The loss form of a group: mean squared effect of removed channels together, plus ``contribution`` times what
         they contribute to their consumers, each consumer on the scale of its own effects; ``[channels, channels]``.
 
+        Of n consumers, n times the sum is taken, which bounds ``(Σ_c t_c)²``: in a row of residual blocks, the effects
+        by way of each do not cancel as their first order may.
+
         None where no consumer of the group was seen.
         """
-        if group not in self.effects:
-            return None
-        total = self.effects[group].clone()
-        for key, own in self.own.items():
-            if key[0] != group:
-                continue
-            gram = self.contributions[key].gram
-            size = float(gram.diagonal().sum())
-            if size > 0:
-                total += contribution * float(own) / size * gram
-        return total / self.samples
+        consumers = [key for key in self.effects if key[0] == group]
+        total = torch.zeros(self.graph.groups[group].size, self.graph.groups[group].size, dtype=torch.float64)
+        for key in consumers:
+            gram, effects = self.contributions[key].gram, self.effects[key]
+            scale = float(effects.diagonal().sum()) / max(float(gram.diagonal().sum()), 1e-300)
+            total += effects + contribution * scale * gram
+        return total * len(consumers) / self.samples if consumers else None
 
 
 def margins(scores: Tensor, labels: Tensor, classes: Tensor | None = None) -> Tensor:
