@@ -153,6 +153,9 @@ def _greedy(problem: Allocation, ascending: Scores) -> Widths:
     lost = [np.concatenate([[0.0], np.cumsum(s)]) for s in ascending]
     widths = problem.sizes.copy()
     level = [len(options) - 1 for options in problem.allowed]
+    # Shares of what was missing at the start: prices then only rise as groups shrink, which is what lets the loop look
+    # again only at the cheapest. Shares of what is still missing would fall, and one group would be emptied first.
+    missing = {kind: problem.graph.cost[kind](problem.sizes) - most for kind, most in problem.budgets.items()}
 
     def price(group: int) -> float:
         options, at = problem.allowed[group], level[group]
@@ -164,7 +167,8 @@ def _greedy(problem: Allocation, ascending: Scores) -> Widths:
         for kind, most in problem.budgets.items():
             excess = problem.graph.cost[kind](widths) - most
             if excess > 0:
-                saving = max(saving, min(problem.graph.cost[kind].saved(widths, group, removed), excess) / excess)
+                saved = min(problem.graph.cost[kind].saved(widths, group, removed), excess)
+                saving = max(saving, saved / missing[kind])
         return float(loss / saving) if saving > 0 else math.inf
 
     heap = [(price(group), group) for group in range(len(widths))]

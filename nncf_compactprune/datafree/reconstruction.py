@@ -98,6 +98,7 @@ class Reconstruction:
     :param network: how to run them.
     :param kept: parameter name to dimension to kept positions, of what was cut; empty where nothing was.
     :param step: how a layer's weights are chosen.
+    :param delivered: layer and its input to what really enters it, where a hook inside the layer works on that.
     """
 
     dense: nn.Module
@@ -106,6 +107,7 @@ class Reconstruction:
     network: ImageNetwork
     kept: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     step: LayerStep = as_they_are
+    delivered: Callable[[str, Tensor], Tensor] = lambda name, x: x
     refits: list[Refit] = field(default_factory=list)
 
     @torch.no_grad()
@@ -141,11 +143,11 @@ class Reconstruction:
         return self.refits
 
     def _layer(self, module: nn.Module, x: Tensor, met: Met) -> None:
-        found = moments(module, x, self._kept_of(met.output, f"{met.name}.weight", module))
+        found = moments(module, self.delivered(met.name, x), self._kept_of(met.output, f"{met.name}.weight", module))
         old = weight_rows(module)
         try:
             new = self.step(met.name, module, found)
-        except torch._C._LinAlgError:  # inputs that are all zero, say: nothing to learn from
+        except RuntimeError:  # inputs that are all zero, say: nothing to learn from
             new = old
         if bool(torch.isfinite(new).all()):
             module.weight.copy_(as_weight(module, new))  # type: ignore[operator]
