@@ -25,8 +25,8 @@ from nncf_compactprune.channels.tensors import named_modules
 from nncf_compactprune.datafree.gram import Moments, is_linear, weight_rows
 
 
-SHARED_WORTH = 3.0  # of a loss that several layers in a row see, as errors of a shared stream add up (ResNet-20,
-measured)
+# Of a loss that several layers in a row see: errors of a shared stream add up (chosen on training images).
+SHARED_WORTH = 3.0
 
 
 @dataclass
