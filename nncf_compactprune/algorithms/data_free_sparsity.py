@@ -99,14 +99,13 @@ class DataFreeSparsity(CompressionAlgorithm):
     def stage(self) -> CompressionStage:
         return CompressionStage.FULLY_COMPRESSED if self._done else CompressionStage.UNCOMPRESSED
 
-    @property
-    def compression_rate(self) -> float:
-        weights = [m.weight for _, m in named_modules(self.context.model) if is_linear(m)]
-        zeros = sum(int((w == 0).sum()) for w in weights)  # type: ignore[union-attr,arg-type]
-        return zeros / max(sum(w.numel() for w in weights), 1)  # type: ignore[union-attr,operator,misc]
+    def _zeros(self) -> float:
+        """Share of zeros in the weights of the layers that can be sparsified."""
+        weights = [weight_rows(m) for _, m in named_modules(self.context.model) if is_linear(m)]
+        return sum(int((w == 0).sum()) for w in weights) / max(sum(w.numel() for w in weights), 1)
 
     def statistics(self) -> Mapping[str, Any]:
-        return {"stage": self.stage().name.lower(), "zeros": f"{self.compression_rate:.1%} of the layers' weights"}
+        return {"stage": self.stage().name.lower(), "zeros": f"{self._zeros():.1%} of the layers' weights"}
 
 
 def sparse_step(ratios: Mapping[str, float], ridge: float, names: frozenset[str]) -> LayerStep:

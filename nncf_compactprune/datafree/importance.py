@@ -24,7 +24,6 @@ from nncf_compactprune.channels.groups import ChannelGraph, ChannelGroup, Member
 from nncf_compactprune.channels.tensors import named_modules
 from nncf_compactprune.datafree.gram import Moments, is_linear, weight_rows
 
-
 # Of a loss that several layers in a row see: errors of a shared stream add up (chosen on training images).
 SHARED_WORTH = 3.0
 
