@@ -47,8 +47,6 @@ class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, StatefulModuleInterf
     :param size: number of scales; above 1 they belong to the slices along ``axis``.
     """
 
-    scale: Tensor
-    zero_point: Tensor
     # what NNCF leaves of a quantizer after strip has torch's class; this one can go into ONNX too
     exports_to_onnx = True
 
@@ -57,9 +55,13 @@ class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, StatefulModuleInterf
         self.bits, self.signed, self.axis = bits, signed, axis
         self.high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         self.low = -self.high if signed else 0
+        # declared here: TorchScript, which OpenVINO traces with, takes annotations of a class for its own
+        self.scale: Tensor
+        self.zero_point: Tensor
         self.register_buffer("scale", torch.ones(size))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
         self.pending = False
+        self._note_numbers()
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Step sizes and zero points."""
@@ -70,6 +72,15 @@ class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, StatefulModuleInterf
         """Sets step sizes ``[size]`` and the level that means 0."""
         self.scale.copy_(scale.reshape(-1))
         self.zero_point.fill_(zero_point)
+        self._note_numbers()
+
+    def _note_numbers(self) -> None:
+        """One scale as plain numbers: exporters know the operation with numbers, not with tensors."""
+        self._step, self._zero = float(self.scale[0]), int(self.zero_point[0])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._note_numbers()
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantizes. While ``pending``, the range is first searched on what comes."""
@@ -77,12 +88,28 @@ class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, StatefulModuleInterf
             self.set(*search_range(x, self.high))
             self.pending = False
         low, high = (-128, 127) if self.signed else (0, 255)
-        if self.axis >= 0 and self.scale.numel() > 1:
-            return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, self.axis, low, high)
+        per_channel = self.scale.numel() > 1
         if not self.signed and self.bits < 8:
-            step, zero = self.scale, self.zero_point
-            x = torch.minimum(torch.maximum(x, (self.low - zero) * step), (self.high - zero) * step)
-        return torch.fake_quantize_per_tensor_affine(x, self.scale[0], self.zero_point[0], low, high)
+            x = x.clamp((self.low - self._zero) * self._step, (self.high - self._zero) * self._step)
+        if torch.compiler.is_exporting():
+            return self._as_onnx(x, per_channel)
+        if per_channel:
+            return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, self.axis, low, high)
+        return torch.fake_quantize_per_tensor_affine(x, self._step, self._zero, low, high)
+
+    def _as_onnx(self, x: Tensor, per_channel: bool) -> Tensor:
+        """ONNX's pair of operations; torch.export cannot trace torch's own fake quantization, which has no meta kernel."""
+        kind = torch.int8 if self.signed else torch.uint8
+        scale = self.scale if per_channel else self.scale[0]
+        zero = (self.zero_point if per_channel else self.zero_point[0]).to(kind)
+        attributes: dict[str, Any] = {"axis": self.axis} if per_channel else {}
+        levels = torch.onnx.ops.symbolic(
+            "QuantizeLinear", (x, scale, zero), attributes, dtype=kind, shape=x.shape, version=18
+        )
+        back: Tensor = torch.onnx.ops.symbolic(
+            "DequantizeLinear", (levels, scale, zero), attributes, dtype=x.dtype, shape=x.shape, version=18
+        )
+        return back
 
     def get_config(self) -> dict[str, Any]:
         """What :meth:`from_config` needs."""
