@@ -78,6 +78,7 @@ def moments(module: nn.Module, x: Tensor, y: Tensor) -> Moments:
     stride = max(1, math.ceil(len(x) * positions / MAX_ROWS)) if positions > 1 else 1
     images = max(1, CHUNK_ELEMENTS // max(1, groups * width * positions))
     total: list[Tensor] = []
+    shift = x.new_zeros(1)
     rows = 0
     for begin in range(0, len(x), images):
         part = slice(begin, begin + images)
@@ -85,18 +86,20 @@ def moments(module: nn.Module, x: Tensor, y: Tensor) -> Moments:
         if stride > 1:  # the offset moves on, so that all places of an image have their turn
             px, py = px[:, begin % stride :: stride], py[:, begin % stride :: stride]
         joined = torch.cat([px, py], 2)
-        joined = torch.cat([joined, joined.new_ones(*joined.shape[:2], 1)], 2)
+        if not total:  # moments about a point near the mean: about 0, float32 loses a small variance on a large mean
+            shift = joined.mean(1, keepdim=True)
+        joined = torch.cat([joined - shift, joined.new_ones(*joined.shape[:2], 1)], 2)
         product = torch.bmm(joined.transpose(1, 2), joined).double()
         total = [product] if not total else [total[0] + product]
         rows += joined.shape[1]
-    return _centred(total[0] / rows, width, rows)
+    return _centred(total[0] / rows, width, rows, shift.squeeze(1).double())
 
 
-def _centred(joint: Tensor, d: int, rows: int) -> Moments:
+def _centred(joint: Tensor, d: int, rows: int, shift: Tensor) -> Moments:
     mean = joint[:, :-1, -1]
     cov = joint[:, :-1, :-1] - mean.unsqueeze(2) * mean.unsqueeze(1)
     energy = cov[:, d:, d:].diagonal(dim1=1, dim2=2).clamp_min(0)
-    return Moments(cov[:, :d, :d], cov[:, :d, d:], energy, mean[:, :d], mean[:, d:], rows)
+    return Moments(cov[:, :d, :d], cov[:, :d, d:], energy, mean[:, :d] + shift[:, :d], mean[:, d:] + shift[:, d:], rows)
 
 
 def _patch_width(module: nn.Module) -> int:

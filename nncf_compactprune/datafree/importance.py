@@ -24,6 +24,9 @@ from nncf_compactprune.channels.groups import ChannelGraph, ChannelGroup, Member
 from nncf_compactprune.channels.tensors import named_modules
 from nncf_compactprune.datafree.gram import Moments, is_linear, weight_rows
 
+# Of a loss that several layers in a row see: errors of a shared stream add up (chosen on training images).
+SHARED_WORTH = 3.0
+
 
 @dataclass
 class Consumer:
@@ -71,14 +74,14 @@ def readers_of(graph: ChannelGraph, modules: Mapping[str, nn.Module]) -> set[str
 
 def consumers(group: ChannelGroup, modules: Mapping[str, nn.Module], found: Mapping[str, Moments]) -> list[Consumer]:
     """The layers that read a group's channels."""
+    members = [member for member in group.with_role("in") if owner(member.parameter) in found]
+    worth = SHARED_WORTH if len(members) > 1 else 1.0
     result = []
-    for member in group.with_role("in"):
+    for member in members:
         name = owner(member.parameter)
-        if name not in found:
-            continue
-        energy = float(found[name].energy.sum())
+        energy = max(float(found[name].energy.sum()), 1e-30)
         columns = _columns(modules[name], member)
-        result.append(Consumer(weight_rows(modules[name]), found[name].inputs, columns, 1 / max(energy, 1e-30)))
+        result.append(Consumer(weight_rows(modules[name]), found[name].inputs, columns, worth / energy))
     return result
 
 

@@ -7,9 +7,10 @@ For each convolution or linear layer, with X' what the compressed prefix deliver
 about the means, W_0 being the weights that the cut left. Closed form from Gram matrices (``gram.py``). What a bias or
 the next BatchNorm can carry is taken out: means go there.
 
-A BatchNorm's statistics then follow *relatively*: mu' = mu + mean(Y') - mean(Y), sigma' = sigma * std(Y') / std(Y),
-with Y and Y' what the dense and the compressed layer in front of it give on the same inputs. Were the inputs real,
-this would be BatchNorm re-estimation; with generated ones it keeps what the dense network knows of real statistics.
+A BatchNorm's statistics then follow *relatively*: sigma' = sigma std(Y') / std(Y), and mu' such that
+(mean(Y') - mu') / sigma' = (mean(Y) - mu) / sigma, with Y and Y' what the dense and the compressed layer in front of it
+give on the same inputs. Were the inputs real, this would be BatchNorm re-estimation; with generated ones it keeps what
+the dense network knows of real statistics.
 
 Source: "Layer-Wise Data-Free CNN Compression" (arXiv 2011.09058) reconstructs layers on generated inputs; the closed
 form, the prior and the relative statistics are ours (only the abstract was at hand).
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.channels.tensors import named_modules
 from nncf_compactprune.datafree.gram import Moments, as_weight, is_linear, moments, weight_rows
-from nncf_compactprune.datafree.network import ImageNetwork, batch_norms
+from nncf_compactprune.datafree.network import BatchNorm, ImageNetwork, batch_norms, statistics
 from nncf_compactprune.datafree.pacing import Met, Reference
 from nncf_compactprune.datafree.resampling import resampling
 from nncf_compactprune.datafree.sources import LayerInputs
@@ -98,6 +99,7 @@ class Reconstruction:
     :param network: how to run them.
     :param kept: parameter name to dimension to kept positions, of what was cut; empty where nothing was.
     :param step: how a layer's weights are chosen.
+    :param delivered: layer and its input to what really enters it, where a hook inside the layer works on that.
     """
 
     dense: nn.Module
@@ -106,6 +108,7 @@ class Reconstruction:
     network: ImageNetwork
     kept: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     step: LayerStep = as_they_are
+    delivered: Callable[[str, Tensor], Tensor] = lambda name, x: x
     refits: list[Refit] = field(default_factory=list)
 
     @torch.no_grad()
@@ -141,11 +144,11 @@ class Reconstruction:
         return self.refits
 
     def _layer(self, module: nn.Module, x: Tensor, met: Met) -> None:
-        found = moments(module, x, self._kept_of(met.output, f"{met.name}.weight", module))
+        found = moments(module, self.delivered(met.name, x), self._kept_of(met.output, f"{met.name}.weight", module))
         old = weight_rows(module)
         try:
             new = self.step(met.name, module, found)
-        except torch._C._LinAlgError:  # inputs that are all zero, say: nothing to learn from
+        except RuntimeError:  # inputs that are all zero, say: nothing to learn from
             new = old
         if bool(torch.isfinite(new).all()):
             module.weight.copy_(as_weight(module, new))  # type: ignore[operator]
@@ -155,15 +158,16 @@ class Reconstruction:
             module.bias.copy_(offset.reshape(-1))  # type: ignore[operator]
         self.refits.append(Refit(met.name, relative_error(old, found), relative_error(rows, found)))
 
-    def _norm(self, module: nn.Module, x: Tensor, met: Met) -> None:
+    def _norm(self, module: BatchNorm, x: Tensor, met: Met) -> None:
         rows = len(x) - self.inputs.resampled or len(x)  # drawn rows count only where there are no others
         y = self._kept_of(met.inputs, f"{met.name}.running_mean", module)
         dims = [0, *range(2, x.dim())]
         var, mean = torch.var_mean(x[:rows].double(), dims, unbiased=False)
         dense_var, dense_mean = torch.var_mean(y[:rows].double(), dims, unbiased=False)
         ratio = (var / dense_var.clamp_min(1e-12)).clamp_min(MIN_STD_RATIO**2)
-        module.running_mean.add_(mean - dense_mean)  # type: ignore[operator]
-        module.running_var.mul_(ratio)  # type: ignore[operator]
+        stored_mean, stored_var = statistics(module)
+        stored_mean.copy_(mean - (dense_mean - stored_mean) * ratio.sqrt())
+        stored_var.mul_(ratio)
 
     def _kept_of(self, tensor: Tensor, parameter: str, module: nn.Module) -> Tensor:
         """The channels of a dense tensor that the compressed model still has."""
