@@ -169,7 +169,7 @@ class Snapshots:
 
     def remove(self) -> None:
         """The run is done: the snapshots go."""
-        for path in self._files():
+        for path in (*self._files(), *self.directory.glob(".*.tmp")):
             path.unlink()
         if self.directory.is_dir() and not any(self.directory.iterdir()):
             self.directory.rmdir()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
+import conftest  # noqa: F401 - lets torchvision import
 import torch
 import torch.distributed as dist
 from networks import images, trained
@@ -40,7 +42,7 @@ def run_example(*arguments: str) -> None:
         return dataclasses.replace(data, train=Subset(data.train, range(192)), test=Subset(data.test, range(64)))
 
     datasets.resolve_dataset = few  # type: ignore[assignment]
-    sys.argv = [str(EXAMPLE), "--dense-epochs", "2", "--epochs", "4", *arguments]
+    sys.argv = [str(EXAMPLE), "--dense-epochs", "1", "--epochs", "4", *arguments]
     try:
         runpy.run_path(str(EXAMPLE), run_name="__main__")
     except SystemExit as ended:
@@ -123,11 +125,40 @@ def check_masks(rank: int) -> None:
     model.train()(torch.randn(4, 3, 12, 12)).sum().backward()
 
 
+def check_trainer(rank: int) -> None:
+    """The Trainer masks while it trains and cuts at the end, on every rank alike."""
+    import test_huggingface as hugging_face
+
+    data = datasets.resolve_dataset("digits")
+    few = [{"pixel_values": image, "labels": label} for image, label in (data.train[n] for n in range(96))]
+    torch.manual_seed(0)
+    model = hugging_face.resnet()
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    callback, watch = hugging_face.CompressionCallback(model, hugging_face.document()), hugging_face.Watch()
+    options = {"use_cpu": True, "ddp_backend": "gloo", "eval_strategy": "epoch", "save_strategy": "epoch"}
+    folder = Path(sys.argv[1]).parent / "trainer"
+    run = hugging_face.trainer(model, callback, few, folder, watch, load_best_model_at_end=True, **options)
+    run.train()
+    run.save_model()
+    assert watch.sizes == [dense] * 4
+    assert sum(parameter.numel() for parameter in model.parameters()) < dense
+    assert all(torch.equal(averaged([tensor])[0], tensor) for tensor in model.state_dict().values())
+    dist.barrier()
+    inputs = hugging_face.image_inputs(model)
+    again = hugging_face.load_pruned_pretrained(folder)
+    assert torch.equal(hugging_face.logits(again, inputs), hugging_face.logits(model, inputs))
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    output = sys.argv[1]
     destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
-    run_example("--output", sys.argv[1])
-    for check in (check_collectives, check_plans, check_statistics, check_masks):
+    run_example("--output", output)
+    sys.argv = [sys.argv[0], output]
+    checks = [check_collectives, check_plans, check_statistics, check_masks]
+    if all(importlib.util.find_spec(package) for package in ("transformers", "accelerate")):
+        checks.append(check_trainer)
+    for check in checks:
         check(dist.get_rank())
         dist.barrier()
     destroy()

@@ -260,8 +260,9 @@ def test_one_shot_prunes_before_the_optimizer_exists(examples: Any, tmp_path: Pa
     trainer(model, callback, examples, tmp_path, num_train_epochs=1).train()
 
 
-@pytest.mark.parametrize("build", [resnet, vit])
-@pytest.mark.parametrize("stop_after", [STEPS + 2, 3 * STEPS + 2], ids=["masked", "cut"])
+@pytest.mark.parametrize(
+    ("build", "stop_after"), [(vit, STEPS + 2), (resnet, 3 * STEPS + 2)], ids=["vit, masked", "resnet, cut"]
+)
 def test_a_run_that_ended_early_goes_on_to_the_same_weights(
     build: Any, stop_after: int, examples: Any, tmp_path: Path
 ) -> None:
@@ -406,7 +407,9 @@ def test_mistakes_are_told_before_they_cost_anything(examples: Any, tmp_path: Pa
 def test_a_loop_of_accelerate(examples: Any) -> None:
     """accelerate wraps model and optimizer; the controller is given what is inside."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before, as the Trainer does
     model = resnet()
     dense = sum(p.numel() for p in model.parameters())
     inputs = image_inputs(model)

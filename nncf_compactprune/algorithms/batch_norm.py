@@ -38,7 +38,9 @@ def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False)
 
 
 def pool_over_ranks(model: torch.nn.Module) -> None:
-    """Mean and variance over the data of all processes: each has seen its own part."""
+    """Mean and variance over the data of all processes: each has seen its own part, all equally much."""
+    if process_count() == 1:
+        return
     norms: list[Any] = [
         module
         for _, module in named_modules(model)
@@ -46,10 +48,9 @@ def pool_over_ranks(model: torch.nn.Module) -> None:
     ]
     means = averaged([norm.running_mean for norm in norms])
     squares = averaged([norm.running_var + norm.running_mean.square() for norm in norms])
-    if process_count() > 1:
-        for norm, mean, square in zip(norms, means, squares, strict=True):
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(square - mean.square())
+    for norm, mean, square in zip(norms, means, squares, strict=True):
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(square - mean.square())
 
 
 def first_batches(batches: Iterator[Any], samples: int) -> list[Any]:

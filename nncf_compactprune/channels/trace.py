@@ -82,11 +82,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no autocast and an untouched random state inside; training flags restored after."""
     training = [module for _, module in named_modules(model) if module.training]
     device = next((p.device.type for p in model.parameters()), "cpu")
-    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    without_autocast = torch.autocast(device, enabled=False) if on else nullcontext()
     if training:
         model.eval()
     try:
-        with torch.no_grad(), autocast, torch.random.fork_rng(devices=_cuda_devices(model)):
+        with torch.no_grad(), without_autocast, torch.random.fork_rng(devices=_cuda_devices(model)):
             yield
     finally:
         for module in training:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from os import PathLike
@@ -95,15 +96,15 @@ def fill(model: nn.Module, directory: str | PathLike[str]) -> None:
 
 
 def _from_pretrained(kind: Any, plan: PruningPlan | None, folder: Path, config: Any, **options: Any) -> Any:
-    cut = kind if plan is None else _cut_when_built(kind, plan)
     try:
-        model, info = cut.from_pretrained(folder, config=config, output_loading_info=True, **options)
+        model, info = _cut_when_built(kind, plan).from_pretrained(
+            folder, config=config, output_loading_info=True, **options
+        )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         msg = f"{folder}: the weights cannot be loaded into the pruned {kind.__name__}: {error}"
         raise CompactPruneError(msg) from error
-    faults = {what: [str(name) for name in info.get(what, ()) if NNCF_HOOKS not in str(name)] for what in FAULTS}
-    if any(faults.values()):
-        wrong = {what: sorted(names) for what, names in faults.items() if names}
+    wrong = {what: sorted(str(name) for name in info[what]) for what in FAULTS if info.get(what)}
+    if wrong:
         msg = f"{folder}: does not hold the weights of the pruned {kind.__name__}: {wrong}. Save or copy it again."
         raise CompactPruneError(msg)
     model.__class__ = kind
@@ -113,16 +114,19 @@ def _from_pretrained(kind: Any, plan: PruningPlan | None, folder: Path, config: 
     return model
 
 
-def _cut_when_built(kind: Any, plan: PruningPlan) -> Any:
+def _cut_when_built(kind: Any, plan: PruningPlan | None) -> Any:
     """A subclass whose networks are cut before ``from_pretrained`` fills them: transformers then does the rest, with
-    its names of old, its shards and its dtypes."""
+    its names of old, its shards and its dtypes. The masks in a masked model's file are passed over."""
 
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, *args, **kwargs)
-        with torch.device("cpu"):  # for the plan's own indices, where the network is built on the meta device
-            apply_plan(self, plan)
+        if plan is not None:
+            with torch.device("cpu"):  # for the plan's own indices, where the network is built on the meta device
+                apply_plan(self, plan)
 
-    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+    passed_over = [*(kind._keys_to_ignore_on_load_unexpected or ()), re.escape(NNCF_HOOKS)]
+    members = {"__init__": build, "__module__": kind.__module__, "_keys_to_ignore_on_load_unexpected": passed_over}
+    return type(kind.__name__, (kind,), members)
 
 
 def describe(model: nn.Module) -> None:
