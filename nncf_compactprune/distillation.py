@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from nncf_compactprune.errors import DistillationError, nearest
 
 Precision = Literal["same", "bfloat16", "float16"]
-_POOLS: dict[int, Callable[[Tensor, list[int]], Tensor]] = {
+_POOLS: dict[int, Callable[..., Tensor]] = {
     4: functional.adaptive_avg_pool2d,
     5: functional.adaptive_avg_pool3d,
 }
