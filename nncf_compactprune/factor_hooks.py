@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from nncf.torch.function_hook.hook_executor_mode import disable_function_hook_mode
 from nncf.torch.layer_utils import StatefulModuleInterface
 from torch import Tensor, nn
 from torch.nn import functional
@@ -62,6 +63,13 @@ class FactorizedWeight(nn.Module, StatefulModuleInterface):  # type: ignore[misc
         """What the layer computes with; ``weight`` itself only says dtype and memory format."""
         if not self.used:  # written once: a value that changes at every call would make torch.compile start anew
             self.used = True
+        if torch.compiler.is_compiling():
+            return self._weight(weight)
+        # NNCF would name every operation in here, and look for hooks on it: most of the time that merging takes.
+        with disable_function_hook_mode():
+            return self._weight(weight)
+
+    def _weight(self, weight: Tensor) -> Tensor:
         if self.mode == "chain":
             return self.geometry.core_weight(self.core, self.expansion).to(weight.dtype)
         # In half precision three roundings would add up, in the weight itself.

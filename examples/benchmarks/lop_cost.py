@@ -107,7 +107,7 @@ def table(rows: list[dict[str, Any]], threads: int) -> str:
         "",
         f"`python examples/benchmarks/lop_cost.py`. torch {version('torch')}, NNCF {version('nncf')}, CPU, {threads} "
         f"thread(s), batch {BATCH}, expansion {EXPANSION}, SGD with momentum, no teacher. Ratios are medians of paired "
-        "steps, with the smallest and largest.",
+        "steps, with the smallest and largest; the machine did other work beside. Memory is resident memory.",
         "",
         "| network | MACs kept | plain, s | merged, s | chain, s | merged / plain | chain / plain "
         "| plain, MiB | merged, MiB | chain, MiB | merged / plain | chain / plain |",
