@@ -26,7 +26,7 @@ from nncf_compactprune import create_compressed_model, trace
 HERE = Path(__file__).parent
 BUDGETS, SEEDS = (0.35, 0.5, 0.7), (0, 1, 2)
 # A run that is stopped early has compared all arms on as much as it could.
-ORDER = ((0, 0.35), (0, 0.5), (1, 0.35), (2, 0.35), (0, 0.7), (1, 0.5), (2, 0.5), (1, 0.7), (2, 0.7))
+ORDER = ((0, 0.35), (1, 0.35), (2, 0.35), (0, 0.5), (0, 0.7), (1, 0.5), (2, 0.5), (1, 0.7), (2, 0.7))
 CRITERIA = {
     "L1": "l1", "L2": "l2", "BN scale": "batch_norm_scale", "geometric median": "geometric_median", "Taylor": "taylor",
 }  # fmt: skip
@@ -34,7 +34,7 @@ PEERS: dict[str, Callable[[], Any]] = {
     "Torch-Pruning, L2": lambda: tp.importance.MagnitudeImportance(p=2),
     "Torch-Pruning, Taylor": tp.importance.TaylorImportance,
 }
-TUNED = ("catro", "L1", "BN scale", "geometric median", "Taylor", "Torch-Pruning, Taylor")
+TUNED = ("catro", "Torch-Pruning, Taylor", "L1", "geometric median", "Taylor", "BN scale")
 ALLOCATIONS = ("uniform", "global")
 
 
