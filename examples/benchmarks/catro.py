@@ -206,6 +206,8 @@ def cell(row: dict[str, Any]) -> str:
 def report(rows: Rows) -> str:
     lines = ["# Accuracy after pruning CIFAR-10 ResNets", ""]
     for depth in (20, 56):
+        if not any(key.startswith(f"resnet{depth}") for key in rows.rows):
+            continue
         after = " / one epoch on 10,000 images, all test images, mean ± deviation (seeds)" if depth == 20 else ""
         lines += [
             f"## ResNet-{depth}",
@@ -219,6 +221,8 @@ def report(rows: Rows) -> str:
         ]
         for arm in ("catro", *CRITERIA, *PEERS):
             cells = [cell(figures(rows, depth, budget, arm)) for budget in BUDGETS[::-1]]
+            if not any(cells):
+                continue
             lines.append(f"| {arm} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["## Samples per class (ResNet-20, half of the MACs, three draws)", "", "| samples | right after | + BN |"]
