@@ -26,7 +26,7 @@ from nncf_compactprune import create_compressed_model, trace
 HERE = Path(__file__).parent
 BUDGETS, SEEDS = (0.35, 0.5, 0.7), (0, 1, 2)
 # A run that is stopped early has compared all arms on as much as it could.
-ORDER = ((0, 0.35), (0, 0.5), (1, 0.35), (2, 0.35), (0, 0.7), (1, 0.5), (2, 0.5), (1, 0.7), (2, 0.7))
+ORDER = ((0, 0.35), (1, 0.35), (2, 0.35), (0, 0.5), (0, 0.7), (1, 0.5), (2, 0.5), (1, 0.7), (2, 0.7))
 CRITERIA = {
     "L1": "l1", "L2": "l2", "BN scale": "batch_norm_scale", "geometric median": "geometric_median", "Taylor": "taylor",
 }  # fmt: skip
@@ -34,7 +34,7 @@ PEERS: dict[str, Callable[[], Any]] = {
     "Torch-Pruning, L2": lambda: tp.importance.MagnitudeImportance(p=2),
     "Torch-Pruning, Taylor": tp.importance.TaylorImportance,
 }
-TUNED = ("catro", "L1", "BN scale", "geometric median", "Taylor", "Torch-Pruning, Taylor")
+TUNED = ("catro", "Torch-Pruning, Taylor", "L1", "geometric median", "Taylor", "BN scale")
 ALLOCATIONS = ("uniform", "global")
 
 
@@ -206,6 +206,8 @@ def cell(row: dict[str, Any]) -> str:
 def report(rows: Rows) -> str:
     lines = ["# Accuracy after pruning CIFAR-10 ResNets", ""]
     for depth in (20, 56):
+        if not any(key.startswith(f"resnet{depth}") for key in rows.rows):
+            continue
         after = " / one epoch on 10,000 images, all test images, mean ± deviation (seeds)" if depth == 20 else ""
         lines += [
             f"## ResNet-{depth}",
@@ -219,6 +221,8 @@ def report(rows: Rows) -> str:
         ]
         for arm in ("catro", *CRITERIA, *PEERS):
             cells = [cell(figures(rows, depth, budget, arm)) for budget in BUDGETS[::-1]]
+            if not any(cells):
+                continue
             lines.append(f"| {arm} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["## Samples per class (ResNet-20, half of the MACs, three draws)", "", "| samples | right after | + BN |"]

@@ -25,7 +25,7 @@ BUILDERS: dict[int, Callable[[], nn.Module]] = {20: resnet20, 56: resnet56}
 
 @dataclass(frozen=True)
 class Cifar:
-    """Normalised images ``[n, 3, 32, 32]`` and labels ``[n]``: the first 10,000 training images, all test images."""
+    """Normalised images ``[n, 3, 32, 32]`` and labels ``[n]``: the first training images, all test images."""
 
     train: Tensor
     train_labels: Tensor
@@ -34,8 +34,8 @@ class Cifar:
     folder: Path
 
     @classmethod
-    def load(cls, folder: Path) -> Cifar:
-        data = resolve_dataset(f"cifar10:{folder}", {"train_samples": TRAIN_IMAGES})
+    def load(cls, folder: Path, train_images: int | None = TRAIN_IMAGES) -> Cifar:
+        data = resolve_dataset(f"cifar10:{folder}", {"train_samples": train_images})
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.mean, data.std))
         parts: Any = (data.train, data.test)
         (x, y), (u, v) = (((p.images.float() / 255 - mean) / std, p.labels) for p in parts)

@@ -235,7 +235,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = Rows(HERE / "catro_forms.jsonl")
     data = Cifar.load(arguments.data)
-    for depth in arguments.depth or (20, 56):
+    for depth in arguments.depth or (20,):
         found = forms(data, depth)
         for name, form in found.items():
             if depth == 20 or name in FULL_56:
@@ -251,16 +251,15 @@ def main() -> None:
 
 def write(rows: Rows) -> None:
     names = list(dict.fromkeys(key.split(" ", 2)[2] for key in rows.rows))
-    lines = [
-        "| form | ResNet-20, 30 % | + BN | 50 % | + BN | ResNet-56, 30 % | + BN | 50 % | + BN |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    depths = [depth for depth in (20, 56) if any(key.startswith(f"{depth} ") for key in rows.rows)]
+    heads = [f"ResNet-{depth}, {share:.0%} | + BN" for depth in depths for share in RATIOS]
+    lines = [f"| form | {' | '.join(heads)} |", "|---|" + "---|---|" * len(heads)]
     for name in names:
         cells = []
-        for depth in (20, 56):
+        for depth in depths:
             for share in RATIOS:
                 row = rows.rows.get(f"{depth} {share} {name}")
-                cells += [f"{row['pruned']:.1f}", f"{row['adapted']:.1f}"] if row else ["", ""]
+                cells.append(f"{row['pruned']:.1f} | {row['adapted']:.1f}" if row else " | ")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     text = ["# Forms tried for `catro`", "", __doc__.split("\n\n")[2].strip(), "", *lines, ""]
     (HERE / "catro_forms.md").write_text("\n".join(text))

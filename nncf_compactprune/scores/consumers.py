@@ -263,7 +263,9 @@ def _blocks(call: Call, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     for g in range(groups):
         own = positions[:, g * per_group : (g + 1) * per_group]
         kernel = weight[g * outputs : (g + 1) * outputs, own - g * weight.shape[1]].flatten(3)
-        yield taken[:, own].flatten(2), kernel.permute(1, 2, 3, 0).flatten(1, 2)
+        every = torch.arange(taken.shape[1], device=own.device)
+        used = taken if groups == own.shape[1] == 1 and torch.equal(own[:, 0], every) else taken[:, own].flatten(2)
+        yield used, kernel.permute(1, 2, 3, 0).flatten(1, 2)
 
 
 def _lattice(sizes: Sequence[int]) -> Tensor:
