@@ -167,6 +167,23 @@ def test_few_bits_leave_few_levels(bits: int) -> None:
     assert distance(dense, model) < (0.7 if bits == 4 else 0.1)
 
 
+def test_equalised_depthwise_weights_with_one_scale() -> None:
+    """Channels of very unlike size: with one scale for a weight the small ones are lost, unless equalised first."""
+    dense = network("depthwise")
+    spread = torch.logspace(-1.5, 1.5, 32)
+    block = dense.features
+    block[1][1].weight.data *= spread  # ReLU passes the scale on to the depthwise convolution, which takes it back
+    block[1][1].bias.data *= spread
+    block[2][0].weight.data /= spread.view(-1, 1, 1, 1)
+    results = []
+    for equalise in (False, True):
+        model = copy.deepcopy(dense)
+        ctrl, _ = compress(model, quantize_entry(4, per_channel=False, equalise=equalise))
+        ctrl.strip()
+        results.append(distance(dense, model))
+    assert results[1] < 0.8 * results[0]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_grid_quantizer_rounds_to_its_levels(bits: int) -> None:
     quantizer, x = GridQuantizer(bits, signed=False), torch.linspace(-1, 4, 4001)
