@@ -15,6 +15,7 @@ from torch import nn
 from nncf_compactprune import CompressionStage, create_compressed_model, export_model
 from nncf_compactprune.channels import trace
 from nncf_compactprune.channels.tensors import named_modules
+from nncf_compactprune.datafree import Reconstruction
 from nncf_compactprune.datafree.gram import is_linear
 from nncf_compactprune.datafree.quantizers import GridQuantizer
 from nncf_compactprune.errors import ConfigError, DataFreeError
@@ -229,3 +230,21 @@ def test_wrong_models_are_refused_untouched(entry) -> None:
         assert unchanged(model, before)
     with pytest.raises(DataFreeError, match=r'"dataset", but no train_loader'):
         compress(network(), {**entry, "generation": {"source": "dataset"}})
+
+
+@pytest.mark.parametrize("entry", [quantize_entry(4), {"algorithm": "data_free_sparsity"}])
+def test_a_failure_on_the_way_puts_everything_back(entry, monkeypatch) -> None:
+    model = network()
+    before, expected = state(model), model.eval()(X)
+    ctrl, _ = compress(model, entry)
+
+    def dying(self, module, x, met):
+        module.weight.data.add_(1)
+        raise MemoryError
+
+    monkeypatch.setattr(Reconstruction, "_layer", dying)
+    with pytest.raises(MemoryError):
+        ctrl.strip()
+    assert unchanged(model, before)
+    assert torch.equal(model(X), expected)
+    assert not hasattr(model, "__nncf_hooks")

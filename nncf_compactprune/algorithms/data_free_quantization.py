@@ -26,11 +26,10 @@ from nncf_compactprune.datafree.gram import Moments, weight_rows
 from nncf_compactprune.datafree.network import check_weights
 from nncf_compactprune.datafree.preconditioning import precondition
 from nncf_compactprune.datafree.quantizers import GridQuantizer, install
-from nncf_compactprune.datafree.reconstruction import LayerStep, solve
+from nncf_compactprune.datafree.reconstruction import LayerStep, solve, whole_or_nothing
 from nncf_compactprune.datafree.rounding import round_in_turn, search_scales
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.hookspecs import Algorithm, hookimpl
-from nncf_compactprune.surgery import transaction
 
 QUANTIZED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.modules.conv._ConvTransposeNd)
 ROUNDING_RIDGE = 0.01
@@ -102,11 +101,11 @@ class DataFreeQuantization(CompressionAlgorithm):
             msg = f"'{self.name}': {type(model).__name__} has no convolution and no linear layer."
             raise DataFreeError(msg)
         bits = {n: params.edge_bits if n in (layers[0], layers[-1]) else params.weight_bits for n in layers}
-        dense = copy.deepcopy(model)
         scopes = self.config.ignored_scopes
-        with context.timed("quantization"), evaluating(model), evaluating(dense), transaction() as log:
+        with context.timed("quantization"), evaluating(model), whole_or_nothing(model) as log:
             if params.equalise:
                 precondition(log, model, context.example_inputs)
+            dense = copy.deepcopy(model)  # what the layers are compared with, scaled alike
             weights, activations, at_input = install(
                 model,
                 network,
