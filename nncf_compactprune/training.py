@@ -69,7 +69,8 @@ class RunConfig(BaseModel):
     :param model: name for :func:`~nncf_compactprune.integrations.models.resolve_model`.
     :param model_options: keyword arguments of the model's builder.
     :param weights: safetensors file of the dense model.
-    :param dataset: name for :func:`~nncf_compactprune.integrations.datasets.resolve_dataset`.
+    :param dataset: name for :func:`~nncf_compactprune.integrations.datasets.resolve_dataset`; without one nothing is
+        trained and no accuracy measured.
     :param dataset_options: the dataset's own options.
     :param epochs: fine-tuning epochs, while and after pruning.
     :param pretrain_epochs: epochs of dense training first; ignored where weights are given.
@@ -82,7 +83,7 @@ class RunConfig(BaseModel):
     model: str
     model_options: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
-    dataset: str
+    dataset: str | None = None
     dataset_options: dict[str, Any] = Field(default_factory=dict)
     batch_size: int = Field(default=64, ge=1)
     epochs: int = Field(default=10, ge=0)

@@ -15,6 +15,7 @@ from torch import nn
 from nncf_compactprune import CompressionStage, create_compressed_model, export_model
 from nncf_compactprune.channels import trace
 from nncf_compactprune.channels.tensors import named_modules
+from nncf_compactprune.datafree import Reconstruction
 from nncf_compactprune.datafree.gram import is_linear
 from nncf_compactprune.datafree.quantizers import GridQuantizer
 from nncf_compactprune.errors import ConfigError, DataFreeError
@@ -167,6 +168,23 @@ def test_few_bits_leave_few_levels(bits: int) -> None:
     assert distance(dense, model) < (0.7 if bits == 4 else 0.1)
 
 
+def test_equalised_depthwise_weights_with_one_scale() -> None:
+    """Channels of very unlike size: with one scale for a weight the small ones are lost, unless equalised first."""
+    dense = network("depthwise")
+    spread = torch.logspace(-1.5, 1.5, 32)
+    block = dense.features
+    block[1][1].weight.data *= spread  # ReLU passes the scale on to the depthwise convolution, which takes it back
+    block[1][1].bias.data *= spread
+    block[2][0].weight.data /= spread.view(-1, 1, 1, 1)
+    results = []
+    for equalise in (False, True):
+        model = copy.deepcopy(dense)
+        ctrl, _ = compress(model, quantize_entry(4, per_channel=False, equalise=equalise))
+        ctrl.strip()
+        results.append(distance(dense, model))
+    assert results[1] < 0.8 * results[0]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_grid_quantizer_rounds_to_its_levels(bits: int) -> None:
     quantizer, x = GridQuantizer(bits, signed=False), torch.linspace(-1, 4, 4001)
@@ -212,3 +230,21 @@ def test_wrong_models_are_refused_untouched(entry) -> None:
         assert unchanged(model, before)
     with pytest.raises(DataFreeError, match=r'"dataset", but no train_loader'):
         compress(network(), {**entry, "generation": {"source": "dataset"}})
+
+
+@pytest.mark.parametrize("entry", [quantize_entry(4), {"algorithm": "data_free_sparsity"}])
+def test_a_failure_on_the_way_puts_everything_back(entry, monkeypatch) -> None:
+    model = network()
+    before, expected = state(model), model.eval()(X)
+    ctrl, _ = compress(model, entry)
+
+    def dying(self, module, x, met):
+        module.weight.data.add_(1)
+        raise MemoryError
+
+    monkeypatch.setattr(Reconstruction, "_layer", dying)
+    with pytest.raises(MemoryError):
+        ctrl.strip()
+    assert unchanged(model, before)
+    assert torch.equal(model(X), expected)
+    assert not hasattr(model, "__nncf_hooks")

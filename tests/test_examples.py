@@ -21,6 +21,7 @@ from torch.utils.data import Subset
 
 from nncf_compactprune.algorithms.catro import CatroConfig
 from nncf_compactprune.algorithms.fbnet import FBNetConfig
+from nncf_compactprune.algorithms.generation import GenerationConfig
 from nncf_compactprune.algorithms.overparameterization import OverparameterizationConfig
 from nncf_compactprune.cli import main
 from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
@@ -203,9 +204,9 @@ def test_commands_print_what_the_readme_shows(
 # -- tables of keys ----------------------------------------------------------------------------------------------------
 
 
-def table(first_key: str) -> dict[str, str]:
-    """Key and default of every row of the README's table that begins with a key."""
-    (rows,) = re.findall(rf"\| Key \| Default \| Meaning \|\n\| --- .*\n(\| `{first_key}` (?:.*\n)+?)\n", README)
+def table(first_key: str, document: str = README) -> dict[str, str]:
+    """Key and default of every row of the document's table that begins with a key."""
+    (rows,) = re.findall(rf"\| Key \| Default \| Meaning \|\n\| --- .*\n(\| `{first_key}` (?:.*\n)+?)\n", document)
     cells = [[cell.strip(" `") for cell in row.split("|")] for row in rows.splitlines()]
     return {key: default for _, key, default, *_ in cells}
 
@@ -240,6 +241,10 @@ def test_readme_lists_what_catro_has_beside_or_otherwise() -> None:
     assert common.keys() - fields(CatroConfig).keys() == {"params.importance"}
 
 
+def test_data_free_document_lists_every_key_of_generation_with_its_default() -> None:
+    assert table("generation.source", DOCUMENTS["docs/data_free.md"]) == fields(GenerationConfig, "generation.")
+
+
 def test_readme_lists_every_key_of_a_run_with_its_default() -> None:
     assert table("model") == fields(RunConfig)
 
@@ -254,5 +259,5 @@ def test_configs_in_the_readme_load() -> None:
     assert blocks
     for block in blocks:
         config = load_config(json.loads(block))
-        assert isinstance(config.compression[0], FBNetConfig)
+        assert config.compression
         assert isinstance(config.example_inputs()[0], torch.Tensor)  # type: ignore[index]

@@ -24,8 +24,9 @@ from nncf_compactprune.config import AlgorithmConfig, Section
 from nncf_compactprune.datafree import Reconstruction, Refit
 from nncf_compactprune.datafree.gram import Moments, weight_rows
 from nncf_compactprune.datafree.network import check_weights
+from nncf_compactprune.datafree.preconditioning import precondition
 from nncf_compactprune.datafree.quantizers import GridQuantizer, install
-from nncf_compactprune.datafree.reconstruction import LayerStep, solve
+from nncf_compactprune.datafree.reconstruction import LayerStep, solve, whole_or_nothing
 from nncf_compactprune.datafree.rounding import round_in_turn, search_scales
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.hookspecs import Algorithm, hookimpl
@@ -41,6 +42,8 @@ class QuantizationParams(Section):
     :param edge_bits: of the model's input, of the first layer's weights, and of the last layer's, where lower bits
     cost most.
     :param per_channel: a scale for each output channel of a weight.
+    :param equalise: fold BatchNorms, equalise channels over layers and absorb biases first. For weights with one scale
+        in networks with very unlike channels (depthwise ones); activations pay for it, so it is off by default.
     :param ridge: how strongly re-fitted weights are held to the float ones, relative to the inputs' variance.
     """
 
@@ -48,6 +51,7 @@ class QuantizationParams(Section):
     activation_bits: int = Field(default=8, ge=4, le=8)
     edge_bits: int = Field(default=8, ge=4, le=8)
     per_channel: bool = True
+    equalise: bool = False
     ridge: float = Field(default=0.03, gt=0)
     target_device: Literal["ANY", "CPU", "GPU", "NPU"] = "CPU"
 
@@ -97,9 +101,11 @@ class DataFreeQuantization(CompressionAlgorithm):
             msg = f"'{self.name}': {type(model).__name__} has no convolution and no linear layer."
             raise DataFreeError(msg)
         bits = {n: params.edge_bits if n in (layers[0], layers[-1]) else params.weight_bits for n in layers}
-        dense = copy.deepcopy(model)
         scopes = self.config.ignored_scopes
-        with context.timed("quantization"), evaluating(model), evaluating(dense):
+        with context.timed("quantization"), evaluating(model), whole_or_nothing(model) as log:
+            if params.equalise:
+                precondition(log, model, context.example_inputs)
+            dense = copy.deepcopy(model)  # what the layers are compared with, scaled alike
             weights, activations, at_input = install(
                 model,
                 network,

@@ -23,7 +23,7 @@ from nncf_compactprune.channels.trace import evaluating
 from nncf_compactprune.config import AlgorithmConfig, Section
 from nncf_compactprune.datafree import Reconstruction, Refit
 from nncf_compactprune.datafree.gram import Moments, is_linear, weight_rows
-from nncf_compactprune.datafree.reconstruction import LayerStep, called_once, dense_moments, solve
+from nncf_compactprune.datafree.reconstruction import LayerStep, called_once, dense_moments, solve, whole_or_nothing
 from nncf_compactprune.datafree.sparsity import shares, sparsify
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.hookspecs import Algorithm, hookimpl
@@ -82,7 +82,7 @@ class DataFreeSparsity(CompressionAlgorithm):
         if unknown := sorted(ignored - set(modules)):
             msg = f"ignored_scopes: '{unknown[0]}' is no module of {type(model).__name__}."
             raise DataFreeError(msg)
-        with self.context.timed("sparsity"), evaluating(model):
+        with self.context.timed("sparsity"), evaluating(model), whole_or_nothing(model):
             once = called_once(model, network, inputs.images[:1])
             names = [n for n, m in modules.items() if n in once and is_linear(m) and n not in ignored]
             if params.granularity == "2:4":
@@ -92,8 +92,9 @@ class DataFreeSparsity(CompressionAlgorithm):
                 weights = {name: weight_rows(modules[name]) for name in names}
                 ratios = shares(weights, found, params.sparsity, params.ridge)
             step = sparse_step(ratios, params.ridge, frozenset(names))
-            dense = copy.deepcopy(model)
-            self.refits = Reconstruction(dense, model, inputs, network, step=step).run(progress="Sparsifying layers")
+            self.refits = Reconstruction(copy.deepcopy(model), model, inputs, network, step=step).run(
+                progress="Sparsifying layers"
+            )
         self._done = True
 
     def stage(self) -> CompressionStage:

@@ -98,7 +98,7 @@ class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, StatefulModuleInterf
         return torch.fake_quantize_per_tensor_affine(x, self._step, self._zero, low, high)
 
     def _as_onnx(self, x: Tensor, per_channel: bool) -> Tensor:
-        """ONNX's pair of operations; torch.export cannot trace torch's own fake quantization, which has no meta kernel."""
+        """ONNX's pair of operations: torch.export cannot trace torch's fake quantization, which has no meta kernel."""
         kind = torch.int8 if self.signed else torch.uint8
         scale = self.scale if per_channel else self.scale[0]
         zero = (self.zero_point if per_channel else self.zero_point[0]).to(kind)

@@ -19,22 +19,25 @@ form, the prior and the relative statistics are ours (only the abstract was at h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from nncf.common.logging.track_progress import track
+from nncf.torch.function_hook import get_hook_storage, is_wrapped
 from torch import Tensor, nn
 
-from nncf_compactprune.channels.tensors import named_modules
+from nncf_compactprune.channels.tensors import model_tensors, named_modules
 from nncf_compactprune.datafree.gram import Moments, as_weight, is_linear, moments, weight_rows
 from nncf_compactprune.datafree.network import BatchNorm, ImageNetwork, batch_norms, statistics
 from nncf_compactprune.datafree.pacing import Met, Reference
 from nncf_compactprune.datafree.resampling import resampling
 from nncf_compactprune.datafree.sources import LayerInputs
+from nncf_compactprune.masks import unwrap_if_empty
+from nncf_compactprune.surgery import Transaction, transaction
 
 MIN_STD_RATIO = 0.05  # a channel whose output all but vanished keeps a scale that does not blow up
 
@@ -176,6 +179,23 @@ class Reconstruction:
             return tensor
         dim = tensor.dim() - 1 if isinstance(module, nn.Linear) else 1
         return tensor.index_select(dim, positions.to(tensor.device))
+
+
+@contextmanager
+def whole_or_nothing(model: nn.Module) -> Iterator[Transaction]:
+    """An exception inside puts every tensor back and takes NNCF's hooks off; the model came without any."""
+    with transaction() as log:
+        for _, tensor in model_tensors(model).named():
+            log.set_data(tensor, tensor.data.clone())
+        try:
+            yield log
+        except BaseException:
+            if is_wrapped(model):
+                storage = get_hook_storage(model)
+                for name, _ in list(storage.named_hooks()):
+                    storage.delete_hook(name)
+                unwrap_if_empty(model)
+            raise
 
 
 @torch.no_grad()
