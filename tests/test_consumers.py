@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from nncf_compactprune import trace
 from nncf_compactprune.channels import ChannelGraph, ChannelGroup
 from nncf_compactprune.masks import Masks
-from nncf_compactprune.scores import consumers
+from nncf_compactprune.scores import consumers, contributions
 from nncf_compactprune.scores.class_effects import FeatureScatter, MarginEffects, margins
-from nncf_compactprune.scores.consumers import ConsumerMode, Contributions
+from nncf_compactprune.scores.consumers import ConsumerMode
+from nncf_compactprune.scores.contributions import Contributions
 
 LABELS = torch.tensor([1, 3])
 
@@ -91,7 +92,7 @@ def test_consumers_are_found_in_functional_code() -> None:
 @pytest.mark.parametrize("name", ["plain", "grouped", "flatten", "option_a", "pixel_shuffle", "attention"])
 def test_contributions_are_those_of_single_channels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the consumer itself, run with one channel at a time and all positions looked at."""
-    monkeypatch.setattr(consumers, "PATCHES", 10**6)
+    monkeypatch.setattr(contributions, "PATCHES", 10**6)
     model, x = trained(name), images()
     graph = trace(model, x)
     checked = 0
@@ -126,21 +127,21 @@ def test_many_outputs_are_mixed_down_without_bias(monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     weights = torch.randn(6, 3, 4000)
     exact = torch.einsum("kto,lto->kl", weights, weights)
-    mixed = consumers._sketched(weights)
-    assert mixed.shape == (6, 3, consumers.SKETCH)
+    mixed = contributions._sketched(weights)
+    assert mixed.shape == (6, 3, contributions.SKETCH)
     approximate = torch.einsum("kto,lto->kl", mixed, mixed)
     assert float((exact - approximate).abs().max() / exact.max()) < 0.35
-    assert torch.equal(mixed, consumers._sketched(weights))
+    assert torch.equal(mixed, contributions._sketched(weights))
 
 
 def test_a_lattice_is_spread_over_all_dimensions() -> None:
-    flat = consumers._lattice((32, 32))
-    assert len(flat.unique()) == consumers.PATCHES
+    flat = contributions._lattice((32, 32))
+    assert len(flat.unique()) == contributions.PATCHES
     for values in (flat // 32, flat % 32):
         assert values.min() < 11
         assert values.max() >= 21
-        assert len(values.unique()) > consumers.PATCHES // 2
-    assert consumers._lattice((2, 2)).tolist() == [0, 1, 2, 3]
+        assert len(values.unique()) > contributions.PATCHES // 2
+    assert contributions._lattice((2, 2)).tolist() == [0, 1, 2, 3]
 
 
 # -- invariances -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from nncf_compactprune import create_compressed_model, trace
 from nncf_compactprune.plan import make_plan
 from nncf_compactprune.scores.class_effects import FeatureScatter, MarginEffects, margins
 from nncf_compactprune.scores.class_statistics import ClassMoments
-from nncf_compactprune.scores.consumers import Call, Contributions
+from nncf_compactprune.scores.consumers import Call
+from nncf_compactprune.scores.contributions import Contributions
 from nncf_compactprune.scores.magnitude import l1
 from nncf_compactprune.scores.trace_ratio import joint_removal, trace_ratio
 from nncf_compactprune.surgery import prune_in_place

@@ -19,7 +19,8 @@ from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.channels.trace import call_model, evaluating
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.scores.class_statistics import ClassMoments, reduced
-from nncf_compactprune.scores.consumers import Call, ConsumerMode, Contributions
+from nncf_compactprune.scores.consumers import Call, ConsumerMode
+from nncf_compactprune.scores.contributions import Contributions
 from nncf_compactprune.scores.labelled import class_scores
 
 Key = tuple[int, str]
