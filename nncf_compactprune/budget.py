@@ -136,49 +136,98 @@ def _largest(problem: Allocation, widths_at: Callable[[float], Widths], low: flo
 
 
 def greedy(problem: Allocation, scores: Scores) -> Widths:
-    """Removes step by step what costs the least score for the most budget (lazy greedy on exact savings).
-
-    A step takes a group to its next allowed width. Its price is the score lost (scaled to sum 1 over the group's mean,
-    as in :func:`global_ranking`) over the share of the missing budget that it saves, the tightest budget deciding.
-    """
+    """Removes step by step what costs the least score for the most budget: :func:`lazy_greedy` on the scores lost
+    (scaled to mean 1 in each group, as in :func:`global_ranking`)."""
     scaled = [np.sort(s / max(float(np.mean(s)), 1e-12)) for s in scores]
-    lost = [np.concatenate([[0.0], np.cumsum(s)]) for s in scaled]
+    return lazy_greedy(problem, [np.concatenate([[0.0], np.cumsum(s)]) for s in scaled])
+
+
+def least_loss(problem: Allocation, scores: Scores) -> Widths:
+    """As :func:`greedy`, for scores that are losses in one unit all over the network: nothing is scaled."""
+    return lazy_greedy(problem, [np.concatenate([[0.0], np.cumsum(np.sort(s))]) for s in scores])
+
+
+def lazy_greedy(problem: Allocation, curves: Scores) -> Widths:
+    """Stage 1: widths of all groups under every budget, by the least loss for the most missing budget.
+
+    A step takes a group to its next allowed width; its price is the loss over the share that it saves, on exact cost
+    polynomials, of what the dense network is above budget; of several budgets still missed, the largest share counts.
+    Prices only rise, on convex curves and as savings shrink with the other groups, so a popped step that is still the
+    cheapest is the cheapest of all.
+
+    When the budget holds, steps are taken back where it allows, dearest first.
+
+    :param curves: for each group the loss at every number removed, ``[channels]``, convex, rising.
+    :return: widths, ``[groups]``.
+    """
     widths = problem.sizes.copy()
+    missing = {kind: problem.graph.cost[kind](widths) - most for kind, most in problem.budgets.items()}
+    missing = {kind: excess for kind, excess in missing.items() if excess > 0}  # the others hold whatever goes
     level = [len(options) - 1 for options in problem.allowed]
 
     def price(group: int) -> float:
         options, at = problem.allowed[group], level[group]
         if at == 0:
             return math.inf
-        removed_before, removed = int(problem.sizes[group] - options[at]), int(options[at] - options[at - 1])
-        loss = lost[group][removed_before + removed] - lost[group][removed_before]
-        saving = 0.0
-        for kind, most in problem.budgets.items():
-            excess = problem.graph.cost[kind](widths) - most
-            if excess > 0:
-                saving = max(saving, min(problem.graph.cost[kind].saved(widths, group, removed), excess) / excess)
-        return float(loss / saving) if saving > 0 else math.inf
+        dense = int(problem.sizes[group])
+        saving = _saving(problem, missing, widths, group, int(options[at] - options[at - 1]))
+        loss = curves[group][dense - int(options[at - 1])] - curves[group][dense - int(options[at])]
+        return max(float(loss), 0.0) / saving if saving > 0 else math.inf
 
     heap = [(price(group), group) for group in range(len(widths))]
     heapq.heapify(heap)
+    taken: list[int] = []
     while heap and not problem.fits(widths):
         _, group = heapq.heappop(heap)
         current = price(group)
-        if heap and current > heap[0][0] and math.isfinite(current):
-            heapq.heappush(heap, (current, group))  # the price rose since it was pushed: look again later
-            continue
         if math.isinf(current):
+            continue
+        if heap and current > heap[0][0]:
+            heapq.heappush(heap, (current, group))
             continue
         level[group] -= 1
         widths[group] = problem.allowed[group][level[group]]
+        taken.append(group)
         heapq.heappush(heap, (price(group), group))
-    return widths if problem.fits(widths) else problem.floor
+    if not problem.fits(widths):
+        return problem.floor
+    return _given_back(problem, curves, widths, level)
+
+
+def _saving(problem: Allocation, missing: Mapping[str, int], widths: Widths, group: int, removed: int) -> float:
+    """The largest share of what a budget missed at first, among the budgets still missed, that a step saves."""
+    shares = [0.0]
+    for kind, first in missing.items():
+        excess = problem.graph.cost[kind](widths) - problem.budgets[kind]
+        if excess > 0:
+            shares.append(min(problem.graph.cost[kind].saved(widths, group, removed), excess) / first)
+    return max(shares)
+
+
+def _given_back(problem: Allocation, curves: Scores, widths: Widths, level: list[int]) -> Widths:
+    """Undoes steps that the last one made needless."""
+    while True:
+        best, gain = -1, 0.0
+        for group, options in enumerate(problem.allowed):
+            if level[group] + 1 >= len(options):
+                continue
+            trial = widths.copy()
+            trial[group] = options[level[group] + 1]
+            dense = int(problem.sizes[group])
+            back = float(curves[group][dense - int(widths[group])] - curves[group][dense - int(trial[group])])
+            if back > gain and problem.fits(trial):
+                best, gain = group, back
+        if best < 0:
+            return widths
+        level[best] += 1
+        widths[best] = problem.allowed[best][level[best]]
 
 
 ALLOCATIONS: Mapping[str, Callable[[Allocation, Scores], Widths]] = {
     "uniform": uniform,
     "global": global_ranking,
     "greedy": greedy,
+    "least_loss": least_loss,
 }
 
 
@@ -199,7 +248,7 @@ def allocate(problem: Allocation, scores: Scores, method: str) -> list[npt.NDArr
     """Solves the problem by a named method.
 
     :param scores: for each group one score a channel, finite, larger kept.
-    :param method: ``"uniform"``, ``"global"`` or ``"greedy"``.
+    :param method: ``"uniform"``, ``"global"``, ``"greedy"`` or ``"least_loss"``.
     :return: for each group which channels stay.
     """
     if method not in ALLOCATIONS:

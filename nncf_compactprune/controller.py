@@ -122,6 +122,8 @@ class CompressionController:
         """
         self._context.optimizer = optimizer if optimizer is not None else self._context.optimizer
         self._context.ema = ema if ema is not None else self._context.ema
+        for algorithm in self.algorithms[: self._begun]:
+            algorithm.attached()
 
     def loss(self) -> Tensor | float:
         """What to add to the task's loss."""
@@ -189,6 +191,7 @@ def create_compressed_model(
     *,
     example_inputs: Any = None,
     plugins: Plugins | None = None,
+    teacher: nn.Module | None = None,
 ) -> tuple[CompressionController, nn.Module]:
     """Builds every algorithm of a configuration on a model, in the order of the list.
 
@@ -201,6 +204,7 @@ def create_compressed_model(
     :param compression_state: what :meth:`CompressionController.get_compression_state` gave in an earlier run. The plan
         is replayed; load the weights after.
     :param example_inputs: what to trace with; default: built from the configuration's ``input_info``.
+    :param teacher: for algorithms that distil; default: a copy of the model as it is now. Put into eval mode.
     :return: controller and model.
     :raises ConfigError: every problem of the configuration at once.
     :raises CompactPruneError: nothing prunable, unreachable budget, scope without a match, and the like; the model is
@@ -210,7 +214,7 @@ def create_compressed_model(
     plugins = plugins or default_plugins()
     if not isinstance(config, CompressionConfig):
         config = load_config(config, plugins)
-    context = Context(model, example_inputs, plugins, train_loader)
+    context = Context(model, example_inputs, plugins, train_loader, teacher=teacher)
     if example_inputs is None:
         context.example_inputs = _varied(config.example_inputs(context.device))
     algorithms = [_build(plugins, entry, context) for entry in config.compression]

@@ -24,11 +24,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nncf_compactprune.channels import ChannelGraph, Hold, trace
 from nncf_compactprune.channels.labels import DimLabels, LabelSpace
+from nncf_compactprune.channels.shapes import ValuesNeeded
 from nncf_compactprune.channels.trace import Tracer, call_model, evaluating, user_location
 from nncf_compactprune.errors import SelfCheckError, TraceError
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.plugins import Plugins, default_plugins
-from nncf_compactprune.surgery import Transaction, cut, in_double, masked, prune_in_place, to_double
+from nncf_compactprune.surgery import Transaction, check_inputs, cut, in_double, masked, prune_in_place, to_double
 
 SINGLE_TOLERANCE = 1e-3
 DOUBLE_TOLERANCE = 1e-6
@@ -63,23 +64,26 @@ def analyse(
         try:
             prune_in_place(model, plan, example_inputs, plugins=plugins, dry_run=True)
         except SelfCheckError:
-            culprit = find_culprit(model, plan, graph, example_inputs, plugins=plugins)
-            if culprit is None:
+            found = culprits(model, plan, graph, example_inputs, plugins=plugins)
+            if not found:
                 raise
-            nncf_logger.debug("Left whole: %s", culprit.reason)
-            for index in culprit.groups:
-                first = graph.groups[index].members[0]
-                holds.append(
-                    Hold(
-                        first.parameter,
-                        first.dim,
-                        tuple(first.indices.ravel().tolist()),
-                        culprit.reason,
-                        culprit.location,
-                    )
-                )
+            holds += found
         else:
             return graph
+
+
+def culprits(
+    model: nn.Module, plan: PruningPlan, graph: ChannelGraph, example_inputs: Any, *, plugins: Plugins | None = None
+) -> list[Hold]:
+    """What to pin after a plan failed its self-check, so that the next trace leaves it whole; empty: nothing found."""
+    culprit = find_culprit(model, plan, graph, example_inputs, plugins=plugins)
+    if culprit is None:
+        return []
+    nncf_logger.debug("Left whole: %s", culprit.reason)
+    members = [graph.groups[index].members[0] for index in culprit.groups]
+    return [
+        Hold(m.parameter, m.dim, tuple(m.indices.ravel().tolist()), culprit.reason, culprit.location) for m in members
+    ]
 
 
 def _trial_plan(graph: ChannelGraph) -> PruningPlan:
@@ -111,7 +115,11 @@ class Culprit:
 
 @dataclass
 class _Record:
-    """One operation of the masked dense run."""
+    """One operation of the dense run.
+
+    :param shapes: of its results, before the cut.
+    :param sizes: of the part of each result that is kept, in a run with arithmetic.
+    """
 
     name: str
     module: str
@@ -131,17 +139,22 @@ def find_culprit(
     *,
     plugins: Plugins | None = None,
 ) -> Culprit | None:
-    """Looks for what stands in the way of a plan, in double precision where the network runs in it.
+    """Looks for what stands in the way of a plan: first by shapes, which need no arithmetic, then by what operations
+    compute, in double precision where the network runs in it.
 
     :param model: dense; it is masked and cut on the way, and left as it was.
     :return: the groups to leave whole, or None where the cut model follows the masked one to the end.
     """
-    try:
-        with in_double(model):
-            inputs = tree_map(to_double, example_inputs)
-            return _find_culprit(model, plan, graph, inputs, plugins, DOUBLE_TOLERANCE)
-    except TraceError:  # the network insists on single precision
-        return _find_culprit(model, plan, graph, example_inputs, plugins, SINGLE_TOLERANCE)
+    for inputs in check_inputs(example_inputs):
+        try:
+            found = _find_culprit(model, plan, graph, inputs, plugins, None)
+            if found is not None:
+                return found
+            with in_double(model):
+                return _find_culprit(model, plan, graph, tree_map(to_double, inputs), plugins, DOUBLE_TOLERANCE)
+        except (TraceError, ValuesNeeded):  # the network insists on another shape, or on single precision
+            continue
+    return _find_culprit(model, plan, graph, example_inputs, plugins, SINGLE_TOLERANCE)
 
 
 def _find_culprit(
@@ -150,10 +163,22 @@ def _find_culprit(
     graph: ChannelGraph,
     example_inputs: Any,
     plugins: Plugins | None,
-    tolerance: float,
+    tolerance: float | None,
 ) -> Culprit | None:
-    records, removed, group_of_label = _masked_records(model, plan, graph, example_inputs, plugins)
-    follower = _Follower(records, tolerance)
+    """
+    :param tolerance: of the size of results, relative; None compares shapes alone.
+    """
+    rules = (plugins or default_plugins()).op_rules
+    first = _Recorder(model, LabelSpace(), rules, None)
+    first.run(example_inputs)
+    records = first.records
+    removed, group_of_label = _fates(first.space, plan, graph)
+    if tolerance is not None:
+        with masked(model, plan):  # once more with arithmetic: now every label's fate is known
+            second = _Recorder(model, LabelSpace(), rules, removed)
+            second.run(example_inputs)
+            records = second.records
+    follower = _Follower(records, removed, tolerance)
     log = Transaction()
     try:
         cut(log, model, plan, plugins=plugins)
@@ -191,20 +216,6 @@ def _touched(
     return groups[groups >= 0]
 
 
-def _masked_records(
-    model: nn.Module, plan: PruningPlan, graph: ChannelGraph, example_inputs: Any, plugins: Plugins | None
-) -> tuple[list[_Record], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Runs the masked model with labels, twice: the second time every label's fate is known."""
-    rules = (plugins or default_plugins()).op_rules
-    with masked(model, plan):
-        first = _Recorder(model, LabelSpace(), rules, None)
-        first.run(example_inputs)
-        removed, group_of_label = _fates(first.space, plan, graph)
-        second = _Recorder(model, LabelSpace(), rules, removed)
-        second.run(example_inputs)
-    return second.records, removed, group_of_label
-
-
 def _fates(
     space: LabelSpace, plan: PruningPlan, graph: ChannelGraph
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
@@ -225,7 +236,10 @@ def _fates(
 
 
 class _Recorder(Tracer):  # type: ignore[no-untyped-call]
-    """Notes every operation's labels, predicted shapes and, from real arithmetic, the size of what is kept."""
+    """Notes every operation's labels and shapes and, once it is known what goes, the size of what is kept.
+
+    :param removed: which labels go; None: run by shapes alone.
+    """
 
     def __init__(
         self, model: nn.Module, space: LabelSpace, rules: Mapping[str, Any], removed: npt.NDArray[np.bool_] | None
@@ -239,27 +253,28 @@ class _Recorder(Tracer):  # type: ignore[no-untyped-call]
     ) -> Any:
         inputs = [self.labels(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if self._removed is not None:
-            tensors = _results(out)
-            record = _Record(str(func.overloadpacket), self.module, self._kind(), user_location(1), inputs, [], [], [])
-            for tensor in tensors:
-                kept = self._kept_part(tensor)
-                record.outputs.append(self.labels(tensor))
-                record.shapes.append(tuple(kept.shape))
-                record.sizes.append(_size(kept))
-            self.records.append(record)
+        results = _results(out)
+        self.records.append(
+            _Record(
+                str(func.overloadpacket),
+                self.module,
+                type(self.model.get_submodule(self.module)).__name__,
+                user_location(1),
+                inputs,
+                [self.labels(tensor) for tensor in results],
+                [tuple(tensor.shape) for tensor in results],
+                [self._kept_size(tensor) for tensor in results] if self._removed is not None else [],
+            )
+        )
         return out
 
-    def _kind(self) -> str:
-        return type(self.model.get_submodule(self.module)).__name__
-
-    def _kept_part(self, tensor: Tensor) -> Tensor:
+    def _kept_size(self, tensor: Tensor) -> float:
         assert self._removed is not None
         for dim, labels in enumerate(self.labels(tensor)):
             if labels is not None and self._removed[labels].any():
                 keep = torch.from_numpy(np.flatnonzero(~self._removed[labels])).to(tensor.device)
                 tensor = tensor.index_select(dim, keep)
-        return tensor
+        return _size(tensor)
 
 
 def _results(out: Any) -> list[Tensor]:
@@ -277,8 +292,9 @@ def _size(tensor: Tensor) -> float:
 class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs the cut model beside the records and notes the first difference."""
 
-    def __init__(self, records: Sequence[_Record], tolerance: float) -> None:
+    def __init__(self, records: Sequence[_Record], removed: npt.NDArray[np.bool_], tolerance: float | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._removed = removed
         self._tolerance = tolerance
         self._records = records
         self._at = 0
@@ -305,14 +321,20 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.found = (len(self._records) - 1, "the network took another path")
             return
         record = self._records[self._at]
+        expected = [self._kept_shape(shape, dims) for shape, dims in zip(record.shapes, record.outputs, strict=True)]
         shapes = [tuple(tensor.shape) for tensor in tensors]
         if str(func.overloadpacket) != record.name:
             self.found = (self._at, f"the network took another path ({func.overloadpacket})")
-        elif shapes != record.shapes:
-            self.found = (self._at, f"expected shape {record.shapes[:1]}, got {shapes[:1]}")
-        elif any(
+        elif shapes != expected:
+            self.found = (self._at, f"expected shape {expected[:1]}, got {shapes[:1]}")
+        elif self._tolerance is not None and any(
             abs(_size(tensor) - size) > self._tolerance * max(size, 1e-6)
             for tensor, size in zip(tensors, record.sizes, strict=True)
             if not math.isnan(size) and not record.name.startswith("aten.empty")
         ):
             self.found = (self._at, "it computes something else on fewer channels")
+
+    def _kept_shape(self, shape: Sequence[int], dims: DimLabels) -> tuple[int, ...]:
+        return tuple(
+            n if labels is None else n - int(self._removed[labels].sum()) for n, labels in zip(shape, dims, strict=True)
+        )

@@ -60,6 +60,10 @@ class BudgetError(CompactPruneError):
     """The floors make the budget unreachable. The message states the reachable minimum."""
 
 
+class DataError(CompactPruneError):
+    """The training loader does not give what an algorithm needs: samples, labels, gradients."""
+
+
 class NothingPrunableError(CompactPruneError):
     """No channel group is left to prune. The message states why each was pinned."""
 
@@ -72,8 +76,16 @@ class SelfCheckError(CompactPruneError):
     """The pruned model did not compute what the masked model computed; the model was restored."""
 
 
+class DistillationError(CompactPruneError):
+    """Teacher and student do not pair up."""
+
+
 class ExportError(CompactPruneError):
     """An exported file could not be written, or does not compute what the model computes."""
+
+
+class DataFreeError(CompactPruneError):
+    """A network says too little of its own inputs, or its weights are no basis for compression without data."""
 
 
 class PluginError(CompactPruneError):

@@ -6,10 +6,12 @@ A masked model and its compact form compute the same function; only the compact 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from nncf.torch.function_hook import get_hook_storage, register_post_function_hook, wrap_model
+from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode
 from nncf.torch.function_hook.wrapper import ForwardWithHooks
 from nncf.torch.layer_utils import StatefulModuleInterface
 from torch import Tensor, nn
@@ -40,7 +42,8 @@ class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
     def forward(self, parameter: Tensor) -> Tensor:
         """The masked parameter; gradients of removed slices are zero."""
         # NNCF's function mode need not look at these: nothing hooks an operation of a hook, and it takes its time.
-        with torch._C.DisableTorchFunction():
+        # Another mode (which follows what becomes of parameters, say) must.
+        with nullcontext() if _others_look_on() else torch._C.DisableTorchFunction():
             for dim in self.dims:
                 mask = cast(Tensor, self._buffers[self._names[dim]])
                 parameter = parameter * (mask if mask.dtype == parameter.dtype else mask.to(parameter.dtype))
@@ -63,6 +66,11 @@ class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
     def from_config(cls, state: dict[str, Any]) -> ChannelMask:
         """Builds a mask that keeps everything; the buffers come from the state dict."""
         return cls(state["shape"], state["dims"])
+
+
+def _others_look_on() -> bool:
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(not isinstance(mode, FunctionHookMode) for mode in modes)
 
 
 class Masks:
@@ -131,6 +139,17 @@ class Masks:
         self._handles = []
         for model in self._models:
             unwrap_if_empty(model)
+
+
+def drop_masks(model: nn.Module) -> None:
+    """Takes every mask off a model: an EMA copy made while masks were on has them too."""
+    if "__nncf_hooks" not in model._modules:
+        return
+    storage = get_hook_storage(model)
+    for name, hook in list(storage.named_hooks()):
+        if isinstance(hook, ChannelMask):
+            storage.delete_hook(name)
+    unwrap_if_empty(model)
 
 
 def unwrap_if_empty(model: nn.Module) -> None:

@@ -61,6 +61,8 @@ class PruningPlan:
     :param approximate: groups whose removal changes a normalisation over channels, with the reason.
     :param attributes: module name to integer attribute to its value after the cut, for what parameters do not show
         (``num_heads``).
+    :param output_classes: where the classifier was cut: the dense model's class behind each output, ascending; empty
+        where it was not. Label ``output_classes[j]`` of the dense model is label j of the pruned one.
     """
 
     kept: Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -72,6 +74,7 @@ class PruningPlan:
     algorithm: str = ""
     approximate: tuple[tuple[str, str], ...] = ()
     attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    output_classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         frozen = {name: MappingProxyType(dict(dims)) for name, dims in self.kept.items()}
@@ -134,6 +137,7 @@ class PruningPlan:
             for dim in dims:
                 _validate_positions(name, shapes[name], dim, self.indices(name, dim).numpy())
         _validate_attributes(model, self.attributes)
+        self._validate_classes(shapes)
         if fingerprint(shapes) != self.fingerprint:
             msg = (
                 f"plan: made for another model: parameter names or shapes of {type(model).__name__} differ from the "
@@ -172,6 +176,14 @@ class PruningPlan:
             if finding:
                 msg = f"plan: {type(module).__name__} '{name}': {finding}. The plan does not fit together."
                 raise PlanError(msg)
+
+    def _validate_classes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The classes of a cut classifier are the rows that some weight keeps."""
+        if self.output_classes and not any(
+            dims.get(0) == self.output_classes and len(shapes[name]) > 1 for name, dims in self.kept.items()
+        ):
+            msg = f"plan: output_classes: no weight keeps just these {len(self.output_classes)} rows. It was altered."
+            raise PlanError(msg)
 
     def _validate_counts(self, dense: Mapping[str, tuple[int, ...]], counts: Mapping[tuple[str, str], int]) -> None:
         """A module's count of heads shrinks as one of its parameters does, or the plan was altered."""
@@ -215,7 +227,14 @@ class PruningPlan:
                 name: {**self.attributes.get(name, {}), **later.attributes.get(name, {})}
                 for name in dict.fromkeys((*self.attributes, *later.attributes))
             },
+            output_classes=self._classes_after(later),
         )
+
+    def _classes_after(self, later: PruningPlan) -> tuple[int, ...]:
+        if not self.output_classes or not later.output_classes:
+            return later.output_classes or self.output_classes
+        _validate_positions("output_classes", (len(self.output_classes),), 0, np.asarray(later.output_classes))
+        return tuple(self.output_classes[c] for c in later.output_classes)
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -232,6 +251,8 @@ class PruningPlan:
             "attributes": {name: dict(values) for name, values in self.attributes.items()},
             "kept": {name: {str(d): list(k) for d, k in dims.items()} for name, dims in self.kept.items()},
         }
+        if self.output_classes:
+            document["output_classes"] = list(self.output_classes)
         return json.dumps(document, separators=(",", ":"))
 
     @classmethod

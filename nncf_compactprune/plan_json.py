@@ -5,6 +5,7 @@ By hand and not by a schema library: those collect every fault, and a megabyte o
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -36,14 +37,15 @@ def read_plan(text: str | bytes) -> dict[str, Any]:
 
     :return: ``before`` and ``after`` as ``{"macs", "params"}``, ``groups`` as ``{"name", "before", "after"}``,
         ``pinned`` and ``approximate`` as tuples, ``attributes`` as module to attribute to value, ``kept`` as name to
-        dimension to positions.
+        dimension to positions, ``output_classes`` as a tuple.
     :raises PlanError: not JSON, not a plan, another version, a field of another type, a name given twice.
     """
     document = _parsed(text)
     if isinstance(document, dict):
         _same(document.get("format"), "format", PLAN_FORMAT)
         _same(document.get("version"), "version", PLAN_VERSION)
-    fields = _object(document, "document", _FIELDS)
+    has_classes = isinstance(document, dict) and "output_classes" in document  # only plans that cut a classifier
+    fields = _object(document, "document", (*_FIELDS, "output_classes") if has_classes else _FIELDS)
     before, after = _cost(fields["before"], "before"), _cost(fields["after"], "after")
     for what in ("macs", "params"):
         _at_most(after[what], f"after.{what}", before[what])
@@ -62,6 +64,7 @@ def read_plan(text: str | bytes) -> dict[str, Any]:
             }
             for name, values in _names(fields["attributes"], "attributes").items()
         },
+        "output_classes": _classes(fields["output_classes"]) if has_classes else (),
     }
 
 
@@ -186,6 +189,14 @@ def _row(value: Any, where: str, readers: Sequence[Reader]) -> tuple[Any, ...]:
     if len(_array(value, where)) != len(readers):
         raise _fault(where, f"{len(readers)} values", len(value))
     return tuple(read(item, f"{where}.{i}") for i, (read, item) in enumerate(zip(readers, value, strict=True)))
+
+
+def _classes(value: Any) -> tuple[int, ...]:
+    where = "output_classes"
+    classes: tuple[int, ...] = _each(value, where, _count)
+    if not classes or any(a >= b for a, b in itertools.pairwise(classes)):
+        raise _fault(where, "ascending class indices without repeats, at least one", value)
+    return classes
 
 
 def _dims(value: Any, where: str) -> dict[int, tuple[int, ...]]:

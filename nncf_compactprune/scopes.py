@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from nncf.torch.function_hook import is_wrapped, wrap_model
@@ -36,7 +36,7 @@ def prunable_groups(
     """
     if not ignored and target is None:
         return [True] * len(graph.groups)
-    names = _parameters_by_name(model, example_inputs, graph)
+    names = _parameters_by_name(model, example_inputs, graph.parameters.keys())
     left_out = _matched(ignored, names, "ignored_scopes")
     chosen = None if target is None else _matched(target, names, "target_scopes")
     return [
@@ -45,20 +45,48 @@ def prunable_groups(
     ]
 
 
+def parameters_in_scope(
+    model: nn.Module,
+    example_inputs: Any,
+    parameters: Collection[str],
+    ignored: Sequence[str],
+    target: Sequence[str] | None,
+) -> set[str]:
+    """Which of the parameters the scopes leave, in the same grammar.
+
+    :raises ScopeError: a scope matches nothing, or is no valid pattern.
+    """
+    if not ignored and target is None:
+        return set(parameters)
+    every = {name for name, _ in model.named_parameters()}
+    names = _parameters_by_name(model, example_inputs, every)
+    chosen = every if target is None else _matched(target, names, "target_scopes")
+    return (chosen - _matched(ignored, names, "ignored_scopes")) & set(parameters)
+
+
+def operations_by_parameter(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
+    """Names of the NNCF operations that each parameter goes into, in the order of execution."""
+    result: dict[str, list[str]] = {}
+    for node, constants in _nncf_nodes(model, example_inputs):
+        for constant in constants:
+            result.setdefault(constant, []).append(node)
+    return result
+
+
 def _produced_by(group: ChannelGroup) -> set[str]:
     return {member.parameter for member in group.members if member.role != "in"}
 
 
-def _parameters_by_name(model: nn.Module, example_inputs: Any, graph: ChannelGraph) -> dict[str, set[str]]:
+def _parameters_by_name(model: nn.Module, example_inputs: Any, parameters: Set[str]) -> dict[str, set[str]]:
     """Every name a scope may match, with the parameters behind it."""
     names: dict[str, set[str]] = {}
-    for parameter in graph.parameters:
+    for parameter in parameters:
         module = parameter
         while "." in module:
             module = module.rpartition(".")[0]
             names.setdefault(module, set()).add(parameter)
     for node, constants in _nncf_nodes(model, example_inputs):
-        names.setdefault(node, set()).update(constants & graph.parameters.keys())
+        names.setdefault(node, set()).update(constants & parameters)
     return names
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from nncf_compactprune.config import CompressionConfig, Section
 from nncf_compactprune.config_errors import validated
 from nncf_compactprune.config_json import Finding, config_error
+from nncf_compactprune.scores.labelled import class_scores as class_scores  # also for those who import it from here
 from nncf_compactprune.snapshots import Snapshot, Snapshots
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -68,7 +69,8 @@ class RunConfig(BaseModel):
     :param model: name for :func:`~nncf_compactprune.integrations.models.resolve_model`.
     :param model_options: keyword arguments of the model's builder.
     :param weights: safetensors file of the dense model.
-    :param dataset: name for :func:`~nncf_compactprune.integrations.datasets.resolve_dataset`.
+    :param dataset: name for :func:`~nncf_compactprune.integrations.datasets.resolve_dataset`; without one nothing is
+        trained and no accuracy measured.
     :param dataset_options: the dataset's own options.
     :param epochs: fine-tuning epochs, while and after pruning.
     :param pretrain_epochs: epochs of dense training first; ignored where weights are given.
@@ -81,7 +83,7 @@ class RunConfig(BaseModel):
     model: str
     model_options: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
-    dataset: str
+    dataset: str | None = None
     dataset_options: dict[str, Any] = Field(default_factory=dict)
     batch_size: int = Field(default=64, ge=1)
     epochs: int = Field(default=10, ge=0)
@@ -165,13 +167,6 @@ def unread_key_warnings(keys: Iterable[str]) -> list[str]:
         close = [] if key in known else difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8)
         warnings += [f"'{key}' is not read. Did you mean '{close[0]}'?" for _ in close]
     return warnings
-
-
-def class_scores(output: Any) -> torch.Tensor:
-    """Returns the scores ``[n, classes]`` of a classifier's output: a tensor, a sequence or a Hugging Face output."""
-    if isinstance(output, torch.Tensor):
-        return output
-    return output["logits"] if isinstance(output, dict) else output[0]  # type: ignore[no-any-return]
 
 
 def train_epoch(

@@ -300,12 +300,50 @@ def attention() -> nn.Module:
     return Classifier(Tokens(), 16)
 
 
+class GroupedQueryAttention(nn.Module):
+    """Two query heads share a head of keys and values, which is repeated for them or left to the fused operation."""
+
+    def __init__(self, width: int, heads: int, fused: bool) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim, self.fused = heads, heads // 2, width // heads, fused
+        self.q_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.k_proj, self.v_proj = nn.Linear(width, width // 2), nn.Linear(width, width // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (p(x).view(b, n, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        else:
+            k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def grouped_query_attention() -> nn.Module:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 16, 4, 4)
+            self.fused, self.repeated = GroupedQueryAttention(16, 8, True), GroupedQueryAttention(16, 8, False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            y = x.flatten(2).transpose(1, 2)
+            y = y + self.fused(y)
+            y = y + self.repeated(y)
+            return y.transpose(1, 2).reshape(x.shape)
+
+    return Classifier(Tokens(), 16)
+
+
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
         plain, residual, option_a, depthwise, grouped, squeeze_excite, dense_concat, shuffle, shuffle_unit,
         transposed, glu,
         flatten, group_norm, layer_norm, pixel_shuffle, weight_norm, tied, attention,
+        grouped_query_attention,
     )
 }  # fmt: skip
 

@@ -19,7 +19,10 @@ import torch
 from pydantic import BaseModel
 from torch.utils.data import Subset
 
+from nncf_compactprune.algorithms.catro import CatroConfig
 from nncf_compactprune.algorithms.fbnet import FBNetConfig
+from nncf_compactprune.algorithms.generation import GenerationConfig
+from nncf_compactprune.algorithms.overparameterization import OverparameterizationConfig
 from nncf_compactprune.cli import main
 from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
 from nncf_compactprune.integrations import datasets
@@ -61,15 +64,30 @@ def test_op_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     ]
 
 
-@pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+def few(monkeypatch: pytest.MonkeyPatch, train: int, test: int) -> None:
+    """Digits with their first images only."""
     whole = datasets.resolve_dataset
 
-    def few(name: str) -> Any:
+    def shortened(name: str) -> Any:
         data = whole(name)
-        return dataclasses.replace(data, train=Subset(data.train, range(128)), test=Subset(data.test, range(64)))
+        return dataclasses.replace(data, train=Subset(data.train, range(train)), test=Subset(data.test, range(test)))
 
-    monkeypatch.setattr(datasets, "resolve_dataset", few)
+    monkeypatch.setattr(datasets, "resolve_dataset", shortened)
+
+
+def test_catro_subtask(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    few(monkeypatch, 320, 200)
+    run("catro_subtask.py", monkeypatch, "--dense-epochs", "1", "--epochs", "1")
+    printed = capsys.readouterr().out
+    assert "MACs, classes (3, 8): " in printed
+    before, after = re.findall(r"([\d,]+) -> ([\d,]+) MACs", printed)[0]
+    assert int(after.replace(",", "")) <= 0.2 * int(before.replace(",", ""))
+    assert (elsewhere / "runs" / "catro_subtask" / "plan.json").is_file()
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    few(monkeypatch, 128, 64)
 
 
 def run_command(
@@ -186,9 +204,9 @@ def test_commands_print_what_the_readme_shows(
 # -- tables of keys ----------------------------------------------------------------------------------------------------
 
 
-def table(first_key: str) -> dict[str, str]:
-    """Key and default of every row of the README's table that begins with a key."""
-    (rows,) = re.findall(rf"\| Key \| Default \| Meaning \|\n\| --- .*\n(\| `{first_key}` (?:.*\n)+?)\n", README)
+def table(first_key: str, document: str = README) -> dict[str, str]:
+    """Key and default of every row of the document's table that begins with a key."""
+    (rows,) = re.findall(rf"\| Key \| Default \| Meaning \|\n\| --- .*\n(\| `{first_key}` (?:.*\n)+?)\n", document)
     cells = [[cell.strip(" `") for cell in row.split("|")] for row in rows.splitlines()]
     return {key: default for _, key, default, *_ in cells}
 
@@ -209,6 +227,24 @@ def test_readme_lists_every_key_of_fbnet_pruning_with_its_default() -> None:
     assert table("algorithm") == fields(FBNetConfig)
 
 
+def test_readme_lists_every_key_of_linear_overparameterization_with_its_default() -> None:
+    own = {key: value for key, value in fields(OverparameterizationConfig).items() if "." in key}
+    assert table("params.expansion") == {k: v for k, v in own.items() if not k.startswith("initializer.")}
+
+
+def test_readme_lists_what_catro_has_beside_or_otherwise() -> None:
+    (rows,) = re.findall(r"\| Key of `catro` .*\n\| --- .*\n((?:\| .*\n)+)", README)
+    cells = [[cell.strip(" `") for cell in row.split("|")] for row in rows.splitlines()]
+    common = fields(FBNetConfig)
+    own = {key: value for key, value in fields(CatroConfig).items() if common.get(key) != value}
+    assert {key: default for _, key, default, *_ in cells} == own
+    assert common.keys() - fields(CatroConfig).keys() == {"params.importance"}
+
+
+def test_data_free_document_lists_every_key_of_generation_with_its_default() -> None:
+    assert table("generation.source", DOCUMENTS["docs/data_free.md"]) == fields(GenerationConfig, "generation.")
+
+
 def test_readme_lists_every_key_of_a_run_with_its_default() -> None:
     assert table("model") == fields(RunConfig)
 
@@ -223,5 +259,5 @@ def test_configs_in_the_readme_load() -> None:
     assert blocks
     for block in blocks:
         config = load_config(json.loads(block))
-        assert isinstance(config.compression[0], FBNetConfig)
+        assert config.compression
         assert isinstance(config.example_inputs()[0], torch.Tensor)  # type: ignore[index]

@@ -20,10 +20,12 @@ from safetensors.torch import load, load_file, save, save_file
 from test_surgery import assert_facts_are_true, random_plan
 from torch import nn
 
-from nncf_compactprune import CompactPruneError, PruningPlan, checkpoint
+from nncf_compactprune import CompactPruneError, PruningPlan, checkpoint, trace
+from nncf_compactprune.algorithms.subtask import with_classifier_cut
 from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.checkpoint import load_pruned, save_pruned
 from nncf_compactprune.errors import SelfCheckError
+from nncf_compactprune.plugins import default_plugins
 from nncf_compactprune.surgery import PLAN_ATTRIBUTE, plan_of, prune_in_place
 
 PLAN_CASES = 1700  # for each of the structures below: 10,200 in all
@@ -43,10 +45,14 @@ SCALARS: tuple[Any, ...] = (
 class Harness:
     """One structure's checkpoint, the dense model it is loaded into, and what must come out."""
 
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, name: str, directory: Path, classes: tuple[int, ...] = ()) -> None:
         self.directory, self.x, self.self_checks = directory, images(torch.float32), 0
         model = trained(name, dtype=torch.float32)
-        prune_in_place(model, random_plan(model, self.x), self.x)
+        plan = random_plan(model, self.x)
+        if classes:
+            graph = trace(model, self.x)
+            plan = with_classifier_cut(plan, model, graph, classes, self.x, default_plugins())
+        prune_in_place(model, plan, self.x)
         save_pruned(model, directory)
         # Without the digest of its plan: a forger would write a fitting one, and every altered plan would stop there.
         save_file(load_file(directory / checkpoint.WEIGHTS_FILE), directory / checkpoint.WEIGHTS_FILE)
@@ -298,6 +304,28 @@ def test_malformed_plans(harness):
     assert_only_good(answers)
     assert answers["refused"] > 0.8 * PLAN_CASES
     assert answers["accepted"] > 0, "no mutation that changes nothing: the fuzzer no longer reaches the end"
+    assert harness.load() == "accepted"
+
+
+def reclassed(document: Any, rng: random.Random) -> Any:
+    """Edits of the classes that a cut classifier knows."""
+    path = ("output_classes",) if rng.random() < 0.5 else ("output_classes", rng.randrange(3))
+    value = rng.choice([*SCALARS, *document["kept"].values(), [0, 1, 2], [0, 2, 4], [1, 2], [0, 1, 3, 4], [4, 1, 0]])
+    return replace(document, path, copy.deepcopy(value))
+
+
+def test_malformed_plans_of_subtasks(tmp_path):
+    harness = Harness("residual", tmp_path, classes=(0, 1, 4))
+    shapes = {n: tuple(p.shape) for n, p in harness.dense.named_parameters()}
+
+    def mutate(rng: random.Random) -> tuple[str, bytes]:
+        if rng.random() < 0.5:
+            return "reclassed", json.dumps(reclassed(json.loads(harness.plan), rng)).encode()
+        return malformed(harness.plan, shapes, rng)
+
+    answers = findings(harness, 600, checkpoint.PLAN_FILE, mutate)
+    assert_only_good(answers)
+    assert answers["refused"] > 0.8 * 600
     assert harness.load() == "accepted"
 
 

@@ -39,6 +39,8 @@ class Context:
     :param train_loader: batches of ``(inputs, targets)`` or of keyword dicts, or None.
     :param optimizer: whose state follows when the model shrinks while training, or None.
     :param ema: a shadow copy that follows too, or None.
+    :param teacher: what to distil from, or None: the model itself as it came.
+    :param shared: what algorithms of one list leave for those after them, by a key of their own.
     """
 
     model: nn.Module
@@ -47,7 +49,9 @@ class Context:
     train_loader: Iterable[Any] | None = None
     optimizer: Optimizer | None = None
     ema: nn.Module | None = None
+    teacher: nn.Module | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -69,8 +73,10 @@ class Context:
     def timed(self, what: str) -> Iterator[None]:
         """Adds the wall time of its body to ``seconds[what]``."""
         started = time.perf_counter()
-        yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
 
 
 def model_inputs(batch: Any) -> Any:
@@ -141,6 +147,9 @@ class CompressionAlgorithm(ABC):
     @abstractmethod
     def statistics(self) -> Mapping[str, Any]:
         """Figures to report, by name."""
+
+    def attached(self) -> None:  # noqa: B027
+        """The context has an optimizer or an EMA copy now, or another one."""
 
     def epoch_step(self, epoch: int) -> None:  # noqa: B027  not every algorithm has a schedule
         """An epoch begins."""

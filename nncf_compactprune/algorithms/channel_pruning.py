@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import nncf
@@ -20,12 +21,12 @@ from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionS
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.schedules import SCHEDULES
 from nncf_compactprune.budget import Allocation, Limits, allocate
-from nncf_compactprune.channels import ChannelGraph, trace
+from nncf_compactprune.channels import ChannelGraph, Hold, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Section
-from nncf_compactprune.diagnosis import analyse
+from nncf_compactprune.diagnosis import analyse, culprits
 from nncf_compactprune.distributed import averaged, process_count, require_agreement
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
-from nncf_compactprune.masks import Masks
+from nncf_compactprune.masks import Masks, drop_masks
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.scopes import prunable_groups
 from nncf_compactprune.surgery import SelfCheck, prune_in_place
@@ -90,6 +91,18 @@ class ChannelPruning(CompressionAlgorithm):
         """One score a channel for every group, shape ``[group.size]``, larger kept."""
         raise NotImplementedError
 
+    def adaptation_context(self) -> Context:
+        """Whose training loader re-estimates BatchNorm statistics after the cut."""
+        return self.context
+
+    def after_cut(self, plan: PruningPlan) -> None:
+        """The model was just cut: time to make up for it. BatchNorm adaptation on training data, by default."""
+        adapt_batch_norm(
+            self.adaptation_context(),
+            self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples,
+            asked_for="initializer" in self.config.model_fields_set,
+        )
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
@@ -98,12 +111,7 @@ class ChannelPruning(CompressionAlgorithm):
             self._analyse(trial=not state["cut"])
             self._restore(state)
         elif params.schedule == "one_shot" and params.num_init_steps == 0:
-            self._analyse(trial=False)  # the cut that follows is the trial
-            try:
-                self._prune_now()
-            except SelfCheckError:
-                self._analyse(trial=True)
-                self._prune_now()
+            self._analyse_and_prune()
         else:
             self._analyse(trial=True)
             self._masks = Masks(self.context.model, self.graph)
@@ -194,7 +202,24 @@ class ChannelPruning(CompressionAlgorithm):
 
     # -- how -----------------------------------------------------------------------------------------------------
 
-    def _analyse(self, *, trial: bool) -> None:
+    def _analyse_and_prune(self) -> None:
+        """The cut is its own trial: groups that the network's code does not let shrink are pinned when it fails."""
+        holds: list[Hold] = []
+        while True:
+            self._analyse(trial=False, holds=holds)
+            plan = self._decide(self.target_rate)
+            try:
+                self._prune_now(plan)
+                return
+            except SelfCheckError:
+                context = self.context
+                with context.timed("diagnosis"):
+                    found = culprits(context.model, plan, self.graph, context.example_inputs, plugins=context.plugins)
+                if not found:
+                    raise
+                holds += found
+
+    def _analyse(self, *, trial: bool, holds: Sequence[Hold] = ()) -> None:
         """Finds the groups; with a trial, those that the network's code does not let shrink are pinned now."""
         if self.config.budget.latency is not None:
             msg = (
@@ -203,7 +228,8 @@ class ChannelPruning(CompressionAlgorithm):
             )
             raise BudgetError(msg)
         with self.context.timed("trace"):
-            self._graph = (analyse if trial else trace)(
+            find = analyse if trial else partial(trace, holds=holds)
+            self._graph = find(
                 self.context.model,
                 self.context.example_inputs,
                 plugins=self.context.plugins,
@@ -242,28 +268,26 @@ class ChannelPruning(CompressionAlgorithm):
         return Allocation(self.graph, self._prunable, budgets, limits)
 
     def _decide(self, rate: float) -> PruningPlan:
+        plan = self._plan(rate)
+        require_agreement(plan.to_json() if process_count() > 1 else "", f"the plan of '{self.name}'")
+        return plan
+
+    def _plan(self, rate: float) -> PruningPlan:
         with self.context.timed("scores"):
             raw = averaged(self.scores(self.graph))
             scores = [_checked(s, g.name) for s, g in zip(raw, self.graph.groups, strict=True)]
         with self.context.timed("allocation"):
             keep = allocate(self._problem(rate), scores, self.config.params.allocation)
-            plan = make_plan(self.graph, keep, algorithm=self.name)
-        require_agreement(plan.to_json() if process_count() > 1 else "", f"the plan of '{self.name}'")
-        return plan
+            return make_plan(self.graph, keep, algorithm=self.name)
 
-    def _prune_now(self) -> None:
-        """Decides for the full budget (or keeps the schedule's last decision), cuts, adapts BatchNorm."""
-        if self.plan is None or self._rate < self.target_rate:
-            plan = self._decide(self.target_rate)
-        else:
-            plan = self.plan
+    def _prune_now(self, plan: PruningPlan | None = None) -> None:
+        """Cuts to a plan, or to the schedule's last decision, or decides for the full budget; adapts BatchNorm."""
+        if plan is None:
+            decided = self.plan if self._rate >= self.target_rate else None
+            plan = decided or self._decide(self.target_rate)
         self._cut(plan)
         self._rate = self.target_rate
-        adapt_batch_norm(
-            self.context,
-            self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples,
-            asked_for="initializer" in self.config.model_fields_set,
-        )
+        self.after_cut(plan)
         self.context.plugins.emit("pruned", plan=plan, self_check=self.self_check)
 
     def _cut(self, plan: PruningPlan) -> None:
@@ -288,6 +312,8 @@ class ChannelPruning(CompressionAlgorithm):
                     self._masks.update(self.plan)
             raise
         self._masks = None
+        if context.ema is not None:
+            drop_masks(getattr(context.ema, "module", context.ema))
         self.plan = plan
         self._done = True
 

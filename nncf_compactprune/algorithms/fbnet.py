@@ -10,7 +10,7 @@ global.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -22,12 +22,14 @@ from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.errors import PluginError, nearest
 from nncf_compactprune.hookspecs import Algorithm, hookimpl
+from nncf_compactprune.scores.taylor import needs_gradients, with_gradients
 
 
 class FBNetParams(ChannelPruningParams):
     """Parameters of ``fbnet_pruning``.
 
-    :param importance: the criterion: ``"l1"``, ``"l2"``, ``"geometric_median"``, ``"batch_norm_scale"`` or a plugin's.
+    :param importance: the criterion: ``"l1"``, ``"l2"``, ``"geometric_median"``, ``"batch_norm_scale"``, ``"taylor"``
+        (by gradients, so it needs labelled batches) or a plugin's.
     """
 
     importance: str = "l2"
@@ -58,7 +60,9 @@ class FBNetPruning(ChannelPruning):
         self._criterion = criteria[config.params.importance]
 
     def scores(self, graph: ChannelGraph) -> Sequence[Tensor]:
-        tensors = model_tensors(self.context.model).all()
+        tensors: Mapping[str, Tensor] = model_tensors(self.context.model).all()
+        if needs_gradients(self._criterion):
+            tensors = with_gradients(self.context.model, self.context.labelled_batches())
         return [self._criterion(group, tensors) for group in graph.groups]
 
 

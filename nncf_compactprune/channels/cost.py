@@ -51,6 +51,7 @@ class Polynomial:
         ]
         occurs = sum((slope != 0 for slope in self.slopes), csr_matrix((len(terms), groups), dtype=bool)).tocsc()
         self._terms_of_group = [occurs.indices[occurs.indptr[g] : occurs.indptr[g + 1]] for g in range(groups)]
+        self._parts: dict[int, list[tuple[csr_matrix, Floats, Floats]]] = {}
 
     def factors(self, widths: Floats) -> list[Floats]:
         """Value of every linear form, one array ``[terms]`` a factor position."""
@@ -77,15 +78,24 @@ class Polynomial:
 
     def saved(self, widths: Floats, group: int, removed: int) -> float:
         """What removing ``removed`` channels of one group saves, exactly."""
-        rows = self._terms_of_group[group]
-        before = self.constants[rows].copy()
+        before = self.constants[self._terms_of_group[group]].copy()
         after = before.copy()
-        for slope, offset in zip(self.slopes, self.offsets, strict=True):
-            part = slope[rows]
-            value = part @ widths + offset[rows]
+        for part, offset, own in self._parts_of(group):
+            value = part @ widths + offset
             before *= value
-            after *= value - np.asarray(part[:, [group]].todense()).ravel() * removed
+            after *= value - own * removed
         return float((before - after).sum())
+
+    def _parts_of(self, group: int) -> list[tuple[csr_matrix, Floats, Floats]]:
+        """Of every factor position: slopes and offsets of the terms with the group, and its own slopes; kept, as greedy
+        allocation asks thousands of times."""
+        if group not in self._parts:
+            rows = self._terms_of_group[group]
+            self._parts[group] = [
+                (slope[rows], offset[rows], np.asarray(slope[rows][:, [group]].todense()).ravel())
+                for slope, offset in zip(self.slopes, self.offsets, strict=True)
+            ]
+        return self._parts[group]
 
 
 @dataclass(frozen=True)

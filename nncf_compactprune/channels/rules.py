@@ -287,7 +287,7 @@ def attention(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
     """Fused attention: two matrix products, head by head.
 
     Query and key meet in the head dimension, whose width sets the scale, so it stays; the value's width passes on,
-    and so do whole heads.
+    and so do whole heads, a key's together with those of the queries that share it.
     """
     query, key, value = args[0], args[1], args[2]
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 and isinstance(args[3], Tensor) else None)
@@ -296,11 +296,11 @@ def attention(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
         heads = []
         for tensor in (query, key, value):
             array = tracer.labels(tensor)[d]
-            if tensor.shape[d] == query.shape[d]:
-                heads.append(array)
+            shared_by = query.shape[d] // tensor.shape[d]
+            if tensor.shape[d] == 1 < query.shape[d]:
+                tracer.pin(array, "the one head of keys and values that all queries share")
             else:
-                tracer.pin(array, "attention heads that share keys and values")
-                heads.append(None)
+                heads.append(None if array is None else np.repeat(array, shared_by))
         if mask is not None:
             own = d - query.dim() + mask.dim()
             if own >= 0 and mask.shape[own] > 1:

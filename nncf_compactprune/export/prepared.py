@@ -203,6 +203,7 @@ def refuse_hooks(model: nn.Module, *, stripped_quantizers: bool) -> None:
     """Refuses a model that still carries NNCF hooks: what they compute belongs to training, not into a file.
 
     :param stripped_quantizers: accept what ``nncf.strip`` leaves of a quantized model: torch's own fake quantizers.
+        Those that say ``exports_to_onnx`` are accepted always.
     :raises ExportError: naming the hooks found.
     """
     for name, module in model.named_modules():
@@ -210,7 +211,8 @@ def refuse_hooks(model: nn.Module, *, stripped_quantizers: bool) -> None:
             continue
         hooks = dict(get_hook_storage(module).named_hooks())
         quantizers = {key for key, hook in hooks.items() if isinstance(hook, torch.ao.quantization.FakeQuantizeBase)}
-        left = [key for key in hooks if not (stripped_quantizers and key in quantizers)]
+        everywhere = {key for key in quantizers if getattr(hooks[key], "exports_to_onnx", False)}
+        left = [key for key in hooks if key not in (quantizers if stripped_quantizers else everywhere)]
         if not left:
             continue
         kinds = ", ".join(sorted({type(hooks[key]).__name__ for key in left}))

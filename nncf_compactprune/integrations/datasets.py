@@ -10,7 +10,7 @@ import io
 import itertools
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,35 @@ class ImageFiles(Dataset[Batch]):
         return torch.from_numpy(pixels.transpose(2, 0, 1) / 255), torch.tensor(label)
 
 
+class _OfClasses(Dataset[Batch]):
+    """The samples of some classes, with labels counted from 0 in the order given."""
+
+    def __init__(self, whole: Dataset[Any], classes: Sequence[int]) -> None:
+        self.whole = whole
+        self.label = {old: new for new, old in enumerate(classes)}
+        if isinstance(whole, ArrayImages):
+            labels = whole.labels.tolist()
+        elif isinstance(whole, ImageFiles):
+            labels = [label for _, label in whole.files]
+        else:
+            labels = [int(whole[at][1]) for at in range(len(whole))]  # type: ignore[arg-type]
+        self.positions = [at for at, label in enumerate(labels) if label in self.label]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> Batch:
+        image, label = self.whole[self.positions[index]]
+        return image, torch.tensor(self.label[int(label)])
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        chosen = [self.positions[index] for index in indices]
+        if not hasattr(self.whole, "__getitems__"):
+            return [self[index] for index in indices]
+        images, labels = self.whole.__getitems__(chosen)
+        return images, torch.tensor([self.label[int(label)] for label in labels])
+
+
 class _Collate:
     """Makes a batch: stacks samples, augments, normalises."""
 
@@ -180,6 +209,16 @@ def resolve_dataset(
         msg = f"Dataset '{name}': expected a ResolvedDataset, got {type(dataset).__name__}."
         raise ResolveError(msg)
     return dataset
+
+
+def only_classes(dataset: ResolvedDataset, classes: Sequence[int]) -> ResolvedDataset:
+    """The part of a dataset that belongs to some classes, labels counted from 0 in the order given."""
+    return replace(
+        dataset,
+        train=_OfClasses(dataset.train, classes),
+        test=_OfClasses(dataset.test, classes),
+        class_names=tuple(dataset.class_names[c] for c in classes),
+    )
 
 
 def digits(rest: str = "") -> ResolvedDataset:

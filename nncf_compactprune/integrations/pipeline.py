@@ -23,16 +23,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from nncf_compactprune.channels import trace
+from nncf_compactprune.channels.tensors import carries_hooks
 from nncf_compactprune.checkpoint import CONFIG_FILE, PLAN_FILE, WEIGHTS_FILE, load_pruned, save_pruned
 from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
 from nncf_compactprune.config_json import plain_object, read
 from nncf_compactprune.controller import CompressionController, create_compressed_model
-from nncf_compactprune.errors import CompactPruneError, ConfigError, Problem, ResolveError
+from nncf_compactprune.errors import ConfigError, Problem, ResolveError
 from nncf_compactprune.export import ExportedFile, export_model, measure_latency
-from nncf_compactprune.integrations.datasets import ResolvedDataset, resolve_dataset
+from nncf_compactprune.integrations.datasets import ResolvedDataset, only_classes, resolve_dataset
 from nncf_compactprune.integrations.loading import require_package
 from nncf_compactprune.integrations.models import (
     ExampleInputs,
@@ -41,7 +44,7 @@ from nncf_compactprune.integrations.models import (
     resolve_model,
     save_weights,
 )
-from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.report import Comparison, NetworkFigures, plot_widths, to_json, to_markdown
 from nncf_compactprune.report.writing import write_whole
@@ -132,17 +135,23 @@ def run(
         say(f"Warning: {warning}")
     directory = Path(config.output_dir)
     torch.manual_seed(config.seed)
-    dataset = resolve_dataset(config.dataset, config.dataset_options, plugins)
-    settings = _with_input_info(settings, dataset)
+    dataset = None
+    if config.dataset is None:
+        _check_without_data(settings)
+    else:
+        dataset = resolve_dataset(config.dataset, config.dataset_options, plugins)
+        settings = _with_input_info(settings, dataset)
     resolved = resolve_model(
         config.model,
-        sample_size=(1, *dataset.input_shape),
+        sample_size=settings.compression.input_info[0].sample_size if dataset is None else (1, *dataset.input_shape),
         options=config.model_options,
         weights=config.weights,
         plugins=plugins,
     )
-    example = _real_example(resolved, dataset)
-    _check_classes(resolved, example, dataset)
+    example = resolved.example_inputs
+    if dataset is not None:
+        example = _real_example(resolved, dataset)
+        _check_classes(resolved, example, dataset)
     # The first file written also tells whether the directory can be written, before hours of training.
     write_whole(directory / CONFIG_FILE, (json.dumps(settings.document, indent=2) + "\n").encode())
 
@@ -159,26 +168,29 @@ def run(
         load_weights(resolved.model, directory / DENSE_FILE)
     resume = found if found is not None and found.phase == FINE_TUNING else None
     dense = copy.deepcopy(resolved.model)
-    dense_accuracy = evaluate(dense, dataset.test_loader(config.batch_size))
-    say(f"Dense: test accuracy {dense_accuracy:.2%}")
+    dense_accuracy = _accuracy(dense, dataset, config, "Dense", say)
 
     controller, model = create_compressed_model(
         resolved.model,
         settings.compression,
-        _SameBatches(dataset, config),
+        None if dataset is None else _SameBatches(dataset, config),
         compression_state=None if resume is None else resume.facts["compression"],
         example_inputs=example,
         plugins=plugins,
     )
+    classes = _subtask(model)
+    if classes and dataset is not None:  # labels are counted anew from here on
+        dataset = only_classes(dataset, classes)
+        dense_accuracy = evaluate(_Scores(dense, classes), dataset.test_loader(config.batch_size))
+        say(f"Classes {', '.join(dataset.class_names)}: dense test accuracy among them {dense_accuracy:.2%}")
     _fine_tune(controller, model, dataset, config, say, snapshots, resume)
     model = controller.strip()
-    plan = plan_of(model)
-    if plan is None:
-        msg = "run: no algorithm under 'compression' removed channels, so there is nothing to compare."
-        raise CompactPruneError(msg)
-    save_pruned(model, directory, config=settings.document)
-    accuracy = evaluate(model, dataset.test_loader(config.batch_size))
-    say(f"Pruned: test accuracy {accuracy:.2%}")
+    plan = plan_of(model) or _plan_of_whole(dense, example, settings, plugins)
+    if carries_hooks(model):
+        say("Quantized: the exported files hold the network; a checkpoint of weights and plan cannot, none is written")
+    else:
+        save_pruned(model, directory, config=settings.document)
+    accuracy = _accuracy(model, dataset, config, "Compressed" if carries_hooks(model) else "Pruned", say)
 
     say("Exporting and verifying")
     networks = {"dense": dense, "pruned": model}
@@ -191,6 +203,23 @@ def run(
     _write_report(directory, settings, comparison, plan, files, history)
     snapshots.remove()
     return RunOutcome(comparison, plan, directory)
+
+
+def _subtask(model: nn.Module) -> tuple[int, ...]:
+    """The classes that a cut classifier still knows; empty where it knows all."""
+    plan = plan_of(model)
+    return plan.output_classes if plan is not None else ()
+
+
+class _Scores(nn.Module):
+    """A classifier's scores of some classes only."""
+
+    def __init__(self, model: nn.Module, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.model, self.classes = model, list(classes)
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        return class_scores(self.model(*args))[:, self.classes]
 
 
 def load_run(directory: str | PathLike[str], plugins: Plugins | None = None) -> ResolvedModel:
@@ -213,6 +242,42 @@ def load_run(directory: str | PathLike[str], plugins: Plugins | None = None) -> 
     )
     load_pruned(resolved.model, folder, example_inputs=resolved.example_inputs, plugins=plugins)
     return resolved
+
+
+def _check_without_data(settings: Settings) -> None:
+    """Without a dataset nothing can be trained, and nothing else says what the input looks like.
+
+    :raises ConfigError: with everything that a dataset would be needed for.
+    """
+    config, problems = settings.run, []
+    if config.weights is None:
+        problems.append(Problem("weights", "missing. Without a dataset, name a file of trained weights."))
+    for key in ("epochs", "pretrain_epochs"):
+        if getattr(config, key):
+            message = f"expected 0 without a dataset, got {getattr(config, key)}. Nothing can be trained."
+            problems.append(Problem(key, message))
+    if not settings.compression.input_info:
+        message = 'missing. Without a dataset, give an object such as {"sample_size": [1, 3, 32, 32]}.'
+        problems.append(Problem("input_info", message))
+    if problems:
+        raise ConfigError(settings.source, problems)
+
+
+def _accuracy(
+    model: nn.Module, dataset: ResolvedDataset | None, config: RunConfig, which: str, say: Say
+) -> float | None:
+    if dataset is None:
+        return None
+    accuracy = evaluate(model, dataset.test_loader(config.batch_size))
+    say(f"{which}: test accuracy {accuracy:.2%}")
+    return accuracy
+
+
+def _plan_of_whole(dense: nn.Module, example: ExampleInputs, settings: Settings, plugins: Plugins) -> PruningPlan:
+    """The plan of a run that removed no channels (quantization, sparsity): everything stays."""
+    graph = trace(dense, example, plugins=plugins)
+    algorithms = ", ".join(entry.algorithm for entry in settings.compression.compression)
+    return make_plan(graph, [np.ones(group.size, bool) for group in graph.groups], algorithm=algorithms)
 
 
 def _override(document: dict[str, Any], path: str, value: Any, source: str) -> None:
@@ -277,7 +342,7 @@ def _check_classes(resolved: ResolvedModel, example: ExampleInputs, dataset: Res
 
 def _pretrain(
     model: nn.Module,
-    dataset: ResolvedDataset,
+    dataset: ResolvedDataset | None,
     settings: Settings,
     example: ExampleInputs,
     plugins: Plugins,
@@ -286,7 +351,7 @@ def _pretrain(
     resume: Snapshot | None,
 ) -> None:
     config = settings.run
-    if config.weights is not None:
+    if config.weights is not None or dataset is None:
         return
     if not config.pretrain_epochs:
         say("Warning: neither weights nor pretrain_epochs are given: the dense model is untrained.")
@@ -312,12 +377,14 @@ def _pretrain(
 def _fine_tune(
     controller: CompressionController,
     model: nn.Module,
-    dataset: ResolvedDataset,
+    dataset: ResolvedDataset | None,
     config: RunConfig,
     say: Say,
     snapshots: Snapshots,
     resume: Snapshot | None,
 ) -> None:
+    if dataset is None:
+        return
     say(f"Fine-tuning for {config.epochs} epochs")
     optimizer = config.optimizer.build(model)
     controller.attach(optimizer=optimizer)
@@ -386,7 +453,7 @@ def _latency(files: Mapping[str, Sequence[ExportedFile]], example: ExampleInputs
 
 
 def _figures(
-    macs: int, params: int, accuracy: float, files: Sequence[ExportedFile], latency_ms: Mapping[str, float]
+    macs: int, params: int, accuracy: float | None, files: Sequence[ExportedFile], latency_ms: Mapping[str, float]
 ) -> NetworkFigures:
     return NetworkFigures(macs, params, accuracy, {file.label: file.bytes for file in files}, latency_ms)
 
@@ -406,6 +473,7 @@ def _write_report(
         "model": config.model,
         "dataset": config.dataset,
         "algorithm": plan.algorithm,
+        **({"classes": list(plan.output_classes)} if plan.output_classes else {}),
         **json.loads(to_json(comparison)),
         "verification": {
             f"{network}/{file.path.name}": {
@@ -425,6 +493,7 @@ def _write_report(
         "",
         f"Dataset `{config.dataset}`, algorithm `{plan.algorithm}`, seed {config.seed}, version {__version__}.",
         "",
+        *([f"For the classes {', '.join(map(str, plan.output_classes))} only.", ""] if plan.output_classes else []),
         to_markdown(comparison),
         "## Channel widths",
         "",

@@ -37,12 +37,13 @@ def _rows(weight: Tensor, member: Member) -> Tensor:
 
 def l1(group: ChannelGroup, parameters: Mapping[str, Tensor]) -> Tensor:
     """Sum of absolute weights of the producing filters (Li et al. 2017, "Pruning Filters for Efficient ConvNets")."""
-    return torch.stack([rows.abs().sum(1) for rows in filters(group, parameters)]).sum(0)
+    return torch.stack([torch.linalg.vector_norm(rows, 1, dim=1) for rows in filters(group, parameters)]).sum(0)
 
 
 def l2(group: ChannelGroup, parameters: Mapping[str, Tensor]) -> Tensor:
     """Euclidean norm of the producing filters, over all members of a coupled group."""
-    return torch.stack([rows.square().sum(1) for rows in filters(group, parameters)]).sum(0).sqrt()
+    norms = torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in filters(group, parameters)])
+    return norms.square().sum(0).sqrt()
 
 
 def geometric_median(group: ChannelGroup, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,91 @@
+"""ResNet-20 pruned for 2, 3 and 5 of CIFAR-10's classes: how small at which accuracy on them.
+
+    python examples/benchmarks/catro_subtasks.py --data FOLDER
+
+Dense is the trained network with only these scores compared. Pruned networks are fine-tuned on 20,000 images of the
+classes, repeated where there are fewer (learning rate 0.05); accuracy on all test images of the classes. Rows are kept
+in ``catro_subtasks.jsonl``; the table goes to ``catro_subtasks.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from catro_cifar import DATA, INNER, Cifar, Rows, accuracy, fine_tuned
+from torch import Tensor, nn
+
+from nncf_compactprune import create_compressed_model
+from nncf_compactprune.integrations.datasets import CIFAR10_CLASSES
+from nncf_compactprune.surgery import plan_of
+
+HERE = Path(__file__).parent
+SUBTASKS = ([0, 8], [3, 5], [0, 1, 8], [0, 1, 2, 8, 9])
+BUDGETS = (0.33, 0.2)
+IMAGES = 20_000
+
+
+def part(images: Tensor, labels: Tensor, classes: list[int]) -> tuple[Tensor, Tensor]:
+    """The classes' samples, labels counted from 0."""
+    hit = labels[:, None] == torch.tensor(classes)
+    chosen = hit.any(1)
+    return images[chosen], hit[chosen].int().argmax(1)
+
+
+def pruned(data: Cifar, classes: list[int], budget: float) -> dict[str, Any]:
+    entry = {
+        "algorithm": "catro", "budget": {"macs": budget}, "target_scopes": INNER,
+        "params": {"schedule": "one_shot", "round_to": 1, "classes": classes},
+    }  # fmt: skip
+    _, model = create_compressed_model(
+        data.model(20), {"compression": entry}, data.few(50), example_inputs=data.test[:2]
+    )
+    plan = plan_of(model)
+    assert plan is not None
+    images, labels = part(data.train, data.train_labels, classes)
+    images, labels = images[:IMAGES], labels[:IMAGES]
+    tuned = fine_tuned(model, images, labels, seed=0, epochs=round(IMAGES / len(images)), lr=0.05)
+    return {
+        "macs": plan.after.macs, "times": plan.before.macs / plan.after.macs,
+        "accuracy": accuracy(tuned, *part(data.test, data.test_labels, classes)),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = Rows(HERE / "catro_subtasks.jsonl")
+    data = Cifar.load(arguments.data, None)
+    dense = data.model(20)
+    try:
+        for classes in SUBTASKS:
+            rows.get(f"{classes} dense", lambda c=classes: {"accuracy": dense_accuracy(data, dense, c)})
+            for budget in BUDGETS:
+                rows.get(f"{classes} {budget}", lambda c=classes, b=budget: pruned(data, c, b))
+    finally:
+        (HERE / "catro_subtasks.md").write_text(report(rows))
+
+
+def dense_accuracy(data: Cifar, dense: nn.Module, classes: list[int]) -> float:
+    return accuracy(dense, *part(data.test, data.test_labels, classes), classes)
+
+
+def report(rows: Rows) -> str:
+    """A table of what is measured so far."""
+    lines = ["| classes | dense, % | " + " | ".join(f"{b:.0%} of the MACs, %" for b in BUDGETS) + " |"]
+    lines.append("|---|---" + "|---" * len(BUDGETS) + "|")
+    for classes in SUBTASKS:
+        found = [rows.rows.get(f"{classes} {budget}") for budget in BUDGETS]
+        if any(found):
+            cells = [f"{r['accuracy']:.2f} ({r['times']:.1f}x fewer)" if r else "" for r in found]
+            names = ", ".join(CIFAR10_CLASSES[c] for c in classes)
+            lines.append(f"| {names} | {rows.rows[f'{classes} dense']['accuracy']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(["# Pruning for some of the classes", "", __doc__.split("\n\n")[2].strip(), "", *lines, ""])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""How accurate networks stay that are compressed with no data, against what else one can do without training.
+
+    python examples/benchmarks/data_free.py --data FOLDER [--only resnet20/prune]
+
+FOLDER holds ``cifar10_*.npz`` and ``resnet20_cifar10.safetensors``, ``resnet56_cifar10.safetensors``. Test images are
+used to measure accuracy and for nothing else (all 10,000 for ResNet-20 and -56); settings were chosen on training
+images. Rows are appended to ``data_free.jsonl``; a killed run goes on. ``data_free.md`` is written from the rows there
+are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nncf
+import torch
+from torch import nn
+
+from nncf_compactprune import create_compressed_model, prune
+from nncf_compactprune.channels import trace
+from nncf_compactprune.channels.trace import evaluating
+from nncf_compactprune.datafree import Generation, ImageNetwork, Reconstruction, layer_inputs
+from nncf_compactprune.datafree.gram import is_linear
+from nncf_compactprune.datafree.quantizers import install
+from nncf_compactprune.integrations.cifar_resnet import resnet20, resnet56
+from nncf_compactprune.integrations.datasets import resolve_dataset
+from nncf_compactprune.integrations.models import resolve_model
+from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.surgery import plan_of
+
+HERE = Path(__file__).parent
+EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+INPUT = {"sample_size": [1, 3, 32, 32]}
+REAL = 2000  # real images of the baselines that have data
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+BITS = ((8, 8), (7, 7), (6, 6), (5, 5), (4, 4))
+NETWORKS = {"resnet20": resnet20, "resnet56": resnet56}
+LABELS = {
+    "ours": "no data: this package",
+    "magnitude": "no data: L1 alone",
+    "bias": "no data: L1, biases and BatchNorm corrected on drawn BatchNorm outputs",
+    "torch_pruning": "no data: Torch-Pruning, L1, one shot",
+    "real_bn": "2,000 real images: L1, BatchNorm re-estimated",
+    "real_bn_ours": "2,000 real images: our channels, not re-fitted, BatchNorm re-estimated",
+    "nearest": "no data: NNCF's places, nearest rounding, ranges of drawn BatchNorm outputs",
+    "nearest_bias": "no data: the same, biases and BatchNorm corrected",
+    "nncf_real": "300 real images: nncf.quantize",
+}
+
+
+class Bench:
+    """The data, one network, and the rows."""
+
+    def __init__(self, data: Path, name: str) -> None:
+        self.name, self.data = name, data
+        self.dataset = resolve_dataset(f"cifar10:{data}", {"train_samples": REAL})
+        self.test = list(self.dataset.test_loader(500))
+        self.real = torch.cat([x for x, _ in self.dataset.train_loader(500, augment=False)])
+        self.cache = HERE / f"data_free_{name}.safetensors"
+
+    def network(self) -> nn.Module:
+        """The trained network, fresh."""
+        builder = f"python:nncf_compactprune.integrations.cifar_resnet:{self.name}"
+        weights = str(self.data / f"{self.name}_cifar10.safetensors")
+        return resolve_model(builder, sample_size=(1, 3, 32, 32), weights=weights).model.eval()
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Top-1 on all test images."""
+        model.eval()
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in self.test)
+        return right / sum(len(y) for _, y in self.test)
+
+    def compressed(self, entry: dict[str, Any]) -> nn.Module:
+        """By a config entry with inverted images from the cache; no data."""
+        entry = {**entry, "generation": {"cache": str(self.cache)}}
+        ctrl, _ = create_compressed_model(self.network(), {"input_info": INPUT, "compression": entry})
+        return ctrl.strip()
+
+    def corrected(self, dense: nn.Module, model: nn.Module, plan: PruningPlan | None = None) -> nn.Module:
+        """Biases and BatchNorm statistics corrected on drawn BatchNorm outputs, weights left alone."""
+        network = ImageNetwork.of(dense, EXAMPLE)
+        inputs = layer_inputs(dense, network, Generation("bn_sampling", 256))
+        kept = {} if plan is None else {name: plan.selection(name) for name in plan.kept}
+        with evaluating(dense), evaluating(model):
+            Reconstruction(dense, model, inputs, network, kept).run()
+        return model
+
+    @torch.no_grad()
+    def real_statistics(self, model: nn.Module) -> nn.Module:
+        """BatchNorm re-estimated on real training images: the mean over batches."""
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.momentum = None
+        model.train()
+        for part in self.real.split(500):
+            model(part)
+        return model.eval()
+
+
+def l1(bench: Bench, budget: float) -> nn.Module:
+    model = bench.network()
+    prune(model, EXAMPLE, budget={"macs": budget}, importance="l1", round_to=1)
+    return model
+
+
+def ours(bench: Bench, budget: float) -> nn.Module:
+    params = {"round_to": 1}
+    return bench.compressed({"algorithm": "data_free_layerwise", "budget": {"macs": budget}, "params": params})
+
+
+def only_cut(bench: Bench, budget: float) -> nn.Module:
+    """Our channels, without what makes up for them."""
+    from nncf_compactprune.surgery import apply_plan
+
+    plan = plan_of(ours(bench, budget))
+    model = bench.network()
+    assert plan is not None
+    apply_plan(model, plan)
+    return model
+
+
+def torch_pruning(bench: Bench, budget: float) -> nn.Module:
+    """The largest equal share whose MACs fit, by bisection."""
+    import torch_pruning as tp
+
+    def at(share: float) -> nn.Module:
+        model = bench.network()
+        importance = tp.importance.MagnitudeImportance(p=1)
+        pruner = tp.pruner.MagnitudePruner(
+            model, EXAMPLE, importance, pruning_ratio=share, ignored_layers=[model.linear], round_to=1
+        )
+        pruner.step()
+        return model
+
+    dense, low, high = trace(bench.network(), EXAMPLE).macs, 0.0, 1.0
+    for _ in range(7):
+        middle = (low + high) / 2
+        if trace(at(middle), EXAMPLE).macs <= budget * dense:
+            high = middle
+        else:
+            low = middle
+    return at(high)
+
+
+def pruning_methods() -> dict[str, Callable[[Bench, float], nn.Module]]:
+    return {
+        "ours": ours,
+        "real_bn": lambda b, x: b.real_statistics(l1(b, x)),
+        "real_bn_ours": lambda b, x: b.real_statistics(only_cut(b, x)),
+        "magnitude": l1,
+        "bias": lambda b, x: b.corrected(b.network(), (m := l1(b, x)), plan_of(m)),
+        "torch_pruning": torch_pruning,
+    }
+
+
+def smallest_zeroed(bench: Bench, ratio: float) -> nn.Module:
+    """One threshold on magnitudes for all layers, as nncf.prune's global mode has it."""
+    model = bench.network()
+    weights = [m.weight.data for m in model.modules() if is_linear(m)]
+    everything = torch.cat([w.abs().flatten() for w in weights])
+    threshold = everything.kthvalue(round(ratio * everything.numel())).values
+    for w in weights:
+        w[w.abs() <= threshold] = 0
+    return model
+
+
+def sparsity_methods() -> dict[str, Callable[[Bench, float], nn.Module]]:
+    def sparse(bench: Bench, ratio: float) -> nn.Module:
+        return bench.compressed({"algorithm": "data_free_sparsity", "params": {"sparsity": ratio}})
+
+    return {
+        "ours": sparse,
+        "bias": lambda b, x: b.corrected(b.network(), smallest_zeroed(b, x)),
+        "magnitude": smallest_zeroed,
+    }
+
+
+def nearest(bench: Bench, bits: tuple[int, int], *, correct: bool) -> nn.Module:
+    """Plain rounding; ranges by search on drawn BatchNorm outputs; first and last layer at 8 bits, as ours."""
+    model = bench.network()
+    dense = copy.deepcopy(model)
+    network = ImageNetwork.of(model, EXAMPLE)
+    inputs = layer_inputs(model, network, Generation("bn_sampling", 256))
+    layers = [n for n, m in model.named_modules() if is_linear(m)]
+    weight_bits = {n: 8 if n in (layers[0], layers[-1]) else bits[0] for n in layers}
+    with evaluating(model):
+        install(
+            model, network, inputs, weight_bits=weight_bits, activation_bits=bits[1], edge_activations=8,
+            per_channel=True, target_device="CPU",
+        )  # fmt: skip
+    if correct:
+        return bench.corrected(dense, model)
+    from nncf_compactprune.datafree.resampling import resampling
+
+    with evaluating(model), resampling(model, inputs.resampled, {}):
+        network.call(model, inputs.images)
+    return model
+
+
+def quantization_methods() -> dict[str, Callable[[Bench, tuple[int, int]], nn.Module | None]]:
+    def quantized(bench: Bench, bits: tuple[int, int]) -> nn.Module:
+        params = {"weight_bits": bits[0], "activation_bits": bits[1]}
+        return bench.compressed({"algorithm": "data_free_quantization", "params": params})
+
+    def nncf_real(bench: Bench, bits: tuple[int, int]) -> nn.Module | None:
+        if bits != (8, 8):
+            return None  # it knows 8 bits only
+        return nncf.quantize(bench.network(), nncf.Dataset([x[None] for x in bench.real[:300]]))
+
+    return {
+        "ours": quantized,
+        "nncf_real": nncf_real,
+        "nearest_bias": lambda b, x: nearest(b, x, correct=True),
+        "nearest": lambda b, x: nearest(b, x, correct=False),
+    }
+
+
+TASKS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "quantize": (BITS, quantization_methods()),
+    "prune": (BUDGETS, pruning_methods()),
+    "sparsify": (SPARSITIES, sparsity_methods()),
+}
+TITLES = {"prune": "channels, by MACs left", "sparsify": "single weights, by share of zeros", "quantize": "quantized"}
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def missing(rows: list[dict[str, Any]], only: str) -> Iterator[tuple[str, str, Any, str]]:
+    done = {(r["network"], r["task"], str(r["at"]), r["method"]) for r in rows}
+    for network in NETWORKS:
+        for task, (points, methods) in TASKS.items():
+            for at in points:
+                for method in methods:
+                    path = f"{network}/{task}/{at}/{method}"
+                    if path.startswith(only) and (network, task, str(at), method) not in done:
+                        yield network, task, at, method
+
+
+def measure(bench: Bench, task: str, at: Any, method: str) -> dict[str, Any]:
+    """One row: accuracy, cost, and how long the compression took, evaluation not counted."""
+    started = time.perf_counter()
+    model = TASKS[task][1][method](bench, at)
+    seconds = time.perf_counter() - started
+    row: dict[str, Any] = {"network": bench.name, "task": task, "at": str(at), "method": method}
+    if model is None:
+        return {**row, "accuracy": None}
+    row["accuracy"] = bench.accuracy(model)
+    if task == "prune":
+        row["macs"] = trace(model, EXAMPLE).macs / trace(bench.network(), EXAMPLE).macs
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {**row, "seconds": round(seconds, 1), "peak_mib": round(peak_mib)}
+
+
+def write_report(rows: list[dict[str, Any]], target: Path) -> None:
+    """The tables, from whatever rows there are."""
+    lines = [
+        "# Compression with no data",
+        "",
+        "Top-1 accuracy in percent on all 10,000 CIFAR-10 test images, no training after compression. Written by",
+        "`python examples/benchmarks/data_free.py --data FOLDER`. Settings: chosen on training images of ResNet-20.",
+        "First and last layer of quantized networks have 8 bits, for every method.",
+    ]
+    for network in NETWORKS:
+        for task in TASKS:
+            found = {(r["at"], r["method"]): r for r in rows if r["network"] == network and r["task"] == task}
+            if found:
+                dense = next(r["accuracy"] for r in rows if r["network"] == network and r["task"] == "dense")
+                lines += [
+                    "",
+                    f"## {network}: {TITLES[task]} (float, dense: {100 * dense:.2f})",
+                    "",
+                    *table(task, found),
+                ]
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def table(task: str, found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    """One network's rows of one task, methods down, points across."""
+    points, methods = TASKS[task]
+    shown = [p for p in points if any((str(p), m) in found for m in methods)]
+    heads = [f"W{p[0]}A{p[1]}" if task == "quantize" else f"{p:.0%}" for p in shown]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(shown)]
+    for method in methods:
+        cells = [found.get((str(p), method), {}).get("accuracy") for p in shown]
+        if any(cell is not None for cell in cells):
+            texts = ["" if cell is None else f"{100 * cell:.2f}" for cell in cells]
+            lines.append(f"| {LABELS[method]} | {' | '.join(texts)} |")
+    own = [r for (_, m), r in found.items() if m == "ours"]
+    if own:
+        seconds = sorted(r["seconds"] for r in own)
+        peak = max(r["peak_mib"] for r in own)
+        lines += [
+            "",
+            f"Ours: {seconds[0]:.0f} to {seconds[-1]:.0f} s on one thread of a busy machine, peak memory of the",
+        ]
+        lines += [f"process {peak} MiB. The first row of a network also generates its images."]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--only", default="", help="network/task/point/method, or the beginning of it")
+    options = parser.parse_args()
+    path = HERE / "data_free.jsonl"
+    benches: dict[str, Bench] = {}
+    for network, task, at, method in missing(rows_of(path), options.only):
+        bench = benches.setdefault(network, benches.get(network) or Bench(options.data, network))
+        new = []
+        if not any(r["network"] == network and r["task"] == "dense" for r in rows_of(path)):
+            new.append(
+                {
+                    "network": network,
+                    "task": "dense",
+                    "at": "",
+                    "method": "",
+                    "accuracy": bench.accuracy(bench.network()),
+                }
+            )
+        with contextlib.redirect_stdout(None):
+            new.append(measure(bench, task, at, method))
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in new)
+        print(new[-1], flush=True)
+    write_report(rows_of(path), HERE / "data_free.md")
+
+
+if __name__ == "__main__":
+    main()
