@@ -49,6 +49,9 @@ class Digits(pl.LightningModule):
         loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         return loss if self.compression is None else loss + self.compression.loss()
 
+    def validation_step(self, batch: Any, _: int) -> None:
+        self.net(batch[0])
+
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.net.parameters(), 1e-2)
 
@@ -130,12 +133,17 @@ def test_one_shot_cuts_at_once_and_two_optimizers_leave_the_cut_to_the_end(loade
     assert "__nncf_hooks" not in net._modules
 
 
+@pytest.mark.parametrize("saved", ["epoch end", "validation", "last batch"])
 @pytest.mark.parametrize("epoch", [0, 1, 2], ids=["dense", "masked", "cut"])
-def test_a_resumed_run_ends_with_the_same_weights(epoch: int, loader: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_weights(epoch: int, saved: str, loader: Any, tmp_path: Path) -> None:
+    loaders = (loader, loader if saved == "validation" else None)
     whole = Net()
     callback = CompressionCallback(whole, DOCUMENT)
-    save = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    trainer(callback, save, enable_checkpointing=True).fit(Digits(whole, callback), loader)
+    save = pl.callbacks.ModelCheckpoint(
+        tmp_path, "{epoch}", save_top_k=-1, every_n_train_steps=4 if saved == "last batch" else None
+    )
+    before = Watch()
+    trainer(callback, before, save, enable_checkpointing=True).fit(Digits(whole, callback), *loaders)
     file = tmp_path / f"epoch={epoch}.ckpt"
     masked = any("nncf" in name for name in torch.load(file, weights_only=True)["state_dict"])
     assert masked == (epoch == 1)
@@ -143,10 +151,12 @@ def test_a_resumed_run_ends_with_the_same_weights(epoch: int, loader: Any, tmp_p
     again = Net()  # other weights: everything must come from the checkpoint
     resumed = CompressionCallback(again, DOCUMENT, resume_from_checkpoint=file)
     watch = Watch()
-    again_saved = pl.callbacks.ModelCheckpoint(tmp_path / "again", "{epoch}", save_top_k=-1)
+    again_saved = pl.callbacks.ModelCheckpoint(
+        tmp_path / "again", "{epoch}", save_top_k=-1, every_n_train_steps=4 if saved == "last batch" else None
+    )
     run = trainer(resumed, watch, again_saved, enable_checkpointing=True)
-    run.fit(Digits(again, resumed), loader, ckpt_path=file)
-    assert len(watch.sizes) == 3 - epoch
+    run.fit(Digits(again, resumed), *loaders, ckpt_path=file)
+    assert watch.sizes == before.sizes[epoch + 1 :]
     assert again.state_dict().keys() == whole.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
 

@@ -104,6 +104,9 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begins an optimizer step; accumulated batches after the first belong to the same one."""
+        if trainer.current_epoch != self.controller.scheduler.current_epoch:
+            # Resumed from a checkpoint of an epoch's last batch, Lightning leaves on_train_epoch_start out.
+            self.controller.scheduler.epoch_step(trainer.current_epoch)
         if trainer.global_step != self.controller.scheduler.current_step:
             self.controller.scheduler.step(trainer.global_step)
 
