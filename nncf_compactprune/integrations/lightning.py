@@ -100,7 +100,6 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begins an epoch of the schedule; the model may shrink here."""
         self.controller.scheduler.epoch_step(trainer.current_epoch)
-        pl_module.log("compression_rate", float(self.controller.compression_rate))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begins an optimizer step; accumulated batches after the first belong to the same one."""
@@ -118,6 +117,10 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
                 "Return loss + callback.loss() from it."
             )
             raise CompactPruneError(msg)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Logs ``compression_rate``."""
+        pl_module.log("compression_rate", float(self.controller.compression_rate))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Cuts what is still masked; afterwards the model is compact and free of hooks."""
