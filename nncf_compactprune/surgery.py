@@ -31,6 +31,8 @@ logger = logging.getLogger("nncf")
 
 SELF_CHECK_TOLERANCE = 1e-5
 PLAN_ATTRIBUTE = "compactprune_plan"
+CONFIG_ATTRIBUTE = "compactprune"  # of a Hugging Face config: what it said of the dense model
+CLASS_COUNTS = ("num_classes", "num_labels")  # as timm's and Hugging Face's models call them
 
 
 Change = Callable[[], object]
@@ -175,7 +177,7 @@ def _matching_module(ema: nn.Module, plan: PruningPlan) -> nn.Module:
 def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: Plugins) -> None:
     tensors = model_tensors(model).all()
     dims = {id(tensors[name]): kept for name, kept in plan.kept.items()}
-    updates: list[tuple[nn.Module, dict[str, Any]]] = []
+    updates: list[tuple[object, dict[str, Any]]] = _class_counts(model, plan, tensors) if plan.output_classes else []
     for _, module in named_modules(model):
         shapes = _own_shapes(module, dims)
         facts = facts_for(module, plugins.module_facts) if shapes else None
@@ -185,9 +187,32 @@ def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: 
         log.set_data(tensors[name], select(tensors[name].data, plan.selection(name)))
     for name, attributes in plan.attributes.items():
         updates.append((model.get_submodule(name), dict(attributes)))
-    for module, attributes in updates:
+    for target, attributes in updates:
         for attribute, value in attributes.items():
-            log.set_attribute(module, attribute, value)
+            log.set_attribute(target, attribute, value)
+
+
+def _class_counts(
+    model: nn.Module, plan: PruningPlan, tensors: Mapping[str, Tensor]
+) -> list[tuple[object, dict[str, Any]]]:
+    """What modules and a Hugging Face config say of the classes: its own loss goes by it."""
+    classes = plan.output_classes
+    before = {tensors[name].shape[0] for name, dims in plan.kept.items() if dims.get(0) == classes}
+    updates: list[tuple[object, dict[str, Any]]] = [
+        (module, {count: len(classes)})
+        for _, module in named_modules(model)
+        for count in CLASS_COUNTS
+        if getattr(module, count, None) in before
+    ]
+    config = getattr(model, "config", None)
+    labels = getattr(config, "id2label", None)
+    if isinstance(labels, Mapping) and len(labels) in before:
+        said = getattr(config, CONFIG_ATTRIBUTE, None) or {}
+        dense = {**said.get("dense", {}), "id2label": dict(labels), "label2id": getattr(config, "label2id", None)}
+        names = {at: labels[c] for at, c in enumerate(classes)}
+        left = {name: at for at, name in names.items()}
+        updates.append((config, {"id2label": names, "label2id": left, CONFIG_ATTRIBUTE: {**said, "dense": dense}}))
+    return updates
 
 
 def _own_shapes(module: nn.Module, dims: Mapping[int, Mapping[int, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:

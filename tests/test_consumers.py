@@ -135,13 +135,14 @@ def test_many_outputs_are_mixed_down_without_bias(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_lattice_is_spread_over_all_dimensions() -> None:
-    flat = contributions._lattice((32, 32))
-    assert len(flat.unique()) == contributions.PATCHES
+    points = contributions.PATCHES
+    flat = contributions._lattice((32, 32), points)
+    assert len(flat.unique()) == points
     for values in (flat // 32, flat % 32):
         assert values.min() < 11
         assert values.max() >= 21
-        assert len(values.unique()) > contributions.PATCHES // 2
-    assert contributions._lattice((2, 2)).tolist() == [0, 1, 2, 3]
+        assert len(values.unique()) > points // 2
+    assert contributions._lattice((2, 2), points).tolist() == [0, 1, 2, 3]
 
 
 # -- invariances -------------------------------------------------------------------------------------------------------

@@ -92,6 +92,23 @@ def test_a_pruned_model_comes_back_bit_for_bit(build: Any, tmp_path: Path) -> No
     assert {k: v for k, v in dense_config(again.config).to_dict().items() if k in said} == {k: before[k] for k in said}
 
 
+def test_pruned_for_some_classes_the_model_counts_them_anew(tmp_path: Path) -> None:
+    """Its own loss reshapes the scores by the config's count."""
+    model = vary(resnet())
+    inputs = image_inputs(model)
+    pixels = torch.randn(40, *inputs["pixel_values"].shape[1:], generator=torch.Generator().manual_seed(0))
+    loader = [{"pixel_values": pixels, "labels": torch.arange(40) % 10}]
+    prune(model, inputs, "catro", budget={"macs": 0.7}, train_loader=loader, classes=[3, 8], round_to=1)
+    assert (model.num_labels, model.config.id2label) == (2, {0: "digit 3", 1: "digit 8"})
+    assert torch.isfinite(model(pixels[:6], labels=torch.tensor([0, 1, 0, 1, 1, 1])).loss)
+
+    save_pruned_pretrained(model, tmp_path)
+    again = load_pruned_pretrained(tmp_path)
+    assert torch.equal(logits(model, inputs), logits(again, inputs))
+    assert (again.num_labels, again.config.id2label) == (2, {0: "digit 3", 1: "digit 8"})
+    assert dense_config(again.config).id2label == LABELS["id2label"]
+
+
 def test_fields_borne_out_by_the_network_are_rewritten_and_plain_from_pretrained_loads_it(
     tmp_path: Path,
 ) -> None:

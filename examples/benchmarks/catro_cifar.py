@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class Cifar:
         parts: Any = (data.train, data.test)
         (x, y), (u, v) = (((p.images.float() / 255 - mean) / std, p.labels) for p in parts)
         return cls(x, y, u, v, folder)
+
+    def head(self, train_images: int) -> Cifar:
+        """With the first training images only."""
+        return replace(self, train=self.train[:train_images], train_labels=self.train_labels[:train_images])
 
     def model(self, depth: int) -> nn.Module:
         model = BUILDERS[depth]()
@@ -83,10 +87,18 @@ def adapted(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def fine_tuned(
-    model: nn.Module, images: Tensor, labels: Tensor, *, seed: int, epochs: int = 1, lr: float = 0.02
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    epochs: int = 1,
+    lr: float = 0.02,
+    more_loss: Callable[[], Tensor] | None = None,
 ) -> nn.Module:
-    """A copy after SGD (batch 128, momentum 0.9, weight decay 5e-4, cosine to 0 over all steps, crops and flips)."""
-    model = copy.deepcopy(model).train()
+    """A copy after SGD (batch 128, momentum 0.9, weight decay 5e-4, cosine to 0 over all steps, crops and flips); with
+    a controller's loss, which knows this model only, the model itself."""
+    model = (model if more_loss else copy.deepcopy(model)).train()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=5e-4)
     per_epoch = max(len(images) // 128, 1)
@@ -94,6 +106,7 @@ def fine_tuned(
     for _ in range(epochs):
         for part in torch.randperm(len(images), generator=generator).split(128)[:per_epoch]:
             loss = F.cross_entropy(model(crop_and_flip(images[part], generator)), labels[part])
+            loss = loss if more_loss is None else loss + more_loss()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -51,7 +51,7 @@ class Polynomial:
         ]
         occurs = sum((slope != 0 for slope in self.slopes), csr_matrix((len(terms), groups), dtype=bool)).tocsc()
         self._terms_of_group = [occurs.indices[occurs.indptr[g] : occurs.indptr[g + 1]] for g in range(groups)]
-        self._parts: dict[int, list[tuple[csr_matrix, Floats, Floats]]] = {}
+        self._parts: dict[int, tuple[npt.NDArray[np.int64], list[tuple[Floats, Floats, Floats]]]] = {}
 
     def factors(self, widths: Floats) -> list[Floats]:
         """Value of every linear form, one array ``[terms]`` a factor position."""
@@ -80,21 +80,25 @@ class Polynomial:
         """What removing ``removed`` channels of one group saves, exactly."""
         before = self.constants[self._terms_of_group[group]].copy()
         after = before.copy()
-        for part, offset, own in self._parts_of(group):
-            value = part @ widths + offset
+        neighbours, parts = self._parts_of(group)
+        near = widths[neighbours]
+        for part, offset, own in parts:
+            value = part @ near + offset
             before *= value
             after *= value - own * removed
         return float((before - after).sum())
 
-    def _parts_of(self, group: int) -> list[tuple[csr_matrix, Floats, Floats]]:
-        """Of every factor position: slopes and offsets of the terms with the group, and its own slopes; kept, as greedy
-        allocation asks thousands of times."""
+    def _parts_of(self, group: int) -> tuple[npt.NDArray[np.int64], list[tuple[Floats, Floats, Floats]]]:
+        """The groups that occur in a term with this one; and of every factor position, their slopes, the offsets, and
+        the group's own slopes in these terms. Dense and kept, as greedy allocation asks thousands of times."""
         if group not in self._parts:
             rows = self._terms_of_group[group]
-            self._parts[group] = [
-                (slope[rows], offset[rows], np.asarray(slope[rows][:, [group]].todense()).ravel())
-                for slope, offset in zip(self.slopes, self.offsets, strict=True)
-            ]
+            slopes = [slope[rows] for slope in self.slopes]
+            neighbours = np.unique(np.concatenate([[group], *(slope.indices for slope in slopes)])).astype(np.int64)
+            own = int(np.searchsorted(neighbours, group))
+            dense = [np.asarray(slope[:, neighbours].todense()) for slope in slopes]
+            offsets = [offset[rows] for offset in self.offsets]
+            self._parts[group] = neighbours, [(d, o, d[:, own]) for d, o in zip(dense, offsets, strict=True)]
         return self._parts[group]
 
 

@@ -5,7 +5,8 @@ A ``config.json`` has one width for all layers, a pruned network one for each. S
 - ``plan.json`` says what every layer keeps; the config names it by its digest.
 - A field of the config is rewritten where the pruned network bears it out: every dimension that the field decides has
   been cut to the same width (found by building the network, without memory, with the field doubled), or every attention
-  module says the same number of heads. All other fields stay those of the dense network.
+  module says the same number of heads, or the classifier was cut to some classes. All other fields stay those of the
+  dense network.
 - ``config.compactprune["dense"]`` keeps the dense values of what was rewritten, so that the dense network can be built
   from the same file. ``["plain"]`` says whether the rewritten config alone already builds the pruned network: then
   plain ``from_pretrained`` loads it too.
@@ -32,9 +33,8 @@ from nncf_compactprune.checkpoint import CONFIG_FILE, PLAN_FILE, plan_digest, wr
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.integrations.loading import require_package
 from nncf_compactprune.plan import PruningPlan
-from nncf_compactprune.surgery import apply_plan, plan_of
+from nncf_compactprune.surgery import CONFIG_ATTRIBUTE, apply_plan, plan_of
 
-CONFIG_KEY = "compactprune"
 FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 Place = tuple[str, int | None]  # a field, or one item of a field that is a list
 
@@ -141,17 +141,19 @@ def describe(model: nn.Module) -> None:
         msg = f"{kind}: expected a pruned PreTrainedModel. Prune it first, or call its own save_pretrained."
         raise CompactPruneError(msg)
     digest = plan_digest(plan.to_json().encode())
-    earlier = getattr(config, CONFIG_KEY, None) or {}
+    earlier = getattr(config, CONFIG_ATTRIBUTE, None) or {}
     if earlier.get("plan_sha256") == digest:
         return
     dense = dense_config(config)
     fields = _true_fields(model, dense)
+    if len(dense.id2label) != len(config.id2label):  # the classifier was cut to some classes
+        fields |= {"id2label": dict(config.id2label), "label2id": dict(config.label2id)}
     said = {
         "plan_sha256": digest,
         "dense": {name: getattr(dense, name) for name in fields},
         "plain": _builds(type(model), dense, fields, model, plan),
     }
-    for name, value in (earlier.get("dense", {}) | fields | {CONFIG_KEY: said}).items():
+    for name, value in (earlier.get("dense", {}) | fields | {CONFIG_ATTRIBUTE: said}).items():
         setattr(config, name, value)
 
 
@@ -168,8 +170,11 @@ def write_plan_beside(model: nn.Module, directory: str | PathLike[str]) -> None:
 def dense_config(config: Any) -> Any:
     """A copy of a config as it was before the pruning."""
     dense = copy.deepcopy(config)
-    said = dense.__dict__.pop(CONFIG_KEY, None) or {}
-    return _with_fields(dense, said.get("dense", {}))
+    said = dense.__dict__.pop(CONFIG_ATTRIBUTE, None) or {}
+    fields = dict(said.get("dense", {}))
+    if "id2label" in fields:  # JSON has no numbers for keys
+        fields["id2label"] = {int(at): name for at, name in fields["id2label"].items()}
+    return _with_fields(dense, fields)
 
 
 # -- which fields are true ---------------------------------------------------------------------------------------------
@@ -266,7 +271,7 @@ def _builds(kind: type[nn.Module], config: Any, fields: Mapping[str, Any], model
 
 
 def _said(config: Any, path: Path) -> dict[str, Any]:
-    said = getattr(config, CONFIG_KEY, None)
+    said = getattr(config, CONFIG_ATTRIBUTE, None)
     if not isinstance(said, dict) or not isinstance(said.get("dense"), dict) or "plan_sha256" not in said:
         msg = f"{path}: does not speak of a pruned model. Load it with from_pretrained, or save it with "
         msg += "save_pruned_pretrained."

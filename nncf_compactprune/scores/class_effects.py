@@ -108,8 +108,9 @@ class MarginEffects(ClassStatistics):
 
     def _note(self, call: Call, gradient: Tensor) -> None:
         """Adds up effects of the batch, ``[n, channels]``; a consumer may be called several times."""
-        product = (_wide(call.x.detach()) * _wide(gradient)).movedim(call.axis, -1)
-        rows = product.reshape(len(self.labels), -1, product.shape[-1]).sum(1).to("cpu", torch.float64)
+        product = (_wide(call.x.detach()) * _wide(gradient)).movedim(call.axis, 1)
+        by_row = product.flatten(2).sum(2) if product.dim() > 2 else product
+        rows = by_row.reshape(len(self.labels), -1, by_row.shape[1]).sum(1).to("cpu", torch.float64)
         for use in call.uses:
             effect = rows[:, use.positions].sum(2)
             key = (use.group, use.parameter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from nncf_compactprune.scores.class_statistics import reduced
 from nncf_compactprune.scores.consumers import Call, Use
 
-PATCHES = 6  # output positions looked at in each sample
+PATCHES = 4  # output positions looked at in each sample
 SKETCH = 64  # outputs of a consumer, at most; more are mixed down at random
 CHUNK_ELEMENTS = 2**23  # of one intermediate result
 
@@ -45,9 +46,10 @@ class Contributions:
             rows = max(1, CHUNK_ELEMENTS // max(mixed.shape[0] * mixed.shape[2], 1))
             for part in torch.split(inputs.to(wide), rows):
                 contributed = torch.bmm(part.transpose(0, 1), mixed)
-                self.sums[at] += contributed.sum(1).to("cpu", torch.float64)
                 flat = contributed.flatten(1)
                 self.products += (flat @ flat.T).to("cpu", torch.float64)
+            total = torch.bmm(inputs.to(wide).sum(0)[:, None], mixed)[:, 0]
+            self.sums[at] += total.to("cpu", torch.float64)
             self.rows[at] += len(inputs)
 
     def all_reduce(self) -> None:
@@ -83,13 +85,13 @@ def _blocks(call: Call, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     if call.kind in ("linear", "product"):
         table = weight if call.kind == "product" else weight.T
         flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        rows = flat[:, _lattice(x.shape[1:-1]).to(x.device)].flatten(0, 1)
+        rows = flat[:, _lattice(tuple(x.shape[1:-1]), PATCHES).to(x.device)].flatten(0, 1)
         yield rows[:, positions], table[positions]
         return
     flat = x.flatten(2)
     groups = int(call.options.get("groups", 1))
     if call.kind == "transposed":
-        rows = flat[:, :, _lattice(x.shape[2:]).to(x.device)].transpose(1, 2).flatten(0, 1)
+        rows = flat[:, :, _lattice(tuple(x.shape[2:]), PATCHES).to(x.device)].transpose(1, 2).flatten(0, 1)
         for repeat in positions.T:
             yield rows[:, repeat, None], weight[repeat].reshape(channels, 1, -1)
         return
@@ -104,16 +106,17 @@ def _blocks(call: Call, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield used, kernel.permute(1, 2, 3, 0).flatten(1, 2)
 
 
-def _lattice(sizes: Sequence[int]) -> Tensor:
-    """At most :data:`PATCHES` flat positions, spread evenly over all dimensions (Roberts' R-sequence)."""
+@cache
+def _lattice(sizes: tuple[int, ...], most: int) -> Tensor:
+    """At most so many flat positions, spread evenly over all dimensions (Roberts' R-sequence)."""
     total = math.prod(sizes)
-    if total <= PATCHES:
+    if total <= most:
         return torch.arange(total)
     root = 2.0
     for _ in range(50):
         root = (1 + root) ** (1 / (len(sizes) + 1))
-    steps = torch.arange(1, PATCHES + 1, dtype=torch.float64)
-    flat = torch.zeros(PATCHES, dtype=torch.int64)
+    steps = torch.arange(1, most + 1, dtype=torch.float64)
+    flat = torch.zeros(most, dtype=torch.int64)
     for dim, size in enumerate(sizes):
         flat = flat * size + (((0.5 + steps / root ** (dim + 1)) % 1) * size).long()
     return flat
@@ -121,28 +124,48 @@ def _lattice(sizes: Sequence[int]) -> Tensor:
 
 def _taps(x: Tensor, weight: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Input positions under the kernel at lattice points of the output, and which of them exist, ``[points, taps]``."""
-    kernel, sizes = weight.shape[2:], x.shape[2:]
-    dims = len(kernel)
-    stride, dilation = _each(options.get("stride", 1), dims), _each(options.get("dilation", 1), dims)
+    dims = weight.dim() - 2
     padding = options.get("padding", 0)
+    at, inside = _window(
+        tuple(x.shape[2:]), tuple(weight.shape[2:]), _each(options.get("stride", 1), dims),
+        _each(options.get("dilation", 1), dims), padding if isinstance(padding, str) else _each(padding, dims),
+        PATCHES,
+    )  # fmt: skip
+    return at.to(x.device), inside.to(x.device, x.dtype)
+
+
+@cache
+def _window(
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: str | tuple[int, ...],
+    most: int,
+) -> tuple[Tensor, Tensor]:
+    dims = len(kernel)
+    before: Sequence[int]
+    after: Sequence[int]
     if padding == "same":
         before = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
         after = [d * (k - 1) - b for d, k, b in zip(dilation, kernel, before, strict=True)]
     else:
-        before = after = [0] * dims if padding == "valid" else _each(padding, dims)
-    outputs = [
+        before = after = [0] * dims if isinstance(padding, str) else padding
+    outputs = tuple(
         (n + b + a - d * (k - 1) - 1) // s + 1
         for n, b, a, d, k, s in zip(sizes, before, after, dilation, kernel, stride, strict=True)
-    ]
-    points = torch.stack(torch.unravel_index(_lattice(outputs), outputs), 1)
-    taps = torch.stack(torch.unravel_index(torch.arange(math.prod(kernel)), tuple(kernel)), 1)
+    )
+    points = torch.stack(torch.unravel_index(_lattice(outputs, most), outputs), 1)
+    taps = torch.stack(torch.unravel_index(torch.arange(math.prod(kernel)), kernel), 1)
     at = points[:, None] * torch.tensor(stride) + taps[None] * torch.tensor(dilation) - torch.tensor(before)
     inside = ((at >= 0) & (at < torch.tensor(sizes))).all(2)
     flat = torch.zeros(at.shape[:2], dtype=torch.int64)
     for dim, size in enumerate(sizes):
         flat = flat * size + at[..., dim].clamp(0, size - 1)
-    return flat.to(x.device), inside.to(x.device, x.dtype)
+    return flat, inside
 
 
-def _each(value: Any, dims: int) -> list[int]:
-    return [int(value)] * dims if isinstance(value, int) else [int(v) for v in value] * (dims if len(value) == 1 else 1)
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (int(value),) * dims
+    return tuple(int(v) for v in value) * (dims if len(value) == 1 else 1)
