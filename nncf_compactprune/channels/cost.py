@@ -64,18 +64,6 @@ class Polynomial:
             total *= factor
         return round(float(total.sum()))
 
-    def gradient(self, widths: Floats) -> Floats:
-        """Change of the value for one channel more of each group, shape ``[groups]`` (first order)."""
-        factors = self.factors(widths)
-        result = np.zeros(len(widths))
-        for at, slope in enumerate(self.slopes):
-            others = self.constants.copy()
-            for other, factor in enumerate(factors):
-                if other != at:
-                    others *= factor
-            result += slope.T @ others
-        return result
-
     def saved(self, widths: Floats, group: int, removed: int) -> float:
         """What removing ``removed`` channels of one group saves, exactly."""
         before = self.constants[self._terms_of_group[group]].copy()

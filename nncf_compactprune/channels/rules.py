@@ -178,7 +178,6 @@ def convolution(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[
         tracer.same(weight_in, labels_in, "consumes a fixed input")
         result = weight_out
     else:
-        tracer.mark(first, "out")
         result = _grouped(tracer, groups, labels_in, weight_in, weight_out, transposed)
     if bias is not None:
         bias_labels = tracer.labels(bias)[0]
@@ -210,6 +209,7 @@ def _grouped(
     per_group = full.reshape(groups, -1)
     if (full.size if transposed else part.size * groups) == groups:
         # depthwise (with a channel multiplier): a group is a channel
+        tracer.mark(full, "out")
         tracer.pin(part, "depthwise", kind="structural")
         if transposed:
             tracer.same(full, labels_in, "consumes a fixed input")
@@ -219,11 +219,11 @@ def _grouped(
         tracer.same(np.ascontiguousarray(per_group[:, 0]), labels_in, "consumes a fixed input")
         return full
     tracer.unify(per_group[1:], per_group[:1])
+    tracer.mark(weight_out, "out")
+    tracer.mark(weight_in, "in")
     if transposed:
-        tracer.mark(part, "in")
         tracer.same(full, labels_in, "consumes a fixed input")
         return np.tile(part, groups)
-    tracer.mark(part, "in")
     if labels_in is None:
         tracer.pin(part, "consumes a fixed input")
     else:
