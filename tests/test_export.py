@@ -261,7 +261,9 @@ def test_a_batch_size_stuck_in_the_file_is_found(
         return (output.reshape(2, 5),)
 
     monkeypatch.setattr(prepared_module.FlatModel, "forward", stuck)
-    with pytest.raises(ExportError, match=r"model\.xml: OpenVINO fails on input \[1, 3, 8, 8\]: .*dynamic_batch=False"):
+    # With one thread, OpenVINO does not fail, but gives an output of two rows.
+    found = r"model\.xml: OpenVINO (fails|returns output .*) (on|for) input \[1, 3, 8, 8\].*dynamic_batch=False"
+    with pytest.raises(ExportError, match=found):
         export_model(net, image[:1], tmp_path, formats=["openvino"], precisions=["fp32"])
     assert names_in(tmp_path) == set()
 

@@ -104,6 +104,7 @@ def _magnitude(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> Tensor:
     return total / total.sum().clamp_min(1e-30)
 
 
+@torch.no_grad()
 def surgeon_scores(consumers: Sequence[Consumer], ridge: float) -> Tensor:
     """Removes channels one by one, always the one whose loss the others make up for best.
 

@@ -83,7 +83,13 @@ def compare(
         for name, expected, got in zip(
             output_names, reference.outputs, _run(session, shown_as, reference, shapes), strict=True
         ):
-            absolute, relative = _error(shown_as, session.runtime, name, shapes, expected, got)
+            if expected.shape != got.shape:
+                msg = (
+                    f"{shown_as}: {session.runtime} returns output '{name}' with shape {list(got.shape)} for input "
+                    f"{shapes}, torch {list(expected.shape)}."
+                )
+                raise ExportError(msg + _batch_remedy(session))
+            absolute, relative = _error(expected, got)
             worst_abs = max(worst_abs, absolute)
             if relative > worst_rel:
                 worst_rel, worst_at = relative, f"output '{name}', input {shapes}"
@@ -107,22 +113,19 @@ def _run(session: Session, shown_as: Path, reference: Reference, shapes: str) ->
         outputs = session.run(arrays)
     except Exception as error:
         msg = f"{shown_as}: {session.runtime} fails on input {shapes}: {reason_of(error)}."
-        if session.dynamic_batch:
-            msg += " Where the model has its batch size written into it, pass dynamic_batch=False."
-        raise ExportError(msg) from error
+        raise ExportError(msg + _batch_remedy(session)) from error
     if len(outputs) != len(reference.outputs):
         msg = f"{shown_as}: {session.runtime} returns {len(outputs)} outputs, torch {len(reference.outputs)}."
         raise ExportError(msg)
     return outputs
 
 
-def _error(path: Path, runtime: str, name: str, shapes: str, expected: Array, got: Array) -> tuple[float, float]:
-    if expected.shape != got.shape:
-        msg = (
-            f"{path}: {runtime} returns output '{name}' with shape {list(got.shape)} for input {shapes}, "
-            f"torch {list(expected.shape)}."
-        )
-        raise ExportError(msg)
+def _batch_remedy(session: Session) -> str:
+    said = " Where the model has its batch size written into it, pass dynamic_batch=False."
+    return said if session.dynamic_batch else ""
+
+
+def _error(expected: Array, got: Array) -> tuple[float, float]:
     if expected.size == 0:
         return 0.0, 0.0
     difference = np.abs(expected.astype(np.float64) - got.astype(np.float64))
