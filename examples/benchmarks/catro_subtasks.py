@@ -82,10 +82,11 @@ def dense_accuracy(data: Cifar, dense: nn.Module, classes: list[int]) -> float:
 
 def report(rows: Rows) -> str:
     """A table of what is measured so far."""
-    lines = ["| classes | dense, % | " + " | ".join(f"{b:.0%} of the MACs, %" for b in BUDGETS) + " |"]
-    lines.append("|---|---" + "|---" * len(BUDGETS) + "|")
+    budgets = [b for b in BUDGETS if any(f"{classes} {b}" in rows.rows for classes in SUBTASKS)]
+    lines = ["| classes | dense, % | " + " | ".join(f"{b:.0%} of the MACs, %" for b in budgets) + " |"]
+    lines.append("|---|---" + "|---" * len(budgets) + "|")
     for classes in SUBTASKS:
-        found = [rows.rows.get(f"{classes} {budget}") for budget in BUDGETS]
+        found = [rows.rows.get(f"{classes} {budget}") for budget in budgets]
         if any(found):
             cells = [f"{r['accuracy']:.2f} ({r['times']:.1f}x fewer)" if r else "" for r in found]
             names = ", ".join(CIFAR10_CLASSES[c] for c in classes)
