@@ -176,7 +176,6 @@ def lazy_greedy(problem: Allocation, curves: Scores) -> Widths:
 
     heap = [(price(group), group) for group in range(len(widths))]
     heapq.heapify(heap)
-    taken: list[int] = []
     while heap and not problem.fits(widths):
         _, group = heapq.heappop(heap)
         current = price(group)
@@ -187,7 +186,6 @@ def lazy_greedy(problem: Allocation, curves: Scores) -> Widths:
             continue
         level[group] -= 1
         widths[group] = problem.allowed[group][level[group]]
-        taken.append(group)
         heapq.heappush(heap, (price(group), group))
     if not problem.fits(widths):
         return problem.floor

@@ -111,13 +111,7 @@ class Masks:
         if shadow is None or any(shadow is model for model in self._models):
             return
         self._models.append(shadow)
-        if NNCF_HOOKS in shadow._modules:
-            post_hooks = get_hook_storage(shadow).post_hooks
-            for of_one in list(post_hooks.values()):
-                for key in [key for key, hook in of_one.items() if isinstance(hook, ChannelMask)]:
-                    del of_one[key]
-            for key in [key for key, of_one in post_hooks.items() if not of_one]:
-                del post_hooks[key]
+        drop_masks(shadow)
 
     def update(self, plan: PruningPlan) -> None:
         """Masks what the plan removes and nothing else."""
@@ -143,7 +137,7 @@ class Masks:
 
 def drop_masks(model: nn.Module) -> None:
     """Takes every mask off a model: an EMA copy made while masks were on has them too."""
-    if "__nncf_hooks" not in model._modules:
+    if NNCF_HOOKS not in model._modules:
         return
     storage = get_hook_storage(model)
     for name, hook in list(storage.named_hooks()):

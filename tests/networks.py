@@ -361,3 +361,17 @@ def trained(name: str, *, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def images(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(IMAGE, generator=torch.Generator().manual_seed(2), dtype=dtype)
+
+
+def model32(name: str = "residual") -> nn.Module:
+    """A trained network in single precision."""
+    return trained(name, dtype=torch.float32)
+
+
+def labelled_batches(number: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of four images at random, labels of five classes."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randn(4, 3, 12, 12, generator=generator), torch.randint(0, 5, (4,), generator=generator))
+        for _ in range(number)
+    ]

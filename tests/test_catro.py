@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import STRUCTURES, images, trained
+from networks import STRUCTURES, images, model32
 from test_cli import NET_SOURCE
 from torch import Tensor, nn
 
@@ -22,10 +22,6 @@ from nncf_compactprune.cli import main
 from nncf_compactprune.errors import BudgetError, CompactPruneError, ConfigError, DataError, PlanError, SelfCheckError
 from nncf_compactprune.integrations.datasets import only_classes, resolve_dataset
 from nncf_compactprune.surgery import apply_plan, plan_of, prune_in_place
-
-
-def model32(name: str = "residual") -> nn.Module:
-    return trained(name, dtype=torch.float32)
 
 
 def loader(n: int = 20) -> list[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import images, trained
+from networks import images, labelled_batches, model32
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -33,22 +33,10 @@ def config(*, budget=None, initializer=None, scopes=None, **params):
     return {"input_info": INPUT, "compression": {**entry, **(scopes or {})}}
 
 
-def model32(name="residual"):
-    return trained(name, dtype=torch.float32)
-
-
-def loader(batches=3):
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (torch.randn(4, 3, 12, 12, generator=generator), torch.randint(0, 5, (4,), generator=generator))
-        for _ in range(batches)
-    ]
-
-
 def train_epoch(model, ctrl, optimizer):
     ctrl.scheduler.epoch_step()
     model.train()
-    for x, y in loader():
+    for x, y in labelled_batches():
         ctrl.scheduler.step()
         optimizer.zero_grad()
         (F.cross_entropy(model(x), y) + ctrl.loss()).backward()
@@ -108,7 +96,7 @@ def test_one_shot_prunes_at_creation_and_adapts_batch_norm():
     reference = model32()
     ctrl, model = create_compressed_model(model32(), config(schedule="one_shot", initializer=0))
     adapted_ctrl, adapted = create_compressed_model(
-        model32(), config(schedule="one_shot", initializer=8), train_loader=loader()
+        model32(), config(schedule="one_shot", initializer=8), train_loader=labelled_batches()
     )
     assert ctrl.compression_stage() is adapted_ctrl.compression_stage() is CompressionStage.FULLY_COMPRESSED
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in reference.parameters())

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from regularizer import with_pull
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nncf_compactprune import create_compressed_model, hookimpl, prune
-from nncf_compactprune.algorithms import CompressionAlgorithm, CompressionStage
+from nncf_compactprune import create_compressed_model, prune
+from nncf_compactprune.algorithms import CompressionStage
 from nncf_compactprune.channels.tensors import carries_hooks
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.integrations.datasets import resolve_dataset
@@ -326,39 +327,9 @@ def test_damaged_checkpoints_are_passed_over_and_reported(
         CompressionCallback(resnet(), document(), resume_from_checkpoint=tmp_path / f"checkpoint-{2 * STEPS}")
 
 
-class Pull(CompressionAlgorithm):
-    """A loss on the weights, as regularisers have."""
-
-    name = "pull"
-    summary = "for the tests"
-
-    def prepare(self, state: Any = None) -> None:
-        pass
-
-    def strip(self) -> None:
-        pass
-
-    def stage(self) -> CompressionStage:
-        return CompressionStage.FULLY_COMPRESSED
-
-    def statistics(self) -> dict[str, Any]:
-        return {}
-
-    def loss(self) -> torch.Tensor:
-        return 0.1 * torch.stack([p.square().sum() for p in self.context.model.parameters()]).sum()
-
-
 @pytest.fixture
 def pull() -> Plugins:
-    class Algorithms:
-        @hookimpl
-        def compactprune_algorithms(self) -> list[type[CompressionAlgorithm]]:
-            return [Pull]
-
-    plugins = Plugins()
-    plugins.load_entry_points()
-    plugins.register(Algorithms(), "pull")
-    return plugins
+    return with_pull()
 
 
 def test_accumulated_batches_make_the_gradient_of_one_large_batch(examples: Any, tmp_path: Path, pull: Plugins) -> None:

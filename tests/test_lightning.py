@@ -9,10 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from regularizer import with_pull
 from torch import nn
 
-from nncf_compactprune import hookimpl
-from nncf_compactprune.algorithms import CompressionAlgorithm, CompressionStage
+from nncf_compactprune.algorithms import CompressionStage
 from nncf_compactprune.channels.tensors import carries_hooks
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.integrations.datasets import resolve_dataset
@@ -161,43 +161,9 @@ def test_a_resumed_run_ends_with_the_same_weights(epoch: int, saved: str, loader
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
 
 
-class Pull(CompressionAlgorithm):
-    """A loss on the weights; counts the steps it is told of."""
-
-    name = "pull"
-    summary = "for the tests"
-    told: tuple[int, ...] = ()
-
-    def prepare(self, state: Any = None) -> None:
-        pass
-
-    def strip(self) -> None:
-        pass
-
-    def stage(self) -> CompressionStage:
-        return CompressionStage.FULLY_COMPRESSED
-
-    def statistics(self) -> dict[str, Any]:
-        return {}
-
-    def step(self, step: int) -> None:
-        self.told = (*self.told, step)
-
-    def loss(self) -> torch.Tensor:
-        return 0.1 * torch.stack([p.square().sum() for p in self.context.model.parameters()]).sum()
-
-
 @pytest.fixture
 def pull() -> Plugins:
-    class Algorithms:
-        @hookimpl
-        def compactprune_algorithms(self) -> list[type[CompressionAlgorithm]]:
-            return [Pull]
-
-    plugins = Plugins()
-    plugins.load_entry_points()
-    plugins.register(Algorithms(), "pull")
-    return plugins
+    return with_pull()
 
 
 def test_a_loss_that_is_not_asked_for_is_an_error_and_accumulated_batches_are_one_step(

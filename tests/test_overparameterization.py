@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import STRUCTURES, images, trained
+from networks import STRUCTURES, images, labelled_batches, model32, trained
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -40,18 +40,6 @@ def config(*entries):
     return {"input_info": INPUT, "compression": list(entries)}
 
 
-def model32(name="residual"):
-    return trained(name, dtype=torch.float32)
-
-
-def batches(number=3):
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (torch.randn(4, 3, 12, 12, generator=generator), torch.randint(0, 5, (4,), generator=generator))
-        for _ in range(number)
-    ]
-
-
 def sgd(model, **options):
     return torch.optim.SGD(model.parameters(), **{"lr": 0.01, "momentum": 0.9, **options})
 
@@ -59,7 +47,7 @@ def sgd(model, **options):
 def train_epoch(model, ctrl, optimizer, *, scheduler=None, ema=None):
     ctrl.scheduler.epoch_step()
     model.train()
-    for x, y in batches():
+    for x, y in labelled_batches():
         ctrl.scheduler.step()
         optimizer.zero_grad()
         (F.cross_entropy(model(x), y) + ctrl.loss()).backward()
@@ -239,7 +227,7 @@ def test_gradients_accumulate_over_micro_batches():
     model.training = True
     create_compressed_model(model, config(lop()))
     cores = [p for n, p in model.named_parameters() if n.endswith("core")]
-    (x, y) = batches(1)[0]
+    (x, y) = labelled_batches(1)[0]
     whole = torch.autograd.grad(F.cross_entropy(model(x), y), cores)
     for part in (slice(0, 2), slice(2, 4)):
         (F.cross_entropy(model(x[part]), y[part]) / 2).backward()
@@ -252,7 +240,7 @@ def test_autocast_step_is_finite_and_trains_every_factor():
     ctrl, _ = create_compressed_model(model, config(lop(distillation={**SIMILARITY, "teacher_precision": "bfloat16"})))
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = F.cross_entropy(model(batches(1)[0][0]), batches(1)[0][1]) + ctrl.loss()
+        loss = F.cross_entropy(model(labelled_batches(1)[0][0]), labelled_batches(1)[0][1]) + ctrl.loss()
     loss.backward()
     factors = [p for n, p in model.named_parameters() if n.endswith((".first", ".core", ".last"))]
     assert len(factors) == 18
@@ -299,7 +287,7 @@ def _worker(rank, folder):
     parallel = DistributedDataParallel(model)
     ctrl.scheduler.epoch_step()
     parallel.train()
-    for x, y in batches():
+    for x, y in labelled_batches():
         ctrl.scheduler.step()
         optimizer.zero_grad()
         part = slice(2 * rank, 2 * rank + 2)

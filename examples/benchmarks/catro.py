@@ -14,12 +14,13 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch_pruning as tp
-from catro_cifar import DATA, INNER, SHORT_TEST, TRAIN_IMAGES, Cifar, Rows, accuracy, adapted, fine_tuned
+from catro_cifar import DATA, INNER, SHORT_TEST, TRAIN_IMAGES, Cifar, Rows, accuracy, at_once, fine_tuned
 from torch import nn
 
 from nncf_compactprune import create_compressed_model, trace
@@ -85,9 +86,8 @@ def peer(data: Cifar, depth: int, budget: float, name: str, allocation: str, see
 def build(data: Cifar, depth: int, budget: float, arm: str, allocation: str, seed: int) -> nn.Module:
     if arm.startswith("Torch-Pruning"):
         return peer(data, depth, budget, arm, allocation, seed)
-    if arm.startswith("catro"):
-        params = {} if allocation == "own" else {"allocation": allocation}
-        return ours(data, depth, budget, "catro", seed, **params, **({"form": "plain"} if "plain" in arm else {}))[0]
+    if arm == "catro":
+        return ours(data, depth, budget, "catro", seed)[0]
     return ours(data, depth, budget, "fbnet_pruning", seed, importance=CRITERIA[arm], allocation=allocation)[0]
 
 
@@ -100,11 +100,9 @@ def measured(
     def measure() -> dict[str, Any]:
         model = build(data, depth, budget, arm, allocation, seed)
         tuned = fine_tuned(model, data.train, data.train_labels, seed=seed, epochs=epochs)
-        few = data.test[SHORT_TEST : 2 * SHORT_TEST], data.test_labels[SHORT_TEST : 2 * SHORT_TEST]
         return {
             "macs": macs(model),
-            "pruned": accuracy(model, *few),
-            "adapted": accuracy(adapted(model, data.train[:2000]), *few),
+            **at_once(data, model, slice(SHORT_TEST, 2 * SHORT_TEST)),
             "tuned": accuracy(tuned, data.test[SHORT_TEST:], data.test_labels[SHORT_TEST:]),
             "choice": accuracy(tuned, data.test[:SHORT_TEST], data.test_labels[:SHORT_TEST]),
         }  # fmt: skip
@@ -137,14 +135,6 @@ def tables(data: Cifar, rows: Rows, depth: int) -> None:
                     measured(first, rows, depth, budget, arm, chosen(rows, depth, budget, arm) or "uniform", seed)
 
 
-def resnet20(data: Cifar, rows: Rows) -> None:
-    tables(data, rows, 20)
-
-
-def resnet56(data: Cifar, rows: Rows) -> None:
-    tables(data, rows, 56)
-
-
 def long(data: Cifar, rows: Rows) -> None:
     """ResNet-20 after two epochs on all training images."""
     for budget in BUDGETS:
@@ -160,11 +150,7 @@ def samples(data: Cifar, rows: Rows) -> None:
 
             def measure(per_class: int = per_class, seed: int = seed) -> dict[str, Any]:
                 model, _ = ours(data, 20, 0.5, "catro", seed, per_class, samples_per_class=per_class)
-                short = data.test[SHORT_TEST:], data.test_labels[SHORT_TEST:]
-                return {
-                    "pruned": accuracy(model, *short),
-                    "adapted": accuracy(adapted(model, data.train[:2000]), *short),
-                }
+                return at_once(data, model, slice(SHORT_TEST, None))
 
             rows.get(f"samples {per_class} {seed}", measure)
 
@@ -190,7 +176,13 @@ def duration(data: Cifar, rows: Rows) -> None:
     rows.get("time", measure)
 
 
-PARTS = {"time": duration, "samples": samples, "resnet20": resnet20, "resnet56": resnet56, "long": long}
+PARTS = {
+    "time": duration,
+    "samples": samples,
+    "resnet20": partial(tables, depth=20),
+    "resnet56": partial(tables, depth=56),
+    "long": long,
+}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

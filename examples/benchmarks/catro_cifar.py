@@ -86,6 +86,12 @@ def adapted(model: nn.Module, images: Tensor) -> nn.Module:
     return model.eval()
 
 
+def at_once(data: Cifar, model: nn.Module, images: slice) -> dict[str, float]:
+    """Accuracy on some of the test images: as the model is, and with BatchNorm statistics of 2,000 training images."""
+    judged = data.test[images], data.test_labels[images]
+    return {"pruned": accuracy(model, *judged), "adapted": accuracy(adapted(model, data.train[:2000]), *judged)}
+
+
 def fine_tuned(
     model: nn.Module,
     images: Tensor,

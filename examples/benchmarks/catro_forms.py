@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from catro_cifar import DATA, INNER, SHORT_TEST, Cifar, Rows, accuracy, adapted
+from catro_cifar import DATA, INNER, SHORT_TEST, Cifar, Rows, at_once
 from torch import Tensor
 
 from nncf_compactprune import create_compressed_model, trace
@@ -182,12 +182,7 @@ def measured(data: Cifar, depth: int, masks: Callable[[Any], Sequence[np.ndarray
     model = data.model(depth)
     graph = trace(model, data.test[:2])
     prune_in_place(model, make_plan(graph, masks(graph)), data.test[:2])
-    return both(data, model)
-
-
-def both(data: Cifar, model: Any) -> dict[str, float]:
-    short = data.test[:SHORT_TEST], data.test_labels[:SHORT_TEST]
-    return {"pruned": accuracy(model, *short), "adapted": accuracy(adapted(model, data.train[:2000]), *short)}
+    return at_once(data, model, slice(SHORT_TEST))
 
 
 def uniform_masks(form: Form, share: float) -> Callable[[Any], Masks]:
@@ -215,7 +210,7 @@ def stage_1(data: Cifar, depth: int, share: float, rounds: int = 1, **params: An
         create_compressed_model(
             model, {"compression": copy.deepcopy(entry)}, data.few(50), example_inputs=data.test[:2]
         )
-    return both(data, model)
+    return at_once(data, model, slice(SHORT_TEST))
 
 
 STAGE_1: dict[str, dict[str, Any]] = {
