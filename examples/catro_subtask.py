@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from nncf_compactprune import load_pruned, prune, save_pruned
-from nncf_compactprune.algorithms.subtask import ClassSubset
-from nncf_compactprune.integrations.datasets import resolve_dataset
-from nncf_compactprune.integrations.digits_net import digits_net
-from nncf_compactprune.training import evaluate, fit
+from nncf_compactprune.algorithms.catro.subtask import ClassSubset
+from nncf_compactprune.run.datasets import resolve_dataset
+from nncf_compactprune.run.networks.digits_net import digits_net
+from nncf_compactprune.run.training import evaluate, fit
 
 
 def trained(model: nn.Module, batches: object, epochs: int, lr: float) -> nn.Module:

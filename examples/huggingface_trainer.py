@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 from nncf_compactprune import export_model
-from nncf_compactprune.integrations.datasets import ResolvedDataset, resolve_dataset
 from nncf_compactprune.integrations.huggingface import CompressionCallback, last_checkpoint
 from nncf_compactprune.integrations.pretrained import load_pruned_pretrained
+from nncf_compactprune.run.datasets import ResolvedDataset, resolve_dataset
 
 COMPRESSION = {
     "compression": {

@@ -16,9 +16,9 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from nncf_compactprune import CompressionController, create_compressed_model
-from nncf_compactprune.integrations.datasets import resolve_dataset
-from nncf_compactprune.integrations.digits_net import digits_net
-from nncf_compactprune.training import Batches, evaluate, fit
+from nncf_compactprune.run.datasets import resolve_dataset
+from nncf_compactprune.run.networks.digits_net import digits_net
+from nncf_compactprune.run.training import Batches, evaluate, fit
 
 CONFIG = {
     "input_info": {"sample_size": [1, 1, 16, 16]},

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune import hookimpl, trace
-from nncf_compactprune.hookspecs import OpRule
 from nncf_compactprune.plugins import Plugins
+from nncf_compactprune.plugins.hookspecs import OpRule
 
 
 class Net(nn.Module):

@@ -17,9 +17,9 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nncf_compactprune import create_compressed_model, export_model
-from nncf_compactprune.integrations.datasets import resolve_dataset
-from nncf_compactprune.integrations.digits_net import digits_net
-from nncf_compactprune.training import evaluate
+from nncf_compactprune.run.datasets import resolve_dataset
+from nncf_compactprune.run.networks.digits_net import digits_net
+from nncf_compactprune.run.training import evaluate
 
 CONFIG = {
     "input_info": {"sample_size": [1, 1, 16, 16]},

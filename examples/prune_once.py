@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nncf_compactprune import load_pruned, prune, save_pruned
-from nncf_compactprune.integrations.digits_net import digits_net
+from nncf_compactprune.run.networks.digits_net import digits_net
 
 model = digits_net()  # any torch.nn.Module
 images = torch.randn(2, 1, 16, 16)  # what it is called with

@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data.distributed import DistributedSampler
 
 from nncf_compactprune import create_compressed_model, save_pruned
-from nncf_compactprune.integrations.datasets import resolve_dataset
-from nncf_compactprune.integrations.digits_net import digits_net
-from nncf_compactprune.surgery import plan_of
-from nncf_compactprune.training import evaluate, fit
+from nncf_compactprune.cut.surgery import plan_of
+from nncf_compactprune.run.datasets import resolve_dataset
+from nncf_compactprune.run.networks.digits_net import digits_net
+from nncf_compactprune.run.training import evaluate, fit
 
 GLOBAL_BATCH = 64
 CONFIG = {

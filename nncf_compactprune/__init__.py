@@ -2,7 +2,6 @@
 
 from nncf_compactprune.algorithms import CompressionStage
 from nncf_compactprune.channels import ChannelGraph, ChannelGroup, trace
-from nncf_compactprune.checkpoint import load_pruned, save_pruned
 from nncf_compactprune.config import CompressionConfig, load_config
 from nncf_compactprune.controller import (
     CompressionController,
@@ -10,12 +9,13 @@ from nncf_compactprune.controller import (
     create_compressed_model,
     prune,
 )
-from nncf_compactprune.diagnosis import analyse
+from nncf_compactprune.cut.diagnosis import analyse
+from nncf_compactprune.cut.surgery import apply_plan
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import export_model
-from nncf_compactprune.hookspecs import hookimpl, hookspec
 from nncf_compactprune.plan import PruningPlan
-from nncf_compactprune.surgery import apply_plan
+from nncf_compactprune.plugins.hookspecs import hookimpl, hookspec
+from nncf_compactprune.storage.checkpoint import load_pruned, save_pruned
 from nncf_compactprune.version import __version__
 
 __all__ = [

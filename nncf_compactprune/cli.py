@@ -19,12 +19,12 @@ from rich.table import Table
 from nncf_compactprune.config import json_schema
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import export_model
-from nncf_compactprune.integrations.inspection import Inspection, inspect_model
-from nncf_compactprune.integrations.pipeline import load_run, run
 from nncf_compactprune.plugins import default_plugins
 from nncf_compactprune.report import rich_table
-from nncf_compactprune.report.writing import write_whole
-from nncf_compactprune.training import run_schema
+from nncf_compactprune.run.inspection import Inspection, inspect_model
+from nncf_compactprune.run.pipeline import load_run, run
+from nncf_compactprune.run.training import run_schema
+from nncf_compactprune.storage.writing import write_whole
 from nncf_compactprune.version import __version__
 
 USER_ERROR_STATUS = 2

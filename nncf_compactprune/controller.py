@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_map
 from nncf_compactprune.algorithms import ChannelPruning, CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.config import CompressionConfig, load_algorithm, load_config
-from nncf_compactprune.distributed import refuse_wrapped
+from nncf_compactprune.cut.self_check import SelfCheck
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import ExportedFile, export_model
+from nncf_compactprune.host.distributed import refuse_wrapped
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
-from nncf_compactprune.surgery import SelfCheck
 
 STATE_VERSION = 1
 
@@ -314,7 +314,7 @@ def prune(
     :param algorithm: a pruning algorithm by name.
     :param budget: what may be left: ``{"macs": 0.5}``, ``{"params": "3M"}``, both at once.
     :param train_loader: batches for BatchNorm adaptation and for criteria that need data; none: no adaptation.
-    :param ignored_scopes: :param target_scopes: NNCF's scope grammar, see :mod:`nncf_compactprune.scopes`.
+    :param ignored_scopes: :param target_scopes: NNCF's scope grammar, see :mod:`nncf_compactprune.decide.scopes`.
     :param optimizer: :param ema: are cut by the same plan.
     :param params: the algorithm's ``params`` (``round_to``, ``allocation``, ...).
     :raises ConfigError: a wrong argument.

@@ -12,35 +12,15 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.places import CONFIGS
+from support.user_files import NET_SOURCE
 
 from nncf_compactprune.cli import main
-from nncf_compactprune.integrations.datasets import resolve_dataset
-from nncf_compactprune.integrations.pipeline import load_run
 from nncf_compactprune.plan import PruningPlan
-from nncf_compactprune.training import evaluate
+from nncf_compactprune.run.datasets import resolve_dataset
+from nncf_compactprune.run.pipeline import load_run
+from nncf_compactprune.run.training import evaluate
 from nncf_compactprune.version import __version__
-
-NET_SOURCE = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    input_size = (1, 16, 16)
-
-    def __init__(self, num_classes=10):
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 3, 2, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(32)
-        self.conv2 = nn.Conv2d(32, 32, 3, 2, 1)
-        self.head = nn.Linear(32, num_classes)
-
-    def forward(self, x):
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return self.head(torch.relu(self.conv2(x)).mean((2, 3)))
-
-def build(num_classes=10):
-    return Net(num_classes)
-"""
 
 Invoke = Callable[..., str]
 
@@ -285,7 +265,7 @@ def test_inspect_counts_for_the_given_shape(folder: Path, invoke: Invoke) -> Non
 
 
 def test_inspect_states_each_reason_once(invoke: Invoke) -> None:
-    printed = invoke("inspect", "python:nncf_compactprune.integrations.cifar_resnet:resnet20")
+    printed = invoke("inspect", "python:nncf_compactprune.run.networks.cifar_resnet:resnet20")
     assert printed.count("in 'layer2.0'") == 1
     for block in range(3):
         assert f"layer2.{block}.conv2 (16)" in printed
@@ -312,7 +292,7 @@ def find_references(node: Any) -> list[str]:
 
 @pytest.mark.slow
 def test_demo_prunes_to_its_budget_at_97_percent_or_more(tmp_path: Path, invoke: Invoke) -> None:
-    config = Path(__file__).parents[1] / "configs" / "digits_fbnet.json"
+    config = CONFIGS / "digits_fbnet.json"
     invoke("run", config, "--output", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["dense"]["accuracy"] >= 0.97
@@ -324,8 +304,6 @@ def test_version_is_printed(invoke: Invoke) -> None:
     assert invoke("--version").strip() == __version__
 
 
-@pytest.mark.parametrize(
-    "config", sorted(Path(__file__).parents[1].joinpath("configs").glob("*.json")), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.name)
 def test_shipped_config_is_valid_and_its_model_builds(config: Path, invoke: Invoke) -> None:
     assert " prunable groups" in invoke("inspect", "--config", config)

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import images, labelled_batches, model32
+from support.networks import images, labelled_batches, model32
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -246,7 +246,7 @@ def test_failed_cut_puts_the_masks_back(monkeypatch):
     ctrl.scheduler.epoch_step()
     x = images(torch.float32)
     masked = model.eval()(x)
-    monkeypatch.setattr("nncf_compactprune.surgery.SELF_CHECK_TOLERANCE", -1.0)
+    monkeypatch.setattr("nncf_compactprune.cut.self_check.SELF_CHECK_TOLERANCE", -1.0)
     with pytest.raises(CompactPruneError, match="restored"):
         ctrl.strip()
     assert torch.equal(masked, model.eval()(x))

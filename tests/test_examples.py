@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 import torch
 from pydantic import BaseModel
+from support.places import ROOT
 from torch.utils.data import Subset
 
-from nncf_compactprune.algorithms.catro import CatroConfig
+from nncf_compactprune.algorithms.catro.algorithm import CatroConfig
+from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig
 from nncf_compactprune.algorithms.fbnet import FBNetConfig
-from nncf_compactprune.algorithms.generation import GenerationConfig
-from nncf_compactprune.algorithms.overparameterization import OverparameterizationConfig
+from nncf_compactprune.algorithms.overparameterization.algorithm import OverparameterizationConfig
 from nncf_compactprune.cli import main
 from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
-from nncf_compactprune.integrations import datasets
-from nncf_compactprune.training import RunConfig
+from nncf_compactprune.run import datasets
+from nncf_compactprune.run.training import RunConfig
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {"README.md": README} | {f"docs/{path.name}": path.read_text("utf-8") for path in ROOT.glob("docs/*.md")}
 

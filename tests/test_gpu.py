@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import trained
+from support.networks import trained
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nncf_compactprune.integrations.cifar_resnet import resnet20, resnet56
-from nncf_compactprune.integrations.datasets import crop_and_flip, resolve_dataset
+from nncf_compactprune.run.datasets import crop_and_flip, resolve_dataset
+from nncf_compactprune.run.networks.cifar_resnet import resnet20, resnet56
 
 DATA = Path("../shared/data")
 TRAIN_IMAGES, SHORT_TEST = 10_000, 2_000

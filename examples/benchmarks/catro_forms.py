@@ -23,14 +23,14 @@ from catro_cifar import DATA, INNER, SHORT_TEST, Cifar, Rows, at_once
 from torch import Tensor
 
 from nncf_compactprune import create_compressed_model, trace
+from nncf_compactprune.algorithms.catro.class_effects import FeatureScatter, MarginEffects, margins
+from nncf_compactprune.algorithms.catro.class_statistics import ClassMoments
+from nncf_compactprune.algorithms.catro.consumers import Call
+from nncf_compactprune.algorithms.catro.contributions import Contributions
+from nncf_compactprune.algorithms.catro.trace_ratio import joint_removal, trace_ratio
+from nncf_compactprune.cut.self_check import prune_in_place
+from nncf_compactprune.decide.criteria.magnitude import l1
 from nncf_compactprune.plan import make_plan
-from nncf_compactprune.scores.class_effects import FeatureScatter, MarginEffects, margins
-from nncf_compactprune.scores.class_statistics import ClassMoments
-from nncf_compactprune.scores.consumers import Call
-from nncf_compactprune.scores.contributions import Contributions
-from nncf_compactprune.scores.magnitude import l1
-from nncf_compactprune.scores.trace_ratio import joint_removal, trace_ratio
-from nncf_compactprune.surgery import prune_in_place
 
 HERE = Path(__file__).parent
 RATIOS = (0.3, 0.5)

@@ -20,8 +20,8 @@ from catro_cifar import DATA, INNER, Cifar, Rows, accuracy, fine_tuned
 from torch import Tensor, nn
 
 from nncf_compactprune import create_compressed_model
-from nncf_compactprune.integrations.datasets import CIFAR10_CLASSES
-from nncf_compactprune.surgery import plan_of
+from nncf_compactprune.cut.surgery import plan_of
+from nncf_compactprune.run.datasets import CIFAR10_CLASSES
 
 HERE = Path(__file__).parent
 SUBTASKS = ([0, 8], [0, 1, 8], [3, 5], [0, 1, 2, 8, 9])

@@ -25,16 +25,16 @@ import torch
 from torch import nn
 
 from nncf_compactprune import create_compressed_model, prune
+from nncf_compactprune.algorithms.data_free import Generation, ImageNetwork, Reconstruction, layer_inputs
+from nncf_compactprune.algorithms.data_free.gram import is_linear
+from nncf_compactprune.algorithms.data_free.quantizers import install
 from nncf_compactprune.channels import trace
-from nncf_compactprune.channels.trace import evaluating
-from nncf_compactprune.datafree import Generation, ImageNetwork, Reconstruction, layer_inputs
-from nncf_compactprune.datafree.gram import is_linear
-from nncf_compactprune.datafree.quantizers import install
-from nncf_compactprune.integrations.cifar_resnet import resnet20, resnet56
-from nncf_compactprune.integrations.datasets import resolve_dataset
-from nncf_compactprune.integrations.models import resolve_model
+from nncf_compactprune.cut.surgery import plan_of
+from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.plan import PruningPlan
-from nncf_compactprune.surgery import plan_of
+from nncf_compactprune.run.datasets import resolve_dataset
+from nncf_compactprune.run.models import resolve_model
+from nncf_compactprune.run.networks.cifar_resnet import resnet20, resnet56
 
 HERE = Path(__file__).parent
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -69,7 +69,7 @@ class Bench:
 
     def network(self) -> nn.Module:
         """The trained network, fresh."""
-        builder = f"python:nncf_compactprune.integrations.cifar_resnet:{self.name}"
+        builder = f"python:nncf_compactprune.run.networks.cifar_resnet:{self.name}"
         weights = str(self.data / f"{self.name}_cifar10.safetensors")
         return resolve_model(builder, sample_size=(1, 3, 32, 32), weights=weights).model.eval()
 
@@ -121,7 +121,7 @@ def ours(bench: Bench, budget: float) -> nn.Module:
 
 def only_cut(bench: Bench, budget: float) -> nn.Module:
     """Our channels, without what makes up for them."""
-    from nncf_compactprune.surgery import apply_plan
+    from nncf_compactprune.cut.surgery import apply_plan
 
     plan = plan_of(ours(bench, budget))
     model = bench.network()
@@ -202,7 +202,7 @@ def nearest(bench: Bench, bits: tuple[int, int], *, correct: bool) -> nn.Module:
         )  # fmt: skip
     if correct:
         return bench.corrected(dense, model)
-    from nncf_compactprune.datafree.resampling import resampling
+    from nncf_compactprune.algorithms.data_free.resampling import resampling
 
     with evaluating(model), resampling(model, inputs.resampled, {}):
         network.call(model, inputs.images)

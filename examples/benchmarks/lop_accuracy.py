@@ -23,10 +23,10 @@ import typer
 from torch.utils.data import Subset
 
 from nncf_compactprune import create_compressed_model
-from nncf_compactprune.integrations.cifar_resnet import resnet20
-from nncf_compactprune.integrations.datasets import ResolvedDataset, resolve_dataset
-from nncf_compactprune.integrations.models import load_weights
-from nncf_compactprune.training import OptimizerConfig, evaluate
+from nncf_compactprune.run.datasets import ResolvedDataset, resolve_dataset
+from nncf_compactprune.run.models import load_weights
+from nncf_compactprune.run.networks.cifar_resnet import resnet20
+from nncf_compactprune.run.training import OptimizerConfig, evaluate
 
 HERE = Path(__file__).parent
 TRAIN_IMAGES, VALIDATION_IMAGES = 10_000, 5_000

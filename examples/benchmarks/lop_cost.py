@@ -26,7 +26,7 @@ import typer
 from torch import nn
 
 from nncf_compactprune import create_compressed_model
-from nncf_compactprune.integrations.cifar_resnet import resnet20, resnet56
+from nncf_compactprune.run.networks.cifar_resnet import resnet20, resnet56
 
 HERE = Path(__file__).parent
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"resnet20": resnet20, "resnet56": resnet56}

@@ -35,8 +35,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nncf_compactprune import apply_plan, create_compressed_model
-from nncf_compactprune.channels.tensors import NNCF_HOOKS
-from nncf_compactprune.integrations.cifar_resnet import resnet20
+from nncf_compactprune.host.tensors import NNCF_HOOKS
+from nncf_compactprune.run.networks.cifar_resnet import resnet20
 
 HERE = Path(__file__).parent
 RESULTS, REPORT = HERE / "training_overhead.jsonl", HERE / "training_overhead.md"

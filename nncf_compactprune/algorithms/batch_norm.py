@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from nncf_compactprune.algorithms.base import Context
-from nncf_compactprune.channels.tensors import named_modules
-from nncf_compactprune.distributed import averaged, process_count
+from nncf_compactprune.host.distributed import averaged, process_count
+from nncf_compactprune.host.tensors import named_modules
 
 
 def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False) -> None:

@@ -20,16 +20,16 @@ from torch import Tensor
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.schedules import SCHEDULES
-from nncf_compactprune.budget import Allocation, Limits, allocate
 from nncf_compactprune.channels import ChannelGraph, Hold, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Section
-from nncf_compactprune.diagnosis import analyse, culprits
-from nncf_compactprune.distributed import averaged, process_count, require_agreement
+from nncf_compactprune.cut.diagnosis import analyse, culprits
+from nncf_compactprune.cut.masks import Masks, drop_masks
+from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
+from nncf_compactprune.decide.budgets import Allocation, Limits, allocate
+from nncf_compactprune.decide.scopes import prunable_groups
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
-from nncf_compactprune.masks import Masks, drop_masks
+from nncf_compactprune.host.distributed import averaged, process_count, require_agreement
 from nncf_compactprune.plan import PruningPlan, make_plan
-from nncf_compactprune.scopes import prunable_groups
-from nncf_compactprune.surgery import SelfCheck, prune_in_place
 
 Kind = Literal["macs", "params"]
 KINDS: tuple[Kind, ...] = ("macs", "params")

@@ -18,11 +18,11 @@ from torch import Tensor
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.channels import ChannelGraph
-from nncf_compactprune.channels.tensors import model_tensors
 from nncf_compactprune.config import AlgorithmConfig
+from nncf_compactprune.decide.criteria.taylor import needs_gradients, with_gradients
 from nncf_compactprune.errors import PluginError, nearest
-from nncf_compactprune.hookspecs import Algorithm, hookimpl
-from nncf_compactprune.scores.taylor import needs_gradients, with_gradients
+from nncf_compactprune.host.tensors import model_tensors
+from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
 
 class FBNetParams(ChannelPruningParams):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from nncf_compactprune.hookspecs import hookimpl
+from nncf_compactprune.plugins.hookspecs import hookimpl
 
 Shapes = Mapping[str, tuple[int, ...]]
 Facts = Callable[[nn.Module, Shapes], dict[str, Any]]

@@ -6,17 +6,14 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from nncf_compactprune.channels.cost import CostModel, Polynomial
 from nncf_compactprune.channels.labels import LabelArray, LabelSpace, Reason, Solution
-from nncf_compactprune.channels.tensors import ModelTensors
-
-if TYPE_CHECKING:
-    from nncf_compactprune.channels.trace import AttributeTerm, MacTerm
+from nncf_compactprune.channels.terms import AttributeTerm, MacTerm
+from nncf_compactprune.host.tensors import ModelTensors
 
 
 @dataclass(frozen=True, eq=False)

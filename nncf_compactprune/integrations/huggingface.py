@@ -26,15 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms import CompressionAlgorithm, CompressionStage
-from nncf_compactprune.checkpoint import write_file
 from nncf_compactprune.config import CompressionConfig, load_config
 from nncf_compactprune.controller import create_compressed_model
+from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.integrations.loading import require_package
+from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
+from nncf_compactprune.host.packages import require_package
 from nncf_compactprune.integrations.pretrained import describe, fill, write_plan_beside
-from nncf_compactprune.masks import unwrap_if_empty
 from nncf_compactprune.plugins import Plugins, default_plugins
-from nncf_compactprune.surgery import plan_of
+from nncf_compactprune.storage.checkpoint import write_file
 
 logger = logging.getLogger("nncf")
 

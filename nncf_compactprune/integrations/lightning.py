@@ -26,7 +26,7 @@ from nncf_compactprune.algorithms import CompressionAlgorithm
 from nncf_compactprune.config import CompressionConfig
 from nncf_compactprune.controller import create_compressed_model
 from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.integrations.loading import require_package
+from nncf_compactprune.host.packages import require_package
 from nncf_compactprune.plugins import Plugins
 
 pl: Any = require_package("lightning.pytorch", "nncf-compactprune[lightning]")

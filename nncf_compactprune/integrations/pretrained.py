@@ -27,13 +27,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from nncf_compactprune.channels.tensors import NNCF_HOOKS, model_tensors, named_modules
-from nncf_compactprune.channels.trace import HEAD_COUNTS
-from nncf_compactprune.checkpoint import CONFIG_FILE, PLAN_FILE, plan_digest, write_file
+from nncf_compactprune.channels.terms import HEAD_COUNTS
+from nncf_compactprune.cut.surgery import CONFIG_ATTRIBUTE, apply_plan, plan_of
 from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.integrations.loading import require_package
+from nncf_compactprune.host.packages import require_package
+from nncf_compactprune.host.tensors import NNCF_HOOKS, model_tensors, named_modules
 from nncf_compactprune.plan import PruningPlan
-from nncf_compactprune.surgery import CONFIG_ATTRIBUTE, apply_plan, plan_of
+from nncf_compactprune.storage.checkpoint import CONFIG_FILE, PLAN_FILE, plan_digest, write_file
 
 FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 Place = tuple[str, int | None]  # a field, or one item of a field that is a list

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from nncf_compactprune.checkpoint import CONFIG_FILE, load_pruned, save_pruned
 from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.integrations.loading import require_package
+from nncf_compactprune.host.packages import require_package
+from nncf_compactprune.storage.checkpoint import CONFIG_FILE, load_pruned, save_pruned
 
 
 def save_pruned_timm(model: nn.Module, directory: str | PathLike[str], **model_args: Any) -> Path:

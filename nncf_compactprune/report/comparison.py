@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.report.writing import write_whole
+from nncf_compactprune.storage.writing import write_whole
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nncf_compactprune.errors import CompactPruneError, ExportError
-from nncf_compactprune.report.writing import write_whole
+from nncf_compactprune.storage.writing import write_whole
 
 _FORMATS = (".png", ".svg", ".pdf")
 _KEPT, _REMOVED, _TEXT = "#1f6fb4", "#d9e2ec", "#33475b"

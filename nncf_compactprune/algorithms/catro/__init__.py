@@ -1,0 +1,1 @@
+"""Class-Aware Trace Ratio Optimization (arXiv 2110.10921)."""

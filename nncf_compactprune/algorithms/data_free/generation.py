@@ -1,0 +1,138 @@
+"""Images that a network's own BatchNorm statistics call for.
+
+After Yin et al. 2020, "Dreaming to Distill" (DeepInversion): images are optimised until the statistics in front of
+every BatchNorm are the stored ones and a classifier is sure of a class. Ours: the loss is free of scale (see
+:func:`statistics_loss`), and the start is not noise but "dead leaves" pictures (overlapping discs; Lee, Mumford and
+Huang 2001). Their edges and smooth areas are so much nearer to what trained filters expect that some dozens of steps
+do; more steps bring the statistics nearer and make the images less useful, as they grow alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nncf_compactprune.algorithms.data_free.network import BatchNorm, ImageNetwork, batch_norms, statistics
+from nncf_compactprune.host.calls import evaluating
+
+LEAVES = 60  # discs a picture: enough to cover it
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """How images are optimised.
+
+    :param steps: Adam steps a batch; :param lr: their size, falling to zero as a cosine.
+    :param class_weight: of the cross-entropy against a class per image, all classes in turn.
+    :param smooth_weight: of the mean squared difference of neighbouring pixels.
+    """
+
+    steps: int = 20
+    lr: float = 0.1
+    class_weight: float = 0.1
+    smooth_weight: float = 0.01
+
+
+def statistics_loss(x: Tensor, norm: BatchNorm) -> Tensor:
+    """How far a batch is from what a BatchNorm remembers, per channel and free of scale.
+
+    ``mean_c ((m_c - mu_c) / sigma_c)^2 + (s_c / sigma_c - 1)^2`` with m, s the batch's mean and standard deviation,
+    mu, sigma the stored ones. Ours: DeepInversion compares raw means and variances, which lets the widest layer rule.
+
+    :param x: the norm's input, ``[n, c, ...]``.
+    """
+    dims = [0, *range(2, x.dim())]
+    mean, var = x.mean(dims), x.var(dims, unbiased=False)
+    stored_mean, stored_var = statistics(norm)
+    sigma = (stored_var + norm.eps).sqrt()
+    shift = (mean - stored_mean) / sigma
+    return shift.square().mean() + ((var + norm.eps).sqrt() / sigma - 1).square().mean()
+
+
+def dead_leaves(count: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Pictures of overlapping discs of random place, size (heavy-tailed, as in natural images) and colour.
+
+    :param shape: ``(c, h, w)``.
+    :param generator: of the CPU.
+    :return: ``[count, c, h, w]`` on the CPU, mean 0 and variance 1 over all.
+    """
+    channels, height, width = shape
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+
+    def normal(*rest: int) -> Tensor:
+        return torch.randn(count, *rest, generator=generator)
+
+    base = normal(channels, 1, 1) * 0.8
+    picture = base.expand(count, channels, height, width).clone()
+    for _ in range(LEAVES):
+        centre = torch.rand(count, 2, 1, 1, generator=generator) * 2.4 - 1.2
+        radius = 0.08 / torch.rand(count, 1, 1, generator=generator).clamp_min(0.08)
+        stretch = torch.exp(normal(1, 1) * 0.5)
+        inside = ((x - centre[:, 0]) * stretch).square() + ((y - centre[:, 1]) / stretch).square() < radius.square()
+        colour = base * 0.5 + normal(1, 1, 1) * 0.8 + normal(channels, 1, 1) * 0.4
+        shade = 1 + 0.2 * x * normal(1, 1)
+        picture = torch.where(inside.unsqueeze(1), colour * shade.unsqueeze(1), picture)
+    picture = picture + 0.05 * normal(channels, height, width)
+    return (picture - picture.mean()) / picture.std()
+
+
+def invert(
+    model: nn.Module,
+    network: ImageNetwork,
+    start: Tensor,
+    settings: Inversion,
+    *,
+    on_step: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Optimises one batch of images; the model is only run.
+
+    A classifier without BatchNorm is inverted from its classes alone.
+
+    :param start: ``[n, c, h, w]``: some dozens at least, as their joint statistics are matched.
+    :param on_step: called after every step, for a progress bar.
+    :return: images, same shape.
+    """
+    labels = torch.arange(len(start), device=start.device) % network.classes if network.classes > 1 else None
+    images = start.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([images], settings.lr, betas=(0.5, 0.9))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    terms: list[Tensor] = []
+    with evaluating(model), _before(batch_norms(model), lambda m, x: terms.append(statistics_loss(x, m))):
+        for _ in range(settings.steps):
+            terms.clear()
+            with torch.enable_grad():
+                scores = network.call(model, images)
+                loss = sum(terms, images.new_zeros(())) + settings.smooth_weight * _roughness(images)
+                if labels is not None:
+                    loss = loss + settings.class_weight * functional.cross_entropy(scores, labels)
+                # only the images' gradient: none is left behind in the model
+                (images.grad,) = torch.autograd.grad(loss, [images])
+            optimizer.step()
+            schedule.step()
+            on_step()
+    return images.detach()
+
+
+def _roughness(images: Tensor) -> Tensor:
+    return images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
+
+
+@contextmanager
+def _before(modules: Mapping[str, BatchNorm], hook: Callable[[BatchNorm, Tensor], object]) -> Iterator[None]:
+    """Calls ``hook(module, input)`` before each run of the modules."""
+
+    def pre_hook(module: BatchNorm, args: Any) -> None:
+        hook(module, args[0])
+
+    handles = [module.register_forward_pre_hook(pre_hook) for module in modules.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

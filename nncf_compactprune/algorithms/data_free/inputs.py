@@ -1,0 +1,67 @@
+"""The ``generation`` section that all data-free algorithms share, and the inputs that they share at work."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from nncf_compactprune.algorithms.base import Context
+from nncf_compactprune.algorithms.data_free import Generation, ImageNetwork, Inversion, LayerInputs, layer_inputs
+from nncf_compactprune.algorithms.data_free.sources import Source, check
+from nncf_compactprune.config import Section
+from nncf_compactprune.host.calls import evaluating
+
+SHARED_KEY = "datafree.inputs"
+
+
+class GenerationConfig(Section):
+    """Where layer inputs come from.
+
+    :param source: ``"inversion"`` optimises images until the network's BatchNorm statistics match; ``"bn_sampling"``
+        draws BatchNorm outputs; ``"inversion+bn_sampling"`` is both; ``"dataset"`` takes images of the training
+        loader.
+    :param samples: how many; null: 512 of 32 x 32 pixels, fewer of larger images.
+    :param steps: optimisation steps of an inverted image.
+    :param seed: of all draws.
+    :param cache: a safetensors file to keep inverted images in; a run that was killed goes on from it.
+    """
+
+    source: Source = "inversion"
+    samples: int | None = Field(default=None, ge=1)
+    steps: int = Field(default=20, ge=1)
+    seed: int = Field(default=0, ge=0)
+    cache: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _of_one_source(self) -> GenerationConfig:
+        for key in ("steps", "cache"):
+            if key in self.model_fields_set and "inversion" not in self.source and getattr(self, key) is not None:
+                msg = f"'{key}' belongs to inverted images, but the source is \"{self.source}\". Leave one of them out."
+                raise ValueError(msg)
+        return self
+
+    def settings(self) -> Generation:
+        """As the generators read it."""
+        return Generation(self.source, self.samples, Inversion(self.steps), self.seed, self.cache)
+
+
+def check_generation(context: Context, config: GenerationConfig) -> None:
+    """Refuses at once what generation would refuse after an hour.
+
+    :raises DataFreeError: see :func:`nncf_compactprune.algorithms.data_free.sources.check`.
+    """
+    check(context.model, config.settings(), has_data=context.train_loader is not None)
+
+
+def inputs_for(context: Context, config: GenerationConfig) -> tuple[ImageNetwork, LayerInputs]:
+    """Inputs for the model as it is now. What an earlier algorithm of the list made with equal settings serves again:
+    pruning keeps what a network's inputs look like.
+
+    :raises DataFreeError: they cannot be made; the model is untouched.
+    """
+    network = ImageNetwork.of(context.model, context.example_inputs)
+    key = (SHARED_KEY, config.settings())
+    if key not in context.shared:
+        with context.timed("generation"), evaluating(context.model):
+            batches = context.batches() if context.train_loader is not None else None
+            context.shared[key] = layer_inputs(context.model, network, config.settings(), batches)
+    return network, context.shared[key]

@@ -1,0 +1,135 @@
+"""What generation must know of a network: how to call it on images, how many classes it tells apart, and whether its
+weights and statistics are any basis."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import nncf
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nncf_compactprune.errors import DataFreeError
+from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.tensors import model_tensors, named_modules
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
+    """The model's BatchNorm modules with running statistics, by name."""
+    return {
+        name: module
+        for name, module in named_modules(model)
+        if isinstance(module, BATCH_NORMS) and module.running_mean is not None
+    }
+
+
+@dataclass(frozen=True)
+class ImageNetwork:
+    """A network with one floating input of images.
+
+    :param example_inputs: as the model is called, with that one tensor in it.
+    :param shape: ``(c, h, w)``.
+    :param classes: width of a two-dimensional output; 0 for another kind of network.
+    """
+
+    example_inputs: Any
+    shape: tuple[int, int, int]
+    classes: int
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any) -> ImageNetwork:
+        """Looks at a model.
+
+        :raises DataFreeError: there is not exactly one tensor among its inputs, or it holds no images.
+        """
+        tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
+        if len(tensors) != 1 or tensors[0].dim() != 4 or not tensors[0].is_floating_point():
+            found = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors) or "no tensor"
+            msg = (
+                "data-free compression makes images up: expected one floating input of shape [n, c, h, w], got "
+                f"{found}. Other kinds of network are not supported."
+            )
+            raise DataFreeError(msg)
+        _, channels, height, width = tensors[0].shape
+        with evaluating(model):
+            output = scores_of(call_model(model, example_inputs))
+        return cls(example_inputs, (channels, height, width), output.shape[1] if output.dim() == 2 else 0)
+
+    def wrap(self, images: Tensor) -> Any:
+        """The model's inputs with these images in them."""
+        return tree_map(lambda leaf: images if isinstance(leaf, Tensor) else leaf, self.example_inputs)
+
+    def call(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The model's first output on images ``[n, c, h, w]``."""
+        return scores_of(call_model(model, self.wrap(images)))
+
+
+def scores_of(output: Any) -> Tensor:
+    """The first tensor of an output; a mapping's ``logits`` where it has them."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]  # type: ignore[no-any-return]
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def check_weights(model: nn.Module) -> None:
+    """
+    :raises DataFreeError: naming the first parameter or statistic that is not finite.
+    """
+    for name, tensor in model_tensors(model).named():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            msg = (
+                f"'{name}': {bad} of {tensor.numel()} values are NaN or infinite. Give the weights of a sound training."
+            )
+            raise DataFreeError(msg)
+
+
+def check_statistics(model: nn.Module) -> None:
+    """
+    :raises DataFreeError: a BatchNorm keeps no running statistics, or all are those of a network never trained.
+    """
+    missing = [n for n, m in named_modules(model) if isinstance(m, BATCH_NORMS) and m.running_mean is None]
+    if missing:
+        msg = (
+            f"'{missing[0]}': BatchNorm without running statistics (track_running_stats=False), one of {len(missing)}. "
+            'They are what inputs are generated from. Use "source": "dataset" and give a train_loader.'
+        )
+        raise DataFreeError(msg)
+    norms = batch_norms(model)
+    if norms and all(_is_fresh(module) for module in norms.values()):
+        msg = (
+            f"all {len(norms)} BatchNorms have the statistics of a network never trained (mean 0, variance 1), the "
+            f"first is '{next(iter(norms))}'. Load trained weights, running_mean and running_var included."
+        )
+        raise DataFreeError(msg)
+
+
+def statistics(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of one of :func:`batch_norms`, each ``[c]``."""
+    if norm.running_mean is None or norm.running_var is None:
+        msg = "a BatchNorm without running statistics"
+        raise nncf.InternalError(msg)
+    return norm.running_mean, norm.running_var
+
+
+def _is_fresh(norm: BatchNorm) -> bool:
+    mean, var = statistics(norm)
+    return bool((mean == 0).all()) and bool((var == 1).all())
+
+
+def fingerprint(model: nn.Module, *more: Any) -> str:
+    """SHA-256 of all weights and statistics, and of what else a cached result depends on."""
+    digest = hashlib.sha256(repr(more).encode())
+    for name, tensor in model_tensors(model).named():
+        if name.endswith("num_batches_tracked"):
+            continue
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,170 @@
+"""``data_free_quantization``: quantization of the same paper (arXiv 2011.09058), 8 down to 4 bits, with no data.
+
+Quantizers sit where NNCF would put them. Then, in one pass in network order, on what the quantized prefix delivers:
+ranges of activations are searched, weights are re-fitted to what the float layer gives, scaled and rounded column by
+column (``datafree/rounding.py``), and biases and BatchNorm statistics follow. Ours, as only the paper's abstract was
+at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import nncf
+from pydantic import Field
+from torch import Tensor, nn
+
+from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.data_free import Reconstruction, Refit
+from nncf_compactprune.algorithms.data_free.gram import Moments, weight_rows
+from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig, check_generation, inputs_for
+from nncf_compactprune.algorithms.data_free.network import check_weights
+from nncf_compactprune.algorithms.data_free.preconditioning import precondition
+from nncf_compactprune.algorithms.data_free.quantizers import GridQuantizer, install
+from nncf_compactprune.algorithms.data_free.reconstruction import LayerStep, solve, whole_or_nothing
+from nncf_compactprune.algorithms.data_free.rounding import round_in_turn, search_scales
+from nncf_compactprune.config import AlgorithmConfig, Section
+from nncf_compactprune.errors import DataFreeError
+from nncf_compactprune.host.calls import evaluating
+from nncf_compactprune.host.tensors import carries_hooks, named_modules
+from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
+
+QUANTIZED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.modules.conv._ConvTransposeNd)
+ROUNDING_RIDGE = 0.01
+
+
+class QuantizationParams(Section):
+    """How a network is quantized.
+
+    :param weight_bits: :param activation_bits: 4 to 8.
+    :param edge_bits: of the model's input, of the first layer's weights, and of the last layer's, where lower bits
+    cost most.
+    :param per_channel: a scale for each output channel of a weight.
+    :param equalise: fold BatchNorms, equalise channels over layers and absorb biases first. For weights with one scale
+        in networks with very unlike channels (depthwise ones); activations pay for it, so it is off by default.
+    :param ridge: how strongly re-fitted weights are held to the float ones, relative to the inputs' variance.
+    """
+
+    weight_bits: int = Field(default=8, ge=4, le=8)
+    activation_bits: int = Field(default=8, ge=4, le=8)
+    edge_bits: int = Field(default=8, ge=4, le=8)
+    per_channel: bool = True
+    equalise: bool = False
+    ridge: float = Field(default=0.03, gt=0)
+    target_device: Literal["ANY", "CPU", "GPU", "NPU"] = "CPU"
+
+
+class DataFreeQuantizationConfig(AlgorithmConfig):
+    """A ``data_free_quantization`` entry."""
+
+    params: QuantizationParams = QuantizationParams()
+    generation: GenerationConfig = GenerationConfig()
+
+
+class DataFreeQuantization(CompressionAlgorithm):
+    """Quantizes when the run ends, after pruning and fine-tuning."""
+
+    name = "data_free_quantization"
+    summary = "Quantization to 8...4 bits with no data, exported as INT8 (arXiv 2011.09058)"
+    Config: ClassVar[type[AlgorithmConfig]] = DataFreeQuantizationConfig
+    config: DataFreeQuantizationConfig
+
+    def __init__(self, config: DataFreeQuantizationConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.refits: list[Refit] = []
+        self.quantizers = 0
+        self._done = False
+
+    def prepare(self, state: Mapping[str, Any] | None = None) -> None:
+        check_generation(self.context, self.config.generation)
+        if isinstance(self.context.model, nn.Sequential):
+            msg = (
+                f"'{self.name}': NNCF's hooks do not work on a bare nn.Sequential (it would run the hook storage as a "
+                "layer). Put it inside a module of your own."
+            )
+            raise DataFreeError(msg)
+
+    def strip(self) -> None:
+        if self._done:
+            return
+        model, context = self.context.model, self.context
+        check_weights(model)  # training may have gone wrong since
+        if carries_hooks(model):
+            msg = f"'{self.name}': the model still carries NNCF hooks. List this algorithm last."
+            raise DataFreeError(msg)
+        network, inputs = inputs_for(context, self.config.generation)
+        params = self.config.params
+        layers = [n for n, m in named_modules(model) if isinstance(m, QUANTIZED)]
+        if not layers:
+            msg = f"'{self.name}': {type(model).__name__} has no convolution and no linear layer."
+            raise DataFreeError(msg)
+        bits = {n: params.edge_bits if n in (layers[0], layers[-1]) else params.weight_bits for n in layers}
+        scopes = self.config.ignored_scopes
+        with context.timed("quantization"), evaluating(model), whole_or_nothing(model) as log:
+            if params.equalise:
+                precondition(log, model, context.example_inputs)
+            dense = copy.deepcopy(model)  # what the layers are compared with, scaled alike
+            weights, activations, at_input = install(
+                model,
+                network,
+                inputs,
+                weight_bits=bits,
+                activation_bits=params.activation_bits,
+                edge_activations=params.edge_bits,
+                per_channel=params.per_channel,
+                target_device=params.target_device,
+                ignored=nncf.IgnoredScope(names=list(scopes)) if scopes else None,
+            )
+
+            def delivered(name: str, x: Tensor) -> Tensor:
+                for quantizer in at_input.get(name, ()):
+                    x = quantizer(x)
+                return x
+
+            step = rounding_step(weights, params.ridge, per_channel=params.per_channel)
+            run = Reconstruction(dense, model, inputs, network, step=step, delivered=delivered)
+            self.refits = run.run(progress="Quantizing layers")
+        self.quantizers = len(weights) + len(activations)
+        self._done = True
+
+    def stage(self) -> CompressionStage:
+        return CompressionStage.FULLY_COMPRESSED if self._done else CompressionStage.UNCOMPRESSED
+
+    def get_state(self) -> dict[str, Any]:
+        return {"done": self._done}
+
+    def statistics(self) -> Mapping[str, Any]:
+        params = self.config.params
+        error = sum(r.after for r in self.refits) / max(len(self.refits), 1)
+        return {
+            "stage": self.stage().name.lower(),
+            "bits": f"W{params.weight_bits}A{params.activation_bits}, edges {params.edge_bits}",
+            "quantizers": self.quantizers,
+            "mean layer error": f"{error:.4f}",
+        }
+
+
+def rounding_step(weights: Mapping[str, GridQuantizer], ridge: float, *, per_channel: bool) -> LayerStep:
+    """The step that re-fits a layer, chooses its scales and puts its weights on the grid.
+
+    :param weights: quantizers by layer; a layer without one is re-fitted only.
+    """
+
+    def step(name: str, module: nn.Module, found: Moments) -> Tensor:
+        refitted = solve(weight_rows(module), found, ridge)
+        quantizer = weights.get(name)
+        if quantizer is None:
+            return refitted
+        scale = search_scales(refitted, found.inputs, quantizer.high, per_channel=per_channel)
+        quantizer.set(scale if per_channel else scale.flatten()[:1])
+        return round_in_turn(refitted, scale, found.inputs, quantizer.high, ROUNDING_RIDGE)
+
+    return step
+
+
+@hookimpl
+def compactprune_algorithms() -> Iterable[type[Algorithm]]:
+    """Offers :class:`DataFreeQuantization`."""
+    return [DataFreeQuantization]

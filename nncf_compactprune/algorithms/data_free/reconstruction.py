@@ -1,0 +1,237 @@
+"""Re-fits a compressed network layer by layer, in network order, so that each layer gives what the dense one gave.
+
+For each convolution or linear layer, with X' what the compressed prefix delivers and Y what the dense layer computes:
+
+    minimise_W  || W X' - Y ||^2 + lambda || W - W_0 ||^2
+
+about the means, W_0 being the weights that the cut left. Closed form from Gram matrices (``gram.py``). What a bias or
+the next BatchNorm can carry is taken out: means go there.
+
+A BatchNorm's statistics then follow *relatively*: sigma' = sigma std(Y') / std(Y), and mu' such that
+(mean(Y') - mu') / sigma' = (mean(Y) - mu) / sigma, with Y and Y' what the dense and the compressed layer in front of it
+give on the same inputs. Were the inputs real, this would be BatchNorm re-estimation; with generated ones it keeps what
+the dense network knows of real statistics.
+
+Source: "Layer-Wise Data-Free CNN Compression" (arXiv 2011.09058) reconstructs layers on generated inputs; the closed
+form, the prior and the relative statistics are ours (only the abstract was at hand).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from nncf.common.logging.track_progress import track
+from nncf.torch.function_hook import get_hook_storage, is_wrapped
+from torch import Tensor, nn
+
+from nncf_compactprune.algorithms.data_free.gram import Moments, as_weight, is_linear, moments, weight_rows
+from nncf_compactprune.algorithms.data_free.network import BatchNorm, ImageNetwork, batch_norms, statistics
+from nncf_compactprune.algorithms.data_free.pacing import Met, Reference
+from nncf_compactprune.algorithms.data_free.resampling import resampling
+from nncf_compactprune.algorithms.data_free.sources import LayerInputs
+from nncf_compactprune.cut.transaction import Transaction, transaction
+from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
+from nncf_compactprune.host.tensors import model_tensors, named_modules
+
+MIN_STD_RATIO = 0.05  # a channel whose output all but vanished keeps a scale that does not blow up
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How one layer came out.
+
+    :param name: the layer.
+    :param before: squared error of its outputs with the weights that the cut left, over their variance.
+    :param after: the same after least squares.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+def solve(weight: Tensor, found: Moments, ridge: float) -> Tensor:
+    """Ridge least squares around given weights.
+
+    :param weight: where the ridge pulls to, ``[groups, out/groups, d]``.
+    :param ridge: strength relative to the inputs' mean variance.
+    :return: the weights, same shape.
+    """
+    scale = found.inputs.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    eye = torch.eye(found.inputs.shape[1], dtype=found.inputs.dtype, device=found.inputs.device)
+    left = found.inputs + ridge * scale[:, None, None] * eye
+    right = found.cross - found.inputs @ weight.transpose(1, 2)
+    moved: Tensor = torch.linalg.solve(left, right).transpose(1, 2)
+    return weight + moved
+
+
+def relative_error(weight: Tensor, found: Moments) -> float:
+    """Squared error of ``W X - Y`` about the means, over the variance of Y."""
+    rows = weight.transpose(1, 2)
+    fit = (rows * (found.inputs @ rows)).sum(1) - 2 * (rows * found.cross).sum(1) + found.energy
+    return float(fit.sum() / found.energy.sum().clamp_min(1e-30))
+
+
+LayerStep = Callable[[str, nn.Module, Moments], Tensor]
+"""Name, layer and moments to the layer's new weight as matrices ``[groups, out/groups, d]``."""
+
+
+def least_squares(ridge: float) -> LayerStep:
+    """The step that re-fits each layer around the weights that it has."""
+    return lambda name, module, found: solve(weight_rows(module), found, ridge)
+
+
+def as_they_are(name: str, module: nn.Module, found: Moments) -> Tensor:
+    """The step that leaves weights alone: biases and BatchNorm statistics are corrected, nothing else."""
+    return weight_rows(module)
+
+
+@dataclass
+class Reconstruction:
+    """One pass over a compressed model that re-fits every layer it comes to.
+
+    :param dense: the reference, in eval mode.
+    :param compressed: changed in place, in eval mode; the same modules under the same names, channels cut or not.
+    :param inputs: what both run on.
+    :param network: how to run them.
+    :param kept: parameter name to dimension to kept positions, of what was cut; empty where nothing was.
+    :param step: how a layer's weights are chosen.
+    :param delivered: layer and its input to what really enters it, where a hook inside the layer works on that.
+    """
+
+    dense: nn.Module
+    compressed: nn.Module
+    inputs: LayerInputs
+    network: ImageNetwork
+    kept: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    step: LayerStep = as_they_are
+    delivered: Callable[[str, Tensor], Tensor] = lambda name, x: x
+    refits: list[Refit] = field(default_factory=list)
+
+    @torch.no_grad()
+    def run(self, *, progress: str = "") -> list[Refit]:
+        """Goes through the model once. A module that is called several times keeps its weights.
+
+        :param progress: description of a progress bar; none where empty.
+        :return: one entry a layer, in network order.
+        """
+        modules = dict(named_modules(self.compressed))
+        once = called_once(self.dense, self.network, self.inputs.images[:1])
+        layers = [name for name in modules if name in once and is_linear(modules[name])]
+        norms = [name for name in batch_norms(self.compressed) if name in once]
+        bar = iter(track(range(len(layers)), description=progress)) if progress else iter(())
+        with ExitStack() as stack:
+            stack.enter_context(resampling(self.dense, self.inputs.resampled, {}))
+            stack.enter_context(resampling(self.compressed, self.inputs.resampled, self.kept))
+            reference = stack.enter_context(
+                Reference(self.dense, lambda m: self.network.call(m, self.inputs.images), {*layers, *norms})
+            )
+
+            def visit(module: nn.Module, args: Any, name: str, work: Callable[..., None]) -> None:
+                work(module, args[0], reference.meet(name))
+                if work == self._layer:
+                    next(bar, None)
+
+            for name in (*layers, *norms):
+                work = self._layer if name in layers else self._norm
+                handle = modules[name].register_forward_pre_hook(partial(visit, name=name, work=work))
+                stack.callback(handle.remove)
+            self.network.call(self.compressed, self.inputs.images)
+        next(bar, None)
+        return self.refits
+
+    def _layer(self, module: nn.Module, x: Tensor, met: Met) -> None:
+        found = moments(module, self.delivered(met.name, x), self._kept_of(met.output, f"{met.name}.weight", module))
+        old = weight_rows(module)
+        try:
+            new = self.step(met.name, module, found)
+        except RuntimeError:  # inputs that are all zero, say: nothing to learn from
+            new = old
+        if bool(torch.isfinite(new).all()):
+            module.weight.copy_(as_weight(module, new))  # type: ignore[operator]
+        rows = weight_rows(module)
+        if module.bias is not None:
+            offset = found.mean_out - (rows @ found.mean_in.unsqueeze(2)).squeeze(2)
+            module.bias.copy_(offset.reshape(-1))  # type: ignore[operator]
+        self.refits.append(Refit(met.name, relative_error(old, found), relative_error(rows, found)))
+
+    def _norm(self, module: BatchNorm, x: Tensor, met: Met) -> None:
+        rows = len(x) - self.inputs.resampled or len(x)  # drawn rows count only where there are no others
+        y = self._kept_of(met.inputs, f"{met.name}.running_mean", module)
+        dims = [0, *range(2, x.dim())]
+        var, mean = torch.var_mean(x[:rows].double(), dims, unbiased=False)
+        dense_var, dense_mean = torch.var_mean(y[:rows].double(), dims, unbiased=False)
+        ratio = (var / dense_var.clamp_min(1e-12)).clamp_min(MIN_STD_RATIO**2)
+        stored_mean, stored_var = statistics(module)
+        stored_mean.copy_(mean - (dense_mean - stored_mean) * ratio.sqrt())
+        stored_var.mul_(ratio)
+
+    def _kept_of(self, tensor: Tensor, parameter: str, module: nn.Module) -> Tensor:
+        """The channels of a dense tensor that the compressed model still has."""
+        positions = self.kept.get(parameter, {}).get(0)
+        if positions is None:
+            return tensor
+        dim = tensor.dim() - 1 if isinstance(module, nn.Linear) else 1
+        return tensor.index_select(dim, positions.to(tensor.device))
+
+
+@contextmanager
+def whole_or_nothing(model: nn.Module) -> Iterator[Transaction]:
+    """An exception inside puts every tensor back and takes NNCF's hooks off; the model came without any."""
+    with transaction() as log:
+        for _, tensor in model_tensors(model).named():
+            log.set_data(tensor, tensor.data.clone())
+        try:
+            yield log
+        except BaseException:
+            if is_wrapped(model):
+                storage = get_hook_storage(model)
+                for name, _ in list(storage.named_hooks()):
+                    storage.delete_hook(name)
+                unwrap_if_empty(model)
+            raise
+
+
+@torch.no_grad()
+def called_once(model: nn.Module, network: ImageNetwork, images: Tensor) -> set[str]:
+    """Names of the modules that one forward pass calls exactly once."""
+    counts: Counter[str] = Counter()
+    handles = [
+        module.register_forward_hook(partial(lambda *_, name: counts.update([name]), name=name))
+        for name, module in named_modules(model)
+    ]
+    try:
+        network.call(model, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name for name, count in counts.items() if count == 1}
+
+
+@torch.no_grad()
+def dense_moments(
+    model: nn.Module, network: ImageNetwork, inputs: LayerInputs, names: Collection[str]
+) -> dict[str, Moments]:
+    """Moments of layers on a model's own inputs and outputs, in one pass.
+
+    :param model: in eval mode.
+    :param names: of layers that are called once.
+    """
+    found: dict[str, Moments] = {}
+
+    def collect(module: nn.Module, args: Any, output: Tensor, name: str) -> None:
+        found[name] = moments(module, args[0], output)
+
+    modules = dict(named_modules(model))
+    with ExitStack() as stack:
+        stack.enter_context(resampling(model, inputs.resampled, {}))
+        for name in names:
+            stack.callback(modules[name].register_forward_hook(partial(collect, name=name)).remove)
+        network.call(model, inputs.images)
+    return found

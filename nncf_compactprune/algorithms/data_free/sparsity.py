@@ -1,0 +1,150 @@
+"""``data_free_sparsity``: single weights or N:M patterns set to zero with no data (arXiv 2011.09058), the others
+re-fitted.
+
+The zeros are real zeros in the weights. Nothing shrinks: runtimes with sparse kernels, and compressed files, gain from
+it. Layers are treated in network order on what the sparse prefix delivers (``datafree/sparsity.py``). Ours, as only
+the paper's abstract was at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.data_free import Reconstruction, Refit
+from nncf_compactprune.algorithms.data_free.gram import Moments, is_linear, weight_rows
+from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig, check_generation, inputs_for
+from nncf_compactprune.algorithms.data_free.reconstruction import (
+    LayerStep,
+    called_once,
+    dense_moments,
+    solve,
+    whole_or_nothing,
+)
+from nncf_compactprune.algorithms.data_free.thinning import shares, sparsify
+from nncf_compactprune.config import AlgorithmConfig, Section
+from nncf_compactprune.errors import DataFreeError
+from nncf_compactprune.host.calls import evaluating
+from nncf_compactprune.host.tensors import named_modules
+from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
+
+
+class SparsityParams(Section):
+    """Which weights go.
+
+    :param granularity: ``"element"`` takes single weights, ``"2:4"`` two of every four neighbouring inputs.
+    :param sparsity: share of zeros over all layers, in (0, 1); for ``"element"``.
+    :param ridge: how strongly re-fitted weights are held to the dense ones, relative to the inputs' variance.
+    """
+
+    granularity: Literal["element", "2:4"] = "element"
+    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    ridge: float = Field(default=0.03, gt=0)
+
+    @model_validator(mode="after")
+    def _pattern_has_its_own(self) -> SparsityParams:
+        if self.granularity == "2:4" and "sparsity" in self.model_fields_set and self.sparsity != 0.5:
+            msg = f"'sparsity' {self.sparsity} contradicts \"2:4\", which is 0.5. Leave it out."
+            raise ValueError(msg)
+        return self
+
+
+class DataFreeSparsityConfig(AlgorithmConfig):
+    """A ``data_free_sparsity`` entry; ``ignored_scopes`` are names of modules."""
+
+    params: SparsityParams = SparsityParams()
+    generation: GenerationConfig = GenerationConfig()
+
+
+class DataFreeSparsity(CompressionAlgorithm):
+    """Sparsifies at once. Training after it would fill the zeros again: fine-tune before."""
+
+    name = "data_free_sparsity"
+    summary = "Unstructured and 2:4 sparsity with no data (arXiv 2011.09058)"
+    Config: ClassVar[type[AlgorithmConfig]] = DataFreeSparsityConfig
+    config: DataFreeSparsityConfig
+
+    def __init__(self, config: DataFreeSparsityConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.refits: list[Refit] = []
+        self._done = False
+
+    def prepare(self, state: Mapping[str, Any] | None = None) -> None:
+        check_generation(self.context, self.config.generation)
+
+    def strip(self) -> None:
+        if self._done:
+            return
+        model, params = self.context.model, self.config.params
+        network, inputs = inputs_for(self.context, self.config.generation)
+        modules = dict(named_modules(model))
+        ignored = set(self.config.ignored_scopes)
+        if unknown := sorted(ignored - set(modules)):
+            msg = f"ignored_scopes: '{unknown[0]}' is no module of {type(model).__name__}."
+            raise DataFreeError(msg)
+        with self.context.timed("sparsity"), evaluating(model), whole_or_nothing(model):
+            once = called_once(model, network, inputs.images[:1])
+            names = [n for n, m in modules.items() if n in once and is_linear(m) and n not in ignored]
+            if params.granularity == "2:4":
+                ratios: dict[str, float] = {}
+            else:
+                found = dense_moments(model, network, inputs, names)
+                weights = {name: weight_rows(modules[name]) for name in names}
+                ratios = shares(weights, found, params.sparsity, params.ridge)
+            step = sparse_step(ratios, params.ridge, frozenset(names))
+            self.refits = Reconstruction(copy.deepcopy(model), model, inputs, network, step=step).run(
+                progress="Sparsifying layers"
+            )
+        self._done = True
+
+    def stage(self) -> CompressionStage:
+        return CompressionStage.FULLY_COMPRESSED if self._done else CompressionStage.UNCOMPRESSED
+
+    def _zeros(self) -> float:
+        """Share of zeros in the weights of the layers that can be sparsified."""
+        weights = [weight_rows(m) for _, m in named_modules(self.context.model) if is_linear(m)]
+        return sum(int((w == 0).sum()) for w in weights) / max(sum(w.numel() for w in weights), 1)
+
+    def statistics(self) -> Mapping[str, Any]:
+        return {"stage": self.stage().name.lower(), "zeros": f"{self._zeros():.1%} of the layers' weights"}
+
+
+def sparse_step(ratios: Mapping[str, float], ridge: float, names: frozenset[str]) -> LayerStep:
+    """The step that re-fits a layer and sets weights to zero.
+
+    :param ratios: share of zeros by layer; empty for 2:4.
+    :param names: the layers to sparsify; others are re-fitted only.
+    """
+
+    def step(name: str, module: nn.Module, found: Moments) -> Tensor:
+        refitted = solve(weight_rows(module), found, ridge)
+        if name not in names:
+            return refitted
+        if ratios:
+            return sparsify(refitted, found.inputs, ridge, ratio=ratios[name])
+        return _two_of_four(module, refitted, found, ridge)
+
+    return step
+
+
+def _two_of_four(module: nn.Module, weight: Tensor, found: Moments, ridge: float) -> Tensor:
+    """2:4 runs along input channels, tap by tap, as sparse kernels have it: columns are brought into that order."""
+    full: Tensor = module.weight  # type: ignore[assignment]
+    taps = full[0, 0].numel()
+    if full.shape[1] % 4:
+        return weight
+    order = torch.arange(weight.shape[2], device=weight.device).view(-1, taps).T.reshape(-1)
+    sparse = sparsify(weight[:, :, order], found.inputs[:, order][:, :, order], ridge, pattern=(2, 4))
+    return sparse[:, :, order.argsort()]
+
+
+@hookimpl
+def compactprune_algorithms() -> Iterable[type[Algorithm]]:
+    """Offers :class:`DataFreeSparsity`."""
+    return [DataFreeSparsity]

@@ -1,0 +1,1 @@
+"""Linear over-parameterised fine-tuning (arXiv 2204.11444)."""

@@ -1,0 +1,236 @@
+"""``linear_overparameterization``: Boosting Pruned Networks with Linear Over-parameterization (Qu et al. 2022, arXiv
+2204.11444).
+
+The paper expands each compact layer of a pruned network into consecutive linear layers without changing its output,
+fine-tunes with similarity-preserving distillation from the dense network's layers, and merges the layers back.
+
+Deviations, as only the paper's abstract was at hand: the factors are merged into one weight at every step instead of
+run one after another (same function, same gradients; ``"mode": "chain"`` runs them); a random part of the core that
+the merge cancels (``core_scale``, see :func:`.factors.factorise`); decay of the merged weight;
+distillation also from logits, and without expansion; similarities of averaged-down features, and their mean instead of
+their sum over layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.overparameterization.config import OverparameterizationConfig
+from nncf_compactprune.algorithms.overparameterization.distillation import Distillation, digest
+from nncf_compactprune.algorithms.overparameterization.expandable import compare, outputs, select_layers
+from nncf_compactprune.algorithms.overparameterization.factor_groups import FactorGroups
+from nncf_compactprune.algorithms.overparameterization.reparameterization import Reparameterization, fold
+from nncf_compactprune.config import AlgorithmConfig
+from nncf_compactprune.decide.scopes import operations_by_parameter
+from nncf_compactprune.errors import CompactPruneError, DistillationError
+from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
+
+
+class LinearOverparameterization(CompressionAlgorithm):
+    """Expands layers while they are fine-tuned, distils from the dense network, merges in the end."""
+
+    name = "linear_overparameterization"
+    summary = "Fine-tuning with linearly expanded layers and similarity-preserving distillation (arXiv 2204.11444)"
+    Config: ClassVar[type[AlgorithmConfig]] = OverparameterizationConfig
+    config: OverparameterizationConfig
+
+    def __init__(self, config: OverparameterizationConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self._teacher: nn.Module | None = None
+        self._teacher_digest: str | None = None
+        self._layers: dict[str, str] = {}
+        self._candidates = 0
+        self._weights: Reparameterization | None = None
+        self._distillation: Distillation | None = None
+        self._groups: FactorGroups | None = None
+        self._first_epoch: int | None = None
+        self._factor = 1.0
+        self._active = False
+        self._stripped = False
+        self._last: dict[str, Tensor] = {}
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def capture(self) -> None:
+        if self.config.distillation.active and self.context.teacher is None:
+            self._teacher = copy.deepcopy(self.context.model)
+            self._teacher.requires_grad_(False)
+
+    def prepare(self, state: Mapping[str, Any] | None = None) -> None:
+        if state is not None and state["stripped"]:
+            self._stripped = True
+            return
+        params, scopes = self.config.params, (self.config.ignored_scopes, self.config.target_scopes)
+        self._layers, self._candidates = select_layers(
+            self.context.model, self.context.example_inputs, *scopes, params.skip_first, params.skip_last
+        )
+        teacher = self.context.teacher if self.context.teacher is not None else self._teacher
+        if self.config.distillation.active and teacher is not None:
+            self._teacher_digest = digest(teacher)
+        if state is not None:
+            self._resume(state)
+        try:
+            if self.config.params.expansion is not None:
+                self._expand(self.config.params.expansion)
+            if self.config.distillation.active and teacher is not None:
+                distillation = self.config.distillation
+                self._distillation = Distillation(
+                    self.context.model,
+                    teacher,
+                    list(self._layers.values()) if distillation.similarity_weight else [],
+                    logits=distillation.logits_weight > 0,
+                    precision=distillation.teacher_precision,
+                    feature_size=distillation.feature_size,
+                )
+        except BaseException:
+            self._end(keep_training=False)
+            raise
+        self._active = True
+
+    @property
+    def settled(self) -> bool:
+        return self._stripped
+
+    def attached(self) -> None:
+        self._adopt_optimizer()
+
+    def epoch_step(self, epoch: int) -> None:
+        if self._first_epoch is None:
+            self._first_epoch = epoch
+        self._factor = self.config.distillation.factor(epoch - self._first_epoch)
+        if self._distillation is not None and self._factor == 0:
+            self._distillation.remove()
+            self._distillation = None
+
+    def loss(self) -> Tensor | float:
+        total: Tensor | float = 0.0
+        decay = self.config.params.weight_decay
+        if decay and self._weights is not None:
+            total = total + sum(weight.square().sum() for weight in self._weights.merged.values()) * (decay / 2)
+        if self._distillation is not None:
+            distillation = self.config.distillation
+            weights = {"similarity": distillation.similarity_weight, "logits": distillation.logits_weight}
+            for kind, loss in self._distillation.losses(distillation.temperature).items():
+                total = total + self._factor * weights[kind] * loss
+                self._last[kind] = loss.detach()  # a float only when asked for: that would wait for the device
+        return total
+
+    def strip(self) -> None:
+        if self._active:
+            self._end(keep_training=True)
+        self._active, self._stripped = False, True
+
+    def stage(self) -> CompressionStage:
+        return CompressionStage.FULLY_COMPRESSED  # nothing is left to compress; this is recovery
+
+    def statistics(self) -> Mapping[str, Any]:
+        expanded = len(self._layers) if self.config.params.expansion is not None else 0
+        figures: dict[str, Any] = {"layers expanded": f"{expanded} of {self._candidates}"}
+        if self._weights is not None:
+            figures["factors"] = f"{sum(factor.numel() for _, factor in self._weights.factors):,} parameters"
+        if self._distillation is not None:
+            figures["distillation"] = f"{self._factor:.0%} of its weight"
+        figures.update({f"{kind} loss": f"{float(value):.3e}" for kind, value in self._last.items()})
+        return figures
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "layers": list(self._layers),
+            "expansion": self.config.params.expansion,
+            "first_epoch": self._first_epoch,
+            "teacher": self._teacher_digest,
+            "stripped": self._stripped,
+        }
+
+    # -- how -----------------------------------------------------------------------------------------------------
+
+    def _expand(self, expansion: int) -> None:
+        """Installs the factors, and checks that the network computes what it computed."""
+        model, params, example = self.context.model, self.config.params, self.context.example_inputs
+        modules = {weight: model.get_submodule(name) for weight, name in self._layers.items()}
+        operations = operations_by_parameter(model, example) if params.mode == "chain" else None
+        before = outputs(model, example)
+
+        def expanded(root: nn.Module, layers: Mapping[str, nn.Module], *, keep_merged: bool) -> Reparameterization:
+            return Reparameterization(
+                root,
+                layers,
+                expansion,
+                mode=params.mode,
+                core_scale=params.core_scale,
+                operations=operations,
+                keep_merged=keep_merged,
+            )
+
+        self._weights = expanded(model, modules, keep_merged=bool(params.weight_decay))
+        compare(before, outputs(model, example))
+        idle = [name for name, hook in self._weights.hooks.items() if not hook.used]
+        if idle:
+            msg = (
+                f"'{idle[0]}' is not used as a parameter of an operation that NNCF's hooks see. Leave its layer out by "
+                "ignored_scopes."
+            )
+            raise CompactPruneError(msg)
+        shadow = self._shadow
+        if shadow is not None:
+            expanded(shadow, {w: shadow.get_submodule(n) for w, n in self._layers.items()}, keep_merged=False)
+        self._adopt_optimizer()
+
+    @property
+    def _shadow(self) -> nn.Module | None:
+        """The EMA copy itself, out of its holder."""
+        ema = self.context.ema
+        return None if ema is None else getattr(ema, "module", ema)
+
+    def _adopt_optimizer(self) -> None:
+        optimizer = self.context.optimizer
+        if self._weights is None or optimizer is None:
+            return
+        if self._groups is not None and self._groups.optimizer is optimizer:
+            return
+        parameters = dict(self.context.model.named_parameters())
+        pairs = [(parameters[name], factor) for name, factor in self._weights.factors]
+        self._groups = FactorGroups(optimizer, pairs, own_decay=self.config.params.weight_decay is not None)
+
+    def _end(self, *, keep_training: bool) -> None:
+        """Takes everything off, at the end or after a failed start."""
+        if self._distillation is not None:
+            self._distillation.remove()
+            self._distillation = None
+        if self._groups is not None:
+            self._groups.release(anew=keep_training)
+            self._groups = None
+        if self._weights is not None:
+            self._weights.remove(keep_training=keep_training)
+            self._weights = None
+            if self._shadow is not None:
+                fold(self._shadow, write=keep_training)
+        self._teacher = None
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        self._first_epoch = state["first_epoch"]
+        expected = (state["layers"], state["expansion"])
+        got = (list(self._layers), self.config.params.expansion)
+        if expected != got:
+            msg = (
+                f"compression_state: {self.name} had {len(expected[0])} layers with expansion {expected[1]}, but the "
+                f"configuration gives {len(got[0])} with {got[1]}. Use the configuration of that run."
+            )
+            raise CompactPruneError(msg)
+        if state["teacher"] is not None and state["teacher"] != self._teacher_digest:
+            msg = (
+                "compression_state: the teacher is another one than in that run. Load the dense model's trained "
+                "weights before create_compressed_model, or give that run's teacher."
+            )
+            raise DistillationError(msg)
+
+
+@hookimpl
+def compactprune_algorithms() -> Iterable[type[Algorithm]]:
+    """Offers :class:`LinearOverparameterization`."""
+    return [LinearOverparameterization]

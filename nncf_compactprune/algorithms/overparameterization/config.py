@@ -1,0 +1,86 @@
+"""The configuration entry of ``linear_overparameterization``."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from nncf_compactprune.algorithms.overparameterization.distillation import Precision
+from nncf_compactprune.algorithms.overparameterization.factor_hooks import Mode
+from nncf_compactprune.config import AlgorithmConfig, Section
+
+
+class OverparameterizationParams(Section):
+    """How layers are expanded.
+
+    :param expansion: r: the inner layers are that many times wider; null expands nothing (distillation alone).
+    :param mode: ``"merged"`` multiplies the factors and runs one layer; ``"chain"`` runs three, many times slower.
+    :param skip_first: leave the network's first layer as it is.
+    :param skip_last: leave its last layer (the classifier) as it is; neither is it distilled.
+    :param core_scale: random part of the core, relative to the weight; 0: none, and then r has no effect under SGD.
+    :param weight_decay: of the merged weights, through ``ctrl.loss()``; null leaves decay to the optimizer, on factors.
+    """
+
+    expansion: int | None = Field(default=4, ge=1)
+    mode: Mode = "merged"
+    skip_first: bool = False
+    skip_last: bool = True
+    core_scale: float = Field(default=1.0, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+
+
+class DistillationConfig(Section):
+    """What the teacher adds to the loss.
+
+    :param similarity_weight: of the similarity-preserving loss (mean over layers); 0 is off. The default is for batches
+        of about 128 images; the loss falls with the batch size as 1 / b.
+    :param feature_size: feature maps are averaged down to this many positions a side first; null: none are, as in the
+        original, which costs about as much again as training itself.
+    :param logits_weight: of the logits' divergence; 0 is off.
+    :param temperature: T of the logits' divergence.
+    :param schedule: both weights stay, or fall to 0 in ``schedule_epochs`` epochs.
+    :param schedule_epochs: for ``"linear"`` and ``"cosine"``; the teacher does not run any more after.
+    :param teacher_precision: ``"same"`` as the student, or autocast to half precision.
+    """
+
+    similarity_weight: float = Field(default=30000.0, ge=0)
+    feature_size: int | None = Field(default=8, ge=1)
+    logits_weight: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=4.0, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule_epochs: int = Field(default=10, ge=1)
+    teacher_precision: Precision = "same"
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a teacher at all."""
+        return self.similarity_weight > 0 or self.logits_weight > 0
+
+    def factor(self, epochs: int) -> float:
+        """What is left of the weights after so many epochs, in [0, 1]."""
+        if self.schedule == "constant":
+            return 1.0
+        done = min(epochs / self.schedule_epochs, 1.0)
+        return 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+class OverparameterizationConfig(AlgorithmConfig):
+    """A ``linear_overparameterization`` entry."""
+
+    params: OverparameterizationParams = OverparameterizationParams()
+    distillation: DistillationConfig = DistillationConfig()
+
+    @model_validator(mode="after")
+    def _does_something(self) -> OverparameterizationConfig:
+        if self.params.expansion is None and not self.distillation.active:
+            msg = 'nothing to do: expected an "expansion", or a "similarity_weight" or "logits_weight" above 0.'
+            raise ValueError(msg)
+        if self.params.expansion is None and self.params.weight_decay is not None:
+            msg = 'params.weight_decay is that of merged weights: expected an "expansion" too.'
+            raise ValueError(msg)
+        if "initializer" in self.model_fields_set:
+            msg = "there is nothing to initialize here. Give BatchNorm adaptation to the pruning entry."
+            raise ValueError(msg)
+        return self

@@ -1,0 +1,92 @@
+"""Which layers of a model can be expanded, and whether expanding them left its outputs alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from nncf_compactprune.algorithms.overparameterization.factors import LAYERS
+from nncf_compactprune.decide.scopes import parameters_in_scope
+from nncf_compactprune.errors import ScopeError, SelfCheckError
+from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.tensors import named_modules
+
+START_TOLERANCE = 1e-4  # of whole networks, where rounding adds up; one layer keeps 1e-6
+
+
+def expandable_layers(model: nn.Module, example_inputs: Any) -> dict[str, str]:
+    """Every convolution and linear layer that runs and whose weight is a trainable parameter of its own.
+
+    :return: weight name to module name, in the order of execution; a shared weight once.
+    """
+    names = {id(module): name for name, module in named_modules(model)}
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    order: dict[str, str] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.requires_grad and weight.is_floating_point():
+            order.setdefault(first_name[id(weight)], names[id(module)])
+
+    handles = [module.register_forward_hook(note) for _, module in named_modules(model) if isinstance(module, LAYERS)]
+    try:
+        with evaluating(model):
+            call_model(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def select_layers(
+    model: nn.Module,
+    example_inputs: Any,
+    ignored: Sequence[str],
+    target: Sequence[str] | None,
+    skip_first: bool,
+    skip_last: bool,
+) -> tuple[dict[str, str], int]:
+    """The layers to expand and to distil.
+
+    :return: weight name to module name in the order of execution; and how many layers there were to choose from.
+    :raises ScopeError: a scope matches nothing, or nothing is left.
+    """
+    candidates = expandable_layers(model, example_inputs)
+    inner = list(candidates)[1 if skip_first else 0 : len(candidates) - 1 if skip_last else len(candidates)]
+    allowed = parameters_in_scope(model, example_inputs, inner, ignored, target)
+    layers = {weight: candidates[weight] for weight in inner if weight in allowed}
+    if not layers:
+        msg = (
+            f"no layer to expand in {type(model).__name__}: {len(candidates)} trainable convolution and linear layers "
+            f"run, {len(inner)} without the first and last (skip_first={skip_first}, skip_last={skip_last}), 0 in "
+            "scope. Widen target_scopes or ignored_scopes."
+        )
+        raise ScopeError(msg)
+    return layers, len(candidates)
+
+
+def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """What the model computes in eval mode, every tensor of it."""
+    with evaluating(model):
+        return [leaf for leaf in tree_leaves(call_model(model, example_inputs)) if isinstance(leaf, Tensor)]
+
+
+def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    """:raises SelfCheckError: an output changed by more than rounding."""
+    for old, new in zip(before, after, strict=True):
+        if not old.is_floating_point():
+            continue
+        precision = torch.finfo(old.dtype)
+        tolerance = START_TOLERANCE if precision.eps < 1e-6 else math.sqrt(precision.eps)
+        error = float((new - old).abs().max() / old.abs().max().clamp_min(precision.tiny))
+        if not error <= tolerance:
+            msg = (
+                f"self-check: expanding the layers changed the output by {error:.1e} of its largest value, expected at "
+                f"most {tolerance:.0e}. The model was restored. Please report the architecture."
+            )
+            raise SelfCheckError(msg)

@@ -1,0 +1,152 @@
+"""Weights of a model that train as products of factors: putting the hooks on, and merging them away.
+
+The factors are the parameters of a hook on the layer's weight (:mod:`.factor_hooks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from nncf.torch.function_hook import (
+    get_hook_storage,
+    register_post_function_hook,
+    register_pre_function_hook,
+    wrap_model,
+)
+from nncf.torch.function_hook.hook_storage import decode_hook_name
+from torch import nn
+
+from nncf_compactprune.algorithms.overparameterization.factor_hooks import (
+    ChainBias,
+    ChainInput,
+    ChainOutput,
+    ChainPart,
+    FactorizedWeight,
+    MergedWeights,
+    Mode,
+)
+from nncf_compactprune.algorithms.overparameterization.factors import Geometry
+from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
+from nncf_compactprune.host.tensors import NNCF_HOOKS
+
+FACTOR_SEED = 0  # fixed: every process of a distributed run, and every resumed run, must draw the same factors
+CHAINABLE = frozenset(f"{prefix}{n}d" for prefix in ("conv", "conv_transpose") for n in (1, 2, 3)) | {"linear"}
+
+
+class Reparameterization:
+    """The factorised weights of one model.
+
+    The layers' own weights stay where they are, frozen: they take no part, and hold stale values until :meth:`remove`.
+
+    :param model: is wrapped for NNCF hooks (in place).
+    :param layers: modules of :data:`~.factors.LAYERS` by the name of their weight.
+    :param expansion: :param mode: see :class:`FactorizedWeight`.
+    :param core_scale: see :func:`~nncf_compactprune.algorithms.overparameterization.factors.factorise`.
+    :param operations: for the chain: names of the NNCF operations that use each weight.
+    :param keep_merged: keep the merged weights of every training forward in ``merged`` (for a loss on them).
+    :raises CompactPruneError: a bare ``nn.Sequential``, a weight with another hook on it, or a chain where the weight
+        does not go straight into a convolution or linear operation. The model is untouched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        expansion: int,
+        *,
+        mode: Mode = "merged",
+        core_scale: float = 0.0,
+        operations: Mapping[str, Sequence[str]] | None = None,
+        keep_merged: bool = False,
+    ) -> None:
+        _check(model, layers, operations if mode == "chain" else None)
+        self._model = model
+        self.merged = MergedWeights()
+        self.hooks: dict[str, FactorizedWeight] = {}
+        wrap_model(model)
+        generator = torch.Generator().manual_seed(FACTOR_SEED)
+        try:
+            for name, module in layers.items():
+                hook = FactorizedWeight(Geometry.of(module), expansion, mode)
+                hook.assign(module.weight, generator, core_scale)  # type: ignore[arg-type]
+                hook.watch = (name, self.merged) if keep_merged else None
+                hook.trainable = module.weight.requires_grad  # type: ignore[assignment]
+                hook.train(module.training)
+                self.hooks[name] = hook
+                register_post_function_hook(model, name, 0, hook)
+                module.weight.requires_grad_(False)
+                if mode == "chain" and operations is not None:
+                    _register_chain(model, name, module, hook, operations[name])
+        except BaseException:  # out of memory, above all
+            fold(model, write=False)
+            raise
+
+    @property
+    def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trainable factors with the name of the weight they stand for."""
+        for name, hook in self.hooks.items():
+            for factor in (hook.first, hook.core, hook.last):
+                yield name, factor
+
+    def remove(self, *, keep_training: bool = True) -> None:
+        """Takes the hooks off; the layers' own weights train again if they did before.
+
+        :param keep_training: write the products into the weights; otherwise these are what they were in the beginning.
+        """
+        fold(self._model, write=keep_training)
+        self.merged.clear()
+
+
+@torch.no_grad()
+def fold(model: nn.Module, *, write: bool = True) -> None:
+    """Merges every factorised weight of a model (the one at hand, or a copy of it) and removes the hooks."""
+    if NNCF_HOOKS not in model._modules:
+        return
+    storage = get_hook_storage(model)
+    parameters = dict(model.named_parameters())
+    for name, hook in list(storage.named_hooks()):
+        if isinstance(hook, FactorizedWeight):
+            weight = parameters[decode_hook_name(name)[1]]
+            weight.requires_grad_(hook.trainable)
+            if write:
+                weight.copy_(hook.merged())
+        if isinstance(hook, (FactorizedWeight, ChainPart)):
+            storage.delete_hook(name)
+    unwrap_if_empty(model)
+
+
+def _register_chain(
+    model: nn.Module, name: str, module: nn.Module, hook: FactorizedWeight, operations: Sequence[str]
+) -> None:
+    if isinstance(module.bias, nn.Parameter):
+        register_post_function_hook(model, f"{name.removesuffix('weight')}bias", 0, ChainBias(hook))
+    for operation in operations:
+        register_pre_function_hook(model, operation, 0, ChainInput(hook))
+        register_post_function_hook(model, operation, 0, ChainOutput(hook))
+
+
+def _check(model: nn.Module, layers: Mapping[str, nn.Module], operations: Mapping[str, Sequence[str]] | None) -> None:
+    if isinstance(model, nn.Sequential):
+        msg = (
+            "NNCF's hooks do not work on a bare nn.Sequential (it would run the hook storage as a layer). Put it "
+            "inside a module of your own."
+        )
+        raise CompactPruneError(msg)
+    taken = set()
+    if NNCF_HOOKS in model._modules:
+        taken = {decode_hook_name(name)[1] for name, _ in get_hook_storage(model).named_hooks()}
+    for name in layers:
+        if name in taken:
+            msg = f"'{name}' has an NNCF hook already (a mask, a quantizer). Strip that one first."
+            raise CompactPruneError(msg)
+        used_by = [] if operations is None else operations.get(name, [])
+        scope = name.rpartition(".")[0].replace(".", "/")
+        own = {f"{scope}/{kind}" for kind in CHAINABLE}
+        if operations is not None and (not used_by or any(op.rpartition("/")[0] not in own for op in used_by)):
+            msg = (
+                f"mode \"chain\": '{name}' goes into {', '.join(used_by) or 'no operation'}, expected only its own "
+                'layer\'s convolution or linear operation. Use "merged", or leave the layer out by ignored_scopes.'
+            )
+            raise CompactPruneError(msg)

@@ -1,0 +1,46 @@
+"""What rules share: the registry, and reading an operation's arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nncf_compactprune.channels.tracer import Tracer
+
+
+Rule = Callable[["Tracer", Any, Sequence[Any], Mapping[str, Any], Any], None]
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for ATen operations (``"aten.cat"``, or one overload: ``"aten.mean.dim"``)."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name if name == "pointwise" else f"aten.{name}"] = function
+        return function
+
+    return register
+
+
+def argument(args: Sequence[Any], kwargs: Mapping[str, Any], index: int, name: str, default: Any = None) -> Any:
+    """An operation's argument, given by position or by keyword."""
+    return args[index] if len(args) > index else kwargs.get(name, default)
+
+
+def dims_of(value: Any, rank: int) -> list[int]:
+    """Normalises a dim argument (int, list or None for all) to non-negative dims."""
+    if value is None or (isinstance(value, (list, tuple)) and not value):
+        return list(range(rank))
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v % rank if rank else 0 for v in values]
+
+
+@functools.cache
+def name_of(func: Any) -> str:
+    """``aten.mean`` for any overload."""
+    return str(func.overloadpacket)

@@ -1,0 +1,198 @@
+"""Convolutions, matrix products, look-up tables and attention: operations that consume channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from nncf_compactprune.channels.labels import LabelArray
+from nncf_compactprune.channels.rules.base import argument, name_of, rule
+from nncf_compactprune.channels.rules.elementwise import broadcast
+
+if TYPE_CHECKING:
+    from nncf_compactprune.channels.tracer import Tracer
+
+
+@rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "convolution_overrideable")
+def convolution(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Convolutions of any dimensionality, grouped, depthwise and transposed.
+
+    Grouped: the same position of every group is one channel, so that all groups keep the same width. Depthwise: the
+    output channel is the input channel.
+    """
+    x, weight, bias = args[0], args[1], args[2]
+    if name_of(func) == "aten.convolution" or name_of(func) == "aten._convolution":
+        transposed, groups = bool(args[6]), int(args[8])
+    else:
+        tracer.no_rule(func, args, kwargs, "no rule for this use of the operation")
+        return
+    batched = x.dim() == weight.dim()
+    labels_in = tracer.labels(x)[1 if batched else 0]
+    labels_weight = tracer.labels(weight)
+    for array in labels_weight[2:]:
+        tracer.pin(array, "kernel size", kind="structural")
+    first, second = labels_weight[0], labels_weight[1]
+    kernel = int(np.prod(weight.shape[2:]))
+    if transposed:
+        positions = int(np.prod(x.shape)) // x.shape[1 if batched else 0]
+        weight_in, weight_out = first, second
+    else:
+        positions = int(np.prod(out.shape)) // out.shape[1 if batched else 0]
+        weight_in, weight_out = second, first
+    tracer.count_macs(positions * kernel * weight.shape[0] * weight.shape[1], first, second)
+    result: LabelArray | None
+    if groups == 1:
+        tracer.mark(weight_out, "out")
+        tracer.mark(weight_in, "in")
+        tracer.same(weight_in, labels_in, "consumes a fixed input")
+        result = weight_out
+    else:
+        result = _grouped(tracer, groups, labels_in, weight_in, weight_out, transposed)
+    if bias is not None:
+        bias_labels = tracer.labels(bias)[0]
+        tracer.mark(bias_labels, "out")
+        tracer.same(result, bias_labels, "has a fixed bias")
+    labels: list[LabelArray | None] = [None] * out.dim()
+    labels[1 if batched else 0] = result
+    tracer.set(out, labels)
+
+
+def _grouped(
+    tracer: Tracer,
+    groups: int,
+    labels_in: LabelArray | None,
+    weight_in: LabelArray | None,
+    weight_out: LabelArray | None,
+    transposed: bool,
+) -> LabelArray | None:
+    """Unifies a grouped convolution's labels and returns those of its output channels.
+
+    A plain weight is ``[out, in / groups, ...]``, a transposed one ``[in, out / groups, ...]``: one side runs over all
+    groups (``full``), the other over one (``part``).
+    """
+    full, part = (weight_in, weight_out) if transposed else (weight_out, weight_in)
+    if full is None or part is None:
+        for array in (labels_in, full, part):
+            tracer.pin(array, "grouped convolution with a computed weight")
+        return None
+    per_group = full.reshape(groups, -1)
+    if (full.size if transposed else part.size * groups) == groups:
+        # depthwise (with a channel multiplier): a group is a channel
+        tracer.mark(full, "out")
+        tracer.pin(part, "depthwise", kind="structural")
+        if transposed:
+            tracer.same(full, labels_in, "consumes a fixed input")
+            return np.repeat(full, part.size)
+        if per_group.shape[1] > 1:
+            tracer.unify(per_group[:, 1:], per_group[:, :1])
+        tracer.same(np.ascontiguousarray(per_group[:, 0]), labels_in, "consumes a fixed input")
+        return full
+    tracer.unify(per_group[1:], per_group[:1])
+    tracer.mark(weight_out, "out")
+    tracer.mark(weight_in, "in")
+    if transposed:
+        tracer.same(full, labels_in, "consumes a fixed input")
+        return np.tile(part, groups)
+    if labels_in is None:
+        tracer.pin(part, "consumes a fixed input")
+    else:
+        tracer.unify(labels_in.reshape(groups, -1), part[None, :])
+    return full
+
+
+@rule("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv", "dot", "_addmm_activation")
+def matrix_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Matrix products: the contracted dimensions are the same channels, the outer ones pass on."""
+    name = name_of(func).removeprefix("aten.")
+    if name in ("mv", "addmv", "dot") or (name == "matmul" and min(args[0].dim(), args[1].dim()) < 2):
+        tracer.no_rule(func, args, kwargs, "no rule for this use of the operation")
+        return
+    bias, a, b = (args[0], args[1], args[2]) if "add" in name else (None, args[0], args[1])
+    labels_a, labels_b = tracer.labels(a), tracer.labels(b)
+    if name == "linear":
+        bias = argument(args, kwargs, 2, "bias")
+        labels_b = labels_b[::-1]
+    inner_a, inner_b = labels_a[-1], labels_b[-2]
+    outer = labels_b[-1]
+    if tracer.is_constant(b):
+        tracer.mark(inner_b, "in")
+        tracer.mark(outer, "out")
+    tracer.same(inner_a, inner_b, f"multiplied with a fixed matrix in {name_of(func)}")
+    batch: list[LabelArray | None] = [None] * (out.dim() - 2)
+    for d in range(len(batch)):
+        pair = [
+            labels[d - (out.dim() - len(labels))]
+            for labels in (labels_a, labels_b)
+            if d - (out.dim() - len(labels)) >= 0 and len(labels) > 2
+        ]
+        batch[d] = (
+            pair[0] if len(pair) == 1 else tracer.same(pair[0], pair[1], f"batched with a fixed tensor in {name}")
+        )
+    inner = inner_a if inner_a is not None else inner_b
+    tracer.count_macs(int(np.prod(out.shape)) * a.shape[-1], *batch, labels_a[-2], inner, outer)
+    result = [*batch, labels_a[-2], outer]
+    tracer.set(out, result)
+    if bias is not None:
+        if bias.dim() == 1:
+            tracer.mark(tracer.labels(bias)[0], "out")
+        broadcast(tracer, [bias, out], out.shape, f"meets a fixed tensor in {name_of(func)}")
+
+
+@rule("embedding")
+def embedding(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """A table look-up: the width passes on, the rows stay."""
+    rows, width = tracer.labels(args[0])
+    tracer.pin(rows, "rows of a look-up table", kind="structural")
+    tracer.mark(width, "out")
+    tracer.set(out, [None] * (out.dim() - 1) + [width])
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math",
+    "scaled_dot_product_attention", "_scaled_dot_product_fused_attention_overrideable",
+)  # fmt: skip
+def attention(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Fused attention: two matrix products, head by head.
+
+    Query and key meet in the head dimension, whose width sets the scale, so it stays; the value's width passes on,
+    and so do whole heads, a key's together with those of the queries that share it.
+    """
+    query, key, value = args[0], args[1], args[2]
+    mask = kwargs.get("attn_mask", args[3] if len(args) > 3 and isinstance(args[3], Tensor) else None)
+    result: list[LabelArray | None] = []
+    for d in range(query.dim() - 2):
+        heads = []
+        for tensor in (query, key, value):
+            array = tracer.labels(tensor)[d]
+            shared_by = query.shape[d] // tensor.shape[d]
+            if tensor.shape[d] == 1 < query.shape[d]:
+                tracer.pin(array, "the one head of keys and values that all queries share")
+            else:
+                heads.append(None if array is None else np.repeat(array, shared_by))
+        if mask is not None:
+            own = d - query.dim() + mask.dim()
+            if own >= 0 and mask.shape[own] > 1:
+                heads.append(tracer.labels(mask)[own])
+        result.append(join(tracer, heads, "attention heads that meet fixed ones"))
+    for tensor in (query, key, value):
+        tracer.pin(tracer.labels(tensor)[-2], "positions of attention")
+    for tensor in (query, key):
+        tracer.pin(tracer.labels(tensor)[-1], "width of an attention head, which sets its scale")
+    heads_of = next((array for array in result if array is not None), None)
+    tracer.count_macs(int(np.prod(query.shape)) * key.shape[-2], heads_of)
+    tracer.count_macs(int(np.prod(query.shape[:-1])) * key.shape[-2] * value.shape[-1], heads_of)
+    tracer.set(out[0] if isinstance(out, (tuple, list)) else out, [*result, None, tracer.labels(value)[-1]])
+
+
+def join(tracer: Tracer, arrays: Sequence[LabelArray | None], reason: str) -> LabelArray | None:
+    """Declares dimensions of equal size the same; where one of them is fixed, all are pinned."""
+    labelled = [array for array in arrays if array is not None]
+    for array in labelled[1:]:
+        tracer.unify(labelled[0], array)
+    if labelled and len(labelled) < len(arrays):
+        tracer.pin(labelled[0], reason)
+    return labelled[0] if labelled else None

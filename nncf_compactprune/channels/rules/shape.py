@@ -1,0 +1,224 @@
+"""Views, permutations, concatenations, splits and slices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from nncf_compactprune.channels.labels import LabelArray
+from nncf_compactprune.channels.rules.base import argument, dims_of, name_of, rule
+from nncf_compactprune.channels.views import reshape_labels
+
+if TYPE_CHECKING:
+    from nncf_compactprune.channels.tracer import Tracer
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", "view_copy")
+def reshape(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Reshape: see :mod:`nncf_compactprune.channels.views`."""
+    x = args[0]
+    if out.dtype != x.dtype or 0 in x.shape:
+        tracer.pin_tensor(x, "reinterpreted by a view")
+        return
+    labels = reshape_labels(tracer.labels(x), x.shape, out.shape, tracer.unify, tracer.pin, tracer.head_axis)
+    tracer.set(out, labels)
+
+
+@rule("permute", "transpose", "t", "movedim", "numpy_T", "swapaxes")
+def permute(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Dimensions change places and take their labels along."""
+    labels = list(tracer.labels(args[0]))
+    name = name_of(func)
+    if name == "aten.permute":
+        labels = [labels[d] for d in dims_of(args[1], len(labels))] if args[1] else labels
+    elif name == "aten.t":
+        labels = labels[::-1]
+    elif name in ("aten.transpose", "aten.swapaxes"):
+        a, b = args[1] % len(labels), args[2] % len(labels)
+        labels[a], labels[b] = labels[b], labels[a]
+    else:
+        tracer.no_rule(func, args, kwargs, "no rule for this use of the operation")
+        return
+    tracer.set(out, labels)
+
+
+@rule("unsqueeze", "squeeze")
+def squeeze(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Dimensions of size 1 come and go."""
+    x = args[0]
+    labels = list(tracer.labels(x))
+    if name_of(func) == "aten.unsqueeze":
+        labels.insert(args[1] % (x.dim() + 1), None)
+    else:
+        gone = [d for d in dims_of(args[1] if len(args) > 1 else None, x.dim()) if x.shape[d] == 1]
+        for d in gone:
+            tracer.pin(labels[d], "a single channel squeezed away")
+        labels = [array for d, array in enumerate(labels) if d not in gone]
+    tracer.set(out, labels)
+
+
+@rule("expand", "repeat", "tile")
+def expand(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Repeats whole dimensions; a repeated channel is one channel."""
+    x = args[0]
+    result: list[LabelArray | None] = [None] * out.dim()
+    for d, array in enumerate(tracer.labels(x)):
+        at = d + out.dim() - x.dim()
+        if array is None:
+            continue
+        if x.shape[d] == out.shape[at]:
+            result[at] = array
+        elif name_of(func) == "aten.expand":
+            kind = "structural" if tracer.is_constant(x) else "pinned"
+            tracer.pin(array, "a single channel is broadcast over many", kind=kind)
+        else:
+            result[at] = np.tile(array, out.shape[at] // x.shape[d])
+    tracer.set(out, result)
+
+
+@rule("cat", "concat")
+def concatenate(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Channels side by side; a part without channels is fixed."""
+    tensors = [t for t in args[0] if t.dim() == out.dim()]
+    dim = argument(args, kwargs, 1, "dim", 0) % out.dim()
+    result: list[LabelArray | None] = []
+    for d in range(out.dim()):
+        arrays = [tracer.labels(t)[d] for t in tensors]
+        if all(array is None for array in arrays):
+            result.append(None)
+        elif d == dim:
+            parts = []
+            for tensor, array in zip(tensors, arrays, strict=True):
+                if array is None:
+                    array = tracer.space.fresh(tensor.shape[d])
+                    tracer.pin(array, "concatenated with a fixed part")
+                parts.append(array)
+            result.append(np.concatenate(parts))
+        else:
+            joined = arrays[0]
+            for array in arrays[1:]:
+                joined = tracer.same(joined, array, "concatenated beside a fixed tensor")
+            result.append(joined)
+    tracer.set(out, result)
+
+
+@rule("stack")
+def stack(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """A new dimension; along the others equal positions are the same channel."""
+    dim = argument(args, kwargs, 1, "dim", 0) % out.dim()
+    labels = list(tracer.labels(args[0][0]))
+    for tensor in args[0][1:]:
+        for d, array in enumerate(tracer.labels(tensor)):
+            if labels[d] is not None or array is not None:
+                labels[d] = tracer.same(labels[d], array, "stacked with a fixed tensor")
+    labels.insert(dim, None)
+    tracer.set(out, labels)
+
+
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "tensor_split")
+def split(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Sequence[Tensor]) -> None:
+    """Equal parts lose the same positions, so that the cut stays where it is; unequal parts are cut by constants."""
+    x = args[0]
+    dim = argument(args, kwargs, 2, "dim", 0) % x.dim()
+    labels = list(tracer.labels(x))
+    array = labels[dim]
+    sizes = [part.shape[dim] for part in out]
+    if array is not None and len(sizes) > 1:
+        if len(set(sizes)) == 1 and "with_sizes" not in name_of(func):
+            rows = array.reshape(len(sizes), -1)
+            tracer.unify(rows[1:], rows[:1])
+        else:
+            tracer.pin(array, f"split into constant sizes {sizes}")
+    offset = 0
+    for part, size in zip(out, sizes, strict=True):
+        tracer.set(part, [a if d != dim or a is None else a[offset : offset + size] for d, a in enumerate(labels)])
+        offset += size
+
+
+@rule("glu")
+def glu(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """A gated linear unit: both halves are the same channels."""
+    labels = list(tracer.labels(args[0]))
+    dim = argument(args, kwargs, 1, "dim", -1) % out.dim()
+    array = labels[dim]
+    if array is not None:
+        first, second = array.reshape(2, -1)
+        tracer.unify(first, second)
+        labels[dim] = first
+    tracer.set(out, labels)
+
+
+@rule("slice", "narrow", "select", "unbind")
+def cut(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Picks a range or one position; picking among channels is done by constants, so they stay."""
+    x = args[0]
+    name = name_of(func).removeprefix("aten.")
+    dim = argument(args, kwargs, 1, "dim", 0) % x.dim()
+    labels = list(tracer.labels(x))
+    array = labels[dim]
+    if name in ("select", "unbind"):
+        tracer.pin(array, f"one channel picked by {name}")
+        del labels[dim]
+        for result in out if isinstance(out, (tuple, list)) else (out,):
+            tracer.set(result, labels)
+        return
+    if array is not None and out.shape[dim] != x.shape[dim]:
+        start = argument(args, kwargs, 2, "start") or 0
+        tracer.pin(array, f"sliced by constants by aten.{name}")
+        start = max(start + array.size, 0) if start < 0 else start
+        step = argument(args, kwargs, 4, "step", 1) if name == "slice" else 1
+        labels[dim] = array[start::step][: out.shape[dim]]
+    tracer.set(out, labels)
+
+
+@rule("index", "index_select", "gather", "index_put", "scatter", "scatter_add", "take_along_dim", "_unsafe_index")
+def pick(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Picks by index tensors: dimensions that are indexed must not carry channels, the others pass."""
+    x = args[0]
+    labels = tracer.labels(x)
+    name = name_of(func).removeprefix("aten.")
+    if name in ("index", "_unsafe_index"):
+        indices = list(args[1]) + [None] * (x.dim() - len(args[1]))
+        used = [d for d, index in enumerate(indices) if index is not None]
+        contiguous = used == list(range(used[0], used[-1] + 1))
+        width = out.dim() - (x.dim() - len(used))
+        for d in used:  # of a parameter: rows of a look-up table, which never were channels
+            kind = "structural" if tracer.is_constant(x) else "pinned"
+            tracer.pin(labels[d], "picked by an index tensor", kind=kind)
+        rest_before = list(labels[: used[0]]) if contiguous else []
+        rest = [labels[d] for d in range(x.dim()) if d not in used]
+        bool_index = any(i is not None and not i.is_floating_point() and str(i.dtype) == "torch.bool" for i in indices)
+        if bool_index or width < 0:
+            tracer.pin_tensor(x, "picked by a mask")
+            return
+        at = len(rest_before)
+        tracer.set(out, [*rest[:at], *[None] * width, *rest[at:]])
+    elif name == "index_select":
+        dim = args[1] % x.dim()
+        tracer.pin(labels[dim], "picked by an index tensor")
+        tracer.set(out, [None if d == dim else array for d, array in enumerate(labels)])
+    else:
+        tracer.no_rule(func, args, kwargs, "no rule for this use of the operation")
+
+
+@rule("roll", "flip", "rot90", "tril", "triu", "unfold")
+def positions(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Moves positions of some dimensions; those must not be channels."""
+    x = args[0]
+    name = name_of(func).removeprefix("aten.")
+    labels = list(tracer.labels(x))
+    if name == "roll":
+        moved = dims_of(argument(args, kwargs, 2, "dims", []), x.dim())
+    elif name in ("flip", "unfold"):
+        moved = dims_of(args[1], x.dim())
+    elif name == "rot90":
+        moved = dims_of(argument(args, kwargs, 2, "dims", [0, 1]), x.dim())
+    else:
+        moved = [x.dim() - 2, x.dim() - 1]
+    for d in moved:
+        tracer.pin(labels[d], f"reordered by aten.{name}")
+        labels[d] = None
+    tracer.set(out, labels + [None] * (out.dim() - x.dim()))

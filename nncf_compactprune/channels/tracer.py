@@ -1,0 +1,349 @@
+"""Runs a model once and records which channels hang together (DESIGN: labels, rules, one solve)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from nncf.common.logging import nncf_logger
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nncf_compactprune.channels.groups import ChannelGraph, build_graph
+from nncf_compactprune.channels.labels import DimLabels, Hold, LabelArray, LabelSpace, Reason
+from nncf_compactprune.channels.shapes import without_arithmetic
+from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WIDTHS, AttributeTerm, MacTerm
+from nncf_compactprune.errors import TraceError
+from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.tensors import carries_channels, carries_hooks, model_tensors, named_modules
+from nncf_compactprune.plugins import Plugins, default_plugins
+
+_LABELS = "_compactprune_labels"
+_CONSTANT = "_compactprune_constant"
+_TORCH_ROOT = os.path.dirname(torch.__file__) + os.sep
+_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_OWN_NETWORKS = os.path.join(_PACKAGE_ROOT, "run", "networks") + os.sep
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    plugins: Plugins | None = None,
+    allow_approximate: bool = False,
+    holds: Sequence[Hold] = (),
+) -> ChannelGraph:
+    """Analyses which channels of a model can be removed together, and what they cost.
+
+    The model runs once in eval mode; it is not changed. Every ATen operation is interpreted by a rule that passes
+    channel labels on, declares them equal, or pins them with a reason.
+
+    :param model: any module; frozen parameters are analysed like others.
+    :param example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. MACs are counted for
+        its shape, divided by the size of the first input's leading dimension.
+    :param plugins: where op rules come from, default: all installed.
+    :param allow_approximate: offer groups whose removal changes a normalisation over channels (LayerNorm) instead of
+        pinning them.
+    :param holds: channels to pin from outside, with reasons.
+    :return: groups, pinned channels with reasons, exact cost model.
+    :raises TraceError: the model does not run on the example input, or still carries NNCF hooks.
+    """
+    _refuse_hooks(model)
+    rules = (plugins or default_plugins()).op_rules
+    try:
+        tracer = Tracer(model, LabelSpace(), rules, shapes_only=True)
+        tracer.run(example_inputs)
+    except Exception:  # values mattered, or the run fails in any case: let real values tell
+        tracer = Tracer(model, LabelSpace(), rules, shapes_only=False)
+        tracer.run(example_inputs)
+    for hold in holds:
+        tracer.space.hold(hold)
+    return build_graph(
+        tensors=tracer.tensors,
+        space=tracer.space,
+        mac_terms=tracer.mac_terms,
+        attributes=tracer.attributes,
+        batch=_batch_size(example_inputs),
+        unsupported_ops=dict(tracer.unsupported),
+        allow_approximate=allow_approximate,
+    )
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    if carries_hooks(model):
+        msg = (
+            f"{type(model).__name__} carries NNCF hooks (masks, quantizers or re-parameterised weights), which hide "
+            "its weights from channel analysis. Strip it first (nncf.strip or controller.strip())."
+        )
+        raise TraceError(msg)
+
+
+def _batch_size(example_inputs: Any) -> int:
+    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    return max(int(tensors[0].shape[0]), 1) if tensors else 1
+
+
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The dispatch mode that rules talk to.
+
+    :param rules: ATen packet name (``"aten.convolution"``) to rule.
+    :param shapes_only: leave out the arithmetic of convolutions and matrix products (their results are zeros of the
+        right shape); a run that reads values raises :class:`~nncf_compactprune.channels.shapes.ValuesNeeded`.
+    """
+
+    def __init__(
+        self, model: nn.Module, space: LabelSpace, rules: Mapping[str, Callable[..., None]], *, shapes_only: bool
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.space = space
+        self.mac_terms: list[MacTerm] = []
+        self.unsupported: Counter[str] = Counter()
+        self._rules = rules
+        self._shapes_only = shapes_only
+        self._resolved: dict[Any, Callable[..., None] | None] = {}
+        self._constants: dict[int, DimLabels] = {}
+        self._module_names = {id(module): name for name, module in named_modules(model)}
+        self._stack: list[tuple[str, nn.Module]] = []
+        self.attributes: list[AttributeTerm] = []
+        self.tensors = model_tensors(model)
+        for name, tensor in self.tensors.named():
+            if carries_channels(tensor):
+                self._constants[id(tensor)] = space.allocate(name, tensor.shape, name in self.tensors.buffers)
+
+    def run(self, example_inputs: Any) -> None:
+        """Runs the model under the mode and pins what leaves it."""
+        handles = [
+            torch_module.register_module_forward_pre_hook(self._enter),
+            torch_module.register_module_forward_hook(self._leave, always_call=True),
+        ]
+        try:
+            with evaluating(self.model), _AttentionScale(self), self:
+                output = call_model(self.model, example_inputs)
+        except TraceError:
+            raise
+        except Exception as error:
+            shapes = [tuple(x.shape) for x in tree_leaves(example_inputs) if isinstance(x, Tensor)]
+            where = f" in module '{self.module}'" if self.module else ""
+            msg = (
+                f"{type(self.model).__name__} does not run on the example input of shape {shapes}{where}: "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}. "
+                "Pass example inputs of the shape and dtype that the model is trained on."
+            )
+            raise TraceError(msg) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self.pin_tensor(leaf, "model output", locate=False)
+
+    # -- what rules use -----------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> str:
+        """Name of the module that is running."""
+        return self._stack[-1][0] if self._stack else ""
+
+    def head_axis(self, sizes: Sequence[int], labels: LabelArray) -> int | None:
+        """Which factor of a view counts attention heads, as the running module's own attributes say.
+
+        Heads are channels of their own: attention works inside each, so a whole head can go exactly. What the module
+        says of their number is noted, to be told anew after a cut.
+        """
+        if not self._stack:
+            return None
+        name, module = self._stack[-1]
+        counts = {key: getattr(module, key, None) for key in HEAD_COUNTS}
+        widths = {getattr(module, key, None) for key in HEAD_WIDTHS}
+        for axis in reversed(range(len(sizes) - 1)):
+            if sizes[axis] in counts.values() or (axis == len(sizes) - 2 and sizes[-1] in widths):
+                cube = labels.reshape(int(np.prod(sizes[:axis], dtype=int)), sizes[axis], -1)
+                heads = np.ascontiguousarray(cube[0, :, 0])
+                for key, value in counts.items():
+                    if value == sizes[axis]:
+                        self._note_attribute(AttributeTerm(name, key, 1, heads))
+                for key in HEAD_PRODUCTS:
+                    if getattr(module, key, None) == sizes[axis] * sizes[-1]:
+                        self._note_attribute(AttributeTerm(name, key, sizes[-1], heads))
+                return axis
+        return None
+
+    def _note_attribute(self, term: AttributeTerm) -> None:
+        """Heads that one attribute counts are the same heads, wherever the module meets them."""
+        for earlier in self.attributes:
+            if (earlier.module, earlier.attribute) == (term.module, term.attribute):
+                self.space.unify(earlier.labels, term.labels)
+                return
+        self.attributes.append(term)
+
+    def labels(self, tensor: Tensor) -> DimLabels:
+        """Labels of a tensor, one entry a dimension."""
+        found = self._constants.get(id(tensor))
+        if found is None:
+            found = getattr(tensor, _LABELS, None)
+        return found if found is not None else (None,) * tensor.dim()
+
+    def has_labels(self, tensor: Tensor) -> bool:
+        """Whether any dimension carries labels."""
+        return id(tensor) in self._constants or hasattr(tensor, _LABELS)
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer, or computed from these alone (a transposed or scaled weight)."""
+        return id(tensor) in self._constants or hasattr(tensor, _CONSTANT)
+
+    def set(self, tensor: Tensor, labels: Sequence[LabelArray | None]) -> None:
+        """States the labels of an operation's result."""
+        if id(tensor) in self._constants:
+            return
+        for array in labels:
+            if array is not None:
+                setattr(tensor, _LABELS, tuple(labels))
+                return
+        if hasattr(tensor, _LABELS):
+            delattr(tensor, _LABELS)
+
+    def unify(self, left: LabelArray, right: LabelArray) -> None:
+        """Declares labels equal position by position."""
+        self.space.unify(left, right)
+
+    def same(self, left: LabelArray | None, right: LabelArray | None, reason: str) -> LabelArray | None:
+        """Declares two dimensions of equal size the same; where only one carries labels, it is pinned."""
+        if left is None or right is None:
+            only = left if right is None else right
+            if only is not None:
+                self.pin(only, reason)
+            return only
+        self.space.unify(left, right)
+        return left
+
+    def pin(self, labels: LabelArray | None, text: str, *, kind: str = "pinned", locate: bool = True) -> None:
+        """States why these channels must stay."""
+        if labels is not None:
+            location = user_location(2) if locate and kind == "pinned" else ""
+            self.space.pin(labels, Reason(text, self.module, location, kind))
+
+    def pin_tensor(self, tensor: Tensor, text: str, *, kind: str = "pinned", locate: bool = True) -> None:
+        """Pins every labelled dimension of a tensor."""
+        for array in self.labels(tensor):
+            self.pin(array, text, kind=kind, locate=locate)
+
+    def mark(self, labels: LabelArray | None, role: str) -> None:
+        """States the role of a parameter dimension (``"out"``, ``"in"``, ``"norm"``)."""
+        self.space.mark(labels, role)
+
+    def count_macs(self, total: int, *dims: LabelArray | None) -> None:
+        """Adds an operation of ``total`` dense MACs, proportional to the kept counts of the labelled ``dims``."""
+        arrays = tuple(array for array in dims if array is not None)
+        constant = total
+        for array in arrays:
+            constant //= array.size
+        self.mac_terms.append(MacTerm(constant, arrays, self.module))
+
+    # -- machinery ----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = without_arithmetic(func, args) if self._shapes_only else None
+        if out is None:
+            out = func(*args, **kwargs)
+        labelled, constant = False, True
+        for arg in (*args, *kwargs.values()):
+            for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if isinstance(tensor, Tensor):
+                    labelled = labelled or self.has_labels(tensor)
+                    constant = constant and self.is_constant(tensor)
+        if not labelled:
+            return out
+        if constant and isinstance(out, Tensor):
+            setattr(out, _CONSTANT, True)
+        rule = self._resolved.get(func, _UNRESOLVED)
+        if rule is _UNRESOLVED:
+            rule = self._resolved[func] = self._resolve(func)
+        if rule is None:
+            self.no_rule(func, args, kwargs, "no rule for the operation")
+            return out
+        try:
+            rule(self, func, args, kwargs, out)
+        except Exception as error:  # a rule that does not know this use of its operation must not end the analysis
+            nncf_logger.warning("The rule of %s failed in '%s': %s", func, self.module, error)
+            self.no_rule(func, args, kwargs, "the rule failed for this use of the operation")
+        return out
+
+    def _resolve(self, func: Any) -> Callable[..., None] | None:
+        name = str(func.overloadpacket)
+        rule = self._rules.get(f"{name}.{func._overloadname}") or self._rules.get(name)
+        if rule is None and name.endswith("_"):
+            rule = self._rules.get(name[:-1])
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = self._rules.get("pointwise")
+        return rule
+
+    def no_rule(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], why: str) -> None:
+        """Pins everything that an operation touches, and counts it as unsupported."""
+        name = str(func.overloadpacket)
+        tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        if any(self.has_labels(tensor) for tensor in tensors):
+            self.unsupported[name] += 1
+            for tensor in tensors:
+                self.pin_tensor(tensor, f"{why} {name}")
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._stack.append((self._module_names.get(id(module), self.module), module))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stack:
+            self._stack.pop()
+
+
+class _AttentionScale(TorchFunctionMode):
+    """Pins the width of attention heads where it sets the scale of the scores.
+
+    Below this level the scale may be a number already, when torch takes attention apart into products.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
+            for tensor in (*args[:2], kwargs.get("query"), kwargs.get("key")):
+                if isinstance(tensor, Tensor):
+                    width = self._tracer.labels(tensor)[-1]
+                    self._tracer.pin(width, "width of an attention head, which sets its scale")
+        return func(*args, **kwargs)
+
+
+def _unresolved(*_: Any) -> None:
+    """Marks an operation whose rule was not looked up yet."""
+
+
+_UNRESOLVED: Callable[..., None] = _unresolved
+
+
+def user_location(depth: int) -> str:
+    """The innermost line of code outside torch and this package that is running, ``depth`` frames up or more."""
+    frame = sys._getframe(depth)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        foreign = not filename.startswith((_TORCH_ROOT, _PACKAGE_ROOT, "<"))
+        if foreign or filename.startswith(_OWN_NETWORKS):
+            return f"{os.path.basename(filename)}:{frame.f_lineno}"
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return ""

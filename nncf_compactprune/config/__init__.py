@@ -1,0 +1,41 @@
+"""The configuration: NNCF's JSON grammar, typed; reading it; its mistakes in plain words."""
+
+from nncf_compactprune.config.grammar import (
+    AdaptiveCompressionLevel,
+    AdaptiveParams,
+    AlgorithmConfig,
+    BatchNormAdaptation,
+    Budget,
+    CompressionConfig,
+    Cost,
+    EarlyExit,
+    EarlyExitParams,
+    Initializer,
+    InputInfo,
+    LatencyBudget,
+    Scopes,
+    Section,
+    json_schema,
+    load_algorithm,
+    load_config,
+)
+
+__all__ = [
+    "AdaptiveCompressionLevel",
+    "AdaptiveParams",
+    "AlgorithmConfig",
+    "BatchNormAdaptation",
+    "Budget",
+    "CompressionConfig",
+    "Cost",
+    "EarlyExit",
+    "EarlyExitParams",
+    "Initializer",
+    "InputInfo",
+    "LatencyBudget",
+    "Scopes",
+    "Section",
+    "json_schema",
+    "load_algorithm",
+    "load_config",
+]

@@ -1,0 +1,344 @@
+"""Why a cut model does not run, or computes something else: the first operation that departs from what channel analysis
+predicts, and the groups that it touches.
+
+Analysis takes views and splits at their word; a network that writes a width into its code (``x[:, :64]``,
+``split(x, self.width)``) breaks once that width shrinks. The dense model is run once more with labels recorded, which
+predicts the shape of every intermediate result of the cut model (and, from the masked model, what it holds); the cut
+model is run beside that list, and the first operation that differs names module, line and groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nncf.common.logging import nncf_logger
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nncf_compactprune.channels import ChannelGraph, Hold, trace
+from nncf_compactprune.channels.labels import DimLabels, LabelSpace
+from nncf_compactprune.channels.shapes import ValuesNeeded
+from nncf_compactprune.channels.tracer import Tracer, user_location
+from nncf_compactprune.cut.masked_model import masked
+from nncf_compactprune.cut.self_check import check_inputs, in_double, prune_in_place, to_double
+from nncf_compactprune.cut.surgery import cut
+from nncf_compactprune.cut.transaction import Transaction
+from nncf_compactprune.errors import SelfCheckError, TraceError
+from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.plan import PruningPlan, make_plan
+from nncf_compactprune.plugins import Plugins, default_plugins
+
+SINGLE_TOLERANCE = 1e-3
+DOUBLE_TOLERANCE = 1e-6
+
+
+def analyse(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    plugins: Plugins | None = None,
+    allow_approximate: bool = False,
+) -> ChannelGraph:
+    """Channel analysis whose groups were tried out: a part of every group is cut on trial, checked and put back.
+
+    Groups that the network's code does not let shrink are pinned with operation, module and line; the others are
+    proven to go together. The model is left as it was.
+
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+    :param allow_approximate: also offer channels that a LayerNorm normalises over.
+    :return: as :func:`~nncf_compactprune.channels.trace`, with the refused groups among the pinned.
+    :raises TraceError: the model does not run on the example input.
+    :raises SelfCheckError: the cut fails and no operation could be named for it.
+    """
+    holds: list[Hold] = []
+    while True:
+        graph = trace(model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, holds=holds)
+        if not graph.groups:
+            return graph
+        plan = _trial_plan(graph)
+        if plan.is_identity:
+            return graph
+        try:
+            prune_in_place(model, plan, example_inputs, plugins=plugins, dry_run=True)
+        except SelfCheckError:
+            found = culprits(model, plan, graph, example_inputs, plugins=plugins)
+            if not found:
+                raise
+            holds += found
+        else:
+            return graph
+
+
+def culprits(
+    model: nn.Module, plan: PruningPlan, graph: ChannelGraph, example_inputs: Any, *, plugins: Plugins | None = None
+) -> list[Hold]:
+    """What to pin after a plan failed its self-check, so that the next trace leaves it whole; empty: nothing found."""
+    culprit = find_culprit(model, plan, graph, example_inputs, plugins=plugins)
+    if culprit is None:
+        return []
+    nncf_logger.debug("Left whole: %s", culprit.reason)
+    members = [graph.groups[index].members[0] for index in culprit.groups]
+    return [
+        Hold(m.parameter, m.dim, tuple(m.indices.ravel().tolist()), culprit.reason, culprit.location) for m in members
+    ]
+
+
+def _trial_plan(graph: ChannelGraph) -> PruningPlan:
+    """Drops a random part of every group, of another share each: a constant in the code, or a width taken for another
+    one, must not fit by chance."""
+    generator = np.random.default_rng(0)
+    keep = []
+    for group in graph.groups:
+        mask = np.zeros(group.size, bool)
+        width = min(max(round(group.size * generator.uniform(0.35, 0.8)), 1), max(group.size - 1, 1))
+        mask[generator.permutation(group.size)[:width]] = True
+        keep.append(mask)
+    return make_plan(graph, keep)
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """What stands in the way of a cut.
+
+    :param groups: indices of the groups to leave whole.
+    :param reason: in words, naming operation and module.
+    :param location: ``file.py:line`` of the code, or empty.
+    """
+
+    groups: tuple[int, ...]
+    reason: str
+    location: str
+
+
+@dataclass
+class _Record:
+    """One operation of the dense run.
+
+    :param shapes: of its results, before the cut.
+    :param sizes: of the part of each result that is kept, in a run with arithmetic.
+    """
+
+    name: str
+    module: str
+    kind: str
+    location: str
+    inputs: list[DimLabels]
+    outputs: list[DimLabels]
+    shapes: list[tuple[int, ...]]
+    sizes: list[float]
+
+
+def find_culprit(
+    model: nn.Module,
+    plan: PruningPlan,
+    graph: ChannelGraph,
+    example_inputs: Any,
+    *,
+    plugins: Plugins | None = None,
+) -> Culprit | None:
+    """Looks for what stands in the way of a plan: first by shapes, which need no arithmetic, then by what operations
+    compute, in double precision where the network runs in it.
+
+    :param model: dense; it is masked and cut on the way, and left as it was.
+    :return: the groups to leave whole, or None where the cut model follows the masked one to the end.
+    """
+    for inputs in check_inputs(example_inputs):
+        try:
+            found = _find_culprit(model, plan, graph, inputs, plugins, None)
+            if found is not None:
+                return found
+            with in_double(model):
+                return _find_culprit(model, plan, graph, tree_map(to_double, inputs), plugins, DOUBLE_TOLERANCE)
+        except (TraceError, ValuesNeeded):  # the network insists on another shape, or on single precision
+            continue
+    return _find_culprit(model, plan, graph, example_inputs, plugins, SINGLE_TOLERANCE)
+
+
+def _find_culprit(
+    model: nn.Module,
+    plan: PruningPlan,
+    graph: ChannelGraph,
+    example_inputs: Any,
+    plugins: Plugins | None,
+    tolerance: float | None,
+) -> Culprit | None:
+    """
+    :param tolerance: of the size of results, relative; None compares shapes alone.
+    """
+    rules = (plugins or default_plugins()).op_rules
+    first = _Recorder(model, LabelSpace(), rules, None)
+    first.run(example_inputs)
+    records = first.records
+    removed, group_of_label = _fates(first.space, plan, graph)
+    if tolerance is not None:
+        with masked(model, plan):  # once more with arithmetic: now every label's fate is known
+            second = _Recorder(model, LabelSpace(), rules, removed)
+            second.run(example_inputs)
+            records = second.records
+    follower = _Follower(records, removed, tolerance)
+    log = Transaction()
+    try:
+        cut(log, model, plan, plugins=plugins)
+        try:
+            with evaluating(model), follower:
+                call_model(model, example_inputs)
+        except Exception as error:
+            follower.note_failure(error)
+    finally:
+        log.rollback()
+    if follower.found is None:
+        return None
+    at, what = follower.found
+    for record in reversed(records[: at + 1]):  # the operation, or the nearest one before it that loses channels
+        groups = _touched(record, removed, group_of_label)
+        if groups.size:
+            if record is records[at]:  # the same line of the same kind of module fails everywhere
+                alike = [
+                    r for r in records if (r.name, r.location, r.kind) == (record.name, record.location, record.kind)
+                ]
+                groups = np.unique(np.concatenate([_touched(r, removed, group_of_label) for r in alike]))
+            where = f" in '{record.module}'" if record.module else ""
+            reason = f"{record.name}{where} does not follow a smaller width: {what}"
+            return Culprit(tuple(groups.tolist()), reason, record.location)
+    return None
+
+
+def _touched(
+    record: _Record, removed: npt.NDArray[np.bool_], group_of_label: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Groups that lose channels among what an operation reads and writes."""
+    labels = [a for dims in (*record.inputs, *record.outputs) for a in dims if a is not None]
+    touched = np.concatenate(labels) if labels else np.empty(0, np.int64)
+    groups = np.unique(group_of_label[touched[removed[touched]]])
+    return groups[groups >= 0]
+
+
+def _fates(
+    space: LabelSpace, plan: PruningPlan, graph: ChannelGraph
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Which labels go, and which group each belongs to (-1: none)."""
+    solution = space.solve()
+    gone = np.zeros(len(solution.pin), bool)
+    group_of_class = np.full(len(solution.pin), -1, np.int64)
+    start = {(slot.parameter, slot.dim): slot.start for slot in space.slots}
+    for slot in space.slots:
+        if slot.dim in plan.kept.get(slot.parameter, {}):
+            labels = np.ones(slot.size, bool)
+            labels[plan.indices(slot.parameter, slot.dim).numpy()] = False
+            gone[solution.component[slot.start + np.flatnonzero(labels)]] = True
+    for index, group in enumerate(graph.groups):
+        for member in group.members:
+            group_of_class[solution.component[start[member.parameter, member.dim] + member.indices.ravel()]] = index
+    return gone[solution.component], group_of_class[solution.component]
+
+
+class _Recorder(Tracer):  # type: ignore[no-untyped-call]
+    """Notes every operation's labels and shapes and, once it is known what goes, the size of what is kept.
+
+    :param removed: which labels go; None: run by shapes alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, space: LabelSpace, rules: Mapping[str, Any], removed: npt.NDArray[np.bool_] | None
+    ) -> None:
+        super().__init__(model, space, rules, shapes_only=removed is None)
+        self.records: list[_Record] = []
+        self._removed = removed
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        inputs = [self.labels(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        results = _results(out)
+        self.records.append(
+            _Record(
+                str(func.overloadpacket),
+                self.module,
+                type(self.model.get_submodule(self.module)).__name__,
+                user_location(1),
+                inputs,
+                [self.labels(tensor) for tensor in results],
+                [tuple(tensor.shape) for tensor in results],
+                [self._kept_size(tensor) for tensor in results] if self._removed is not None else [],
+            )
+        )
+        return out
+
+    def _kept_size(self, tensor: Tensor) -> float:
+        assert self._removed is not None
+        for dim, labels in enumerate(self.labels(tensor)):
+            if labels is not None and self._removed[labels].any():
+                keep = torch.from_numpy(np.flatnonzero(~self._removed[labels])).to(tensor.device)
+                tensor = tensor.index_select(dim, keep)
+        return _size(tensor)
+
+
+def _results(out: Any) -> list[Tensor]:
+    """What an operation passes on: of a tuple the first (the others are statistics, indices, sums for backward)."""
+    if isinstance(out, tuple):
+        out = out[:1]
+    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def _size(tensor: Tensor) -> float:
+    """Sum of absolute values: what two runs of the same operation must agree on."""
+    return float(tensor.detach().double().abs().sum()) if tensor.is_floating_point() else math.nan
+
+
+class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs the cut model beside the records and notes the first difference."""
+
+    def __init__(self, records: Sequence[_Record], removed: npt.NDArray[np.bool_], tolerance: float | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._removed = removed
+        self._tolerance = tolerance
+        self._records = records
+        self._at = 0
+        self.found: tuple[int, str] | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.found is None:
+            self._compare(func, _results(out))
+            self._at += 1
+        return out
+
+    def note_failure(self, error: Exception) -> None:
+        """The run ended early at the operation after the last one."""
+        if self.found is None:
+            lines = str(error).strip().splitlines()
+            what = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            self.found = (min(self._at, len(self._records) - 1), what)
+
+    def _compare(self, func: Any, tensors: Sequence[Tensor]) -> None:
+        if self._at >= len(self._records):
+            self.found = (len(self._records) - 1, "the network took another path")
+            return
+        record = self._records[self._at]
+        expected = [self._kept_shape(shape, dims) for shape, dims in zip(record.shapes, record.outputs, strict=True)]
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if str(func.overloadpacket) != record.name:
+            self.found = (self._at, f"the network took another path ({func.overloadpacket})")
+        elif shapes != expected:
+            self.found = (self._at, f"expected shape {expected[:1]}, got {shapes[:1]}")
+        elif self._tolerance is not None and any(
+            abs(_size(tensor) - size) > self._tolerance * max(size, 1e-6)
+            for tensor, size in zip(tensors, record.sizes, strict=True)
+            if not math.isnan(size) and not record.name.startswith("aten.empty")
+        ):
+            self.found = (self._at, "it computes something else on fewer channels")
+
+    def _kept_shape(self, shape: Sequence[int], dims: DimLabels) -> tuple[int, ...]:
+        return tuple(
+            n if labels is None else n - int(self._removed[labels].sum()) for n, labels in zip(shape, dims, strict=True)
+        )

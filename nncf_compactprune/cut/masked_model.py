@@ -1,0 +1,88 @@
+"""The masked model: the dense one with everything that goes set to zero, for comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nncf_compactprune.cut.transaction import Transaction
+from nncf_compactprune.host.tensors import model_tensors
+from nncf_compactprune.plan import PruningPlan
+
+
+@contextmanager
+def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
+    """The dense model with everything that goes set to zero; its own weights are back afterwards, bit for bit."""
+    parameters = model_tensors(model).parameters
+    log = Transaction()
+    try:
+        for name in plan.kept:
+            if name in parameters:
+                log.set_data(parameters[name], zero_removed(parameters[name].data, plan.masked_dims(name)))
+        with NormOverKept(model, plan):
+            yield
+    finally:
+        log.rollback()
+
+
+def zero_removed(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    """A copy with every removed position set to zero."""
+    data = data.clone()
+    for dim, positions in dims.items():
+        removed = torch.ones(data.shape[dim], dtype=torch.bool, device=data.device)
+        removed[positions.to(data.device)] = False
+        data.index_fill_(dim, removed.nonzero().ravel(), 0)
+    return data
+
+
+class NormOverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Masked LayerNorm, one-group GroupNorm and weight standardisation take their statistics over the kept channels, as
+    the compact ones do."""
+
+    def __init__(self, model: nn.Module, plan: PruningPlan) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = {}
+        self._kept_inputs = {}
+        if plan.approximate:
+            for name, parameter in model_tensors(model).parameters.items():
+                dims = plan.kept.get(name, {})
+                if parameter.dim() == 1 and 0 in dims:
+                    self._kept[id(parameter)] = plan.indices(name, 0).to(parameter.device)
+                elif parameter.dim() > 2 and 1 in dims:
+                    self._kept_inputs[id(parameter)] = plan.indices(name, 1).to(parameter.device)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.native_layer_norm.default and id(args[2]) in self._kept:
+            x, _, weight, bias, eps = args
+            kept = self._kept[id(weight)]
+            out, mean, rstd = func(
+                x.index_select(-1, kept), [len(kept)], weight[kept], None if bias is None else bias[kept], eps
+            )
+            return x.new_zeros(x.shape).index_copy_(-1, kept, out), mean, rstd
+        if func is torch.ops.aten.native_group_norm.default and args[6] == 1 and id(args[1]) in self._kept:
+            x, weight, bias, n, _, positions, groups, eps = args
+            kept = self._kept[id(weight)]
+            out, mean, rstd = func(
+                x.index_select(1, kept).contiguous(), weight[kept], None if bias is None else bias[kept],
+                n, len(kept), positions, groups, eps,
+            )  # fmt: skip
+            return x.new_zeros(x.shape).index_copy_(1, kept, out), mean, rstd
+        if func in _BATCH_NORMS and id(args[0]._base) in self._kept_inputs:
+            x, parameter = args[0], args[0]._base
+            taps = parameter[0, 0].numel()
+            kept = self._kept_inputs[id(parameter)]
+            kept = (kept[:, None] * taps + torch.arange(taps, device=kept.device)).reshape(-1)
+            out, *statistics = func(x.index_select(2, kept).contiguous(), *args[1:], **kwargs)
+            return x.new_zeros(x.shape).index_copy_(2, kept, out), *statistics
+        return func(*args, **kwargs)
+
+
+_BATCH_NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten._native_batch_norm_legit.no_stats)

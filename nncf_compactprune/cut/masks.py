@@ -1,0 +1,146 @@
+"""Soft removal: masks as NNCF function hooks, so that training can ramp up before anything is cut.
+
+A masked model and its compact form compute the same function; only the compact one is smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from nncf.torch.function_hook import get_hook_storage, register_post_function_hook, wrap_model
+from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode
+from nncf.torch.layer_utils import StatefulModuleInterface
+from torch import Tensor, nn
+
+from nncf_compactprune.channels.groups import ChannelGraph
+from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
+from nncf_compactprune.host.tensors import NNCF_HOOKS
+from nncf_compactprune.plan import PruningPlan
+
+
+class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
+    """Multiplies removed slices of one parameter by zero.
+
+    :param shape: the parameter's shape.
+    :param dims: the dimensions that can be masked; each has a 0/1 buffer ``mask_<dim>`` of its size.
+    """
+
+    def __init__(self, shape: Sequence[int], dims: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.dims = tuple(dims)
+        self._names = {dim: f"mask_{dim}" for dim in self.dims}
+        for dim in self.dims:
+            view = [1] * len(self.shape)
+            view[dim] = self.shape[dim]
+            self.register_buffer(f"mask_{dim}", torch.ones(view))
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """The masked parameter; gradients of removed slices are zero."""
+        # NNCF's function mode need not look at these: nothing hooks an operation of a hook, and it takes its time.
+        # Another mode (which follows what becomes of parameters, say) must.
+        with nullcontext() if _others_look_on() else torch._C.DisableTorchFunction():
+            for dim in self.dims:
+                mask = cast(Tensor, self._buffers[self._names[dim]])
+                parameter = parameter * (mask if mask.dtype == parameter.dtype else mask.to(parameter.dtype))
+            return parameter
+
+    @torch.no_grad()
+    def keep(self, dim: int, positions: Tensor | None) -> None:
+        """Sets what stays along one dimension; None keeps all."""
+        mask = getattr(self, f"mask_{dim}")
+        if positions is None:
+            mask.fill_(1)
+        else:
+            mask.zero_().view(-1)[positions.to(mask.device)] = 1
+
+    def get_config(self) -> dict[str, Any]:
+        """What :meth:`from_config` needs."""
+        return {"shape": list(self.shape), "dims": list(self.dims)}
+
+    @classmethod
+    def from_config(cls, state: dict[str, Any]) -> ChannelMask:
+        """Builds a mask that keeps everything; the buffers come from the state dict."""
+        return cls(state["shape"], state["dims"])
+
+
+def _others_look_on() -> bool:
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(not isinstance(mode, FunctionHookMode) for mode in modes)
+
+
+class Masks:
+    """The masks of one model.
+
+    A parameter carries its hook only while something of it is removed: with no hooks at all, NNCF's function mode is
+    off, and the epochs before the first channel goes cost nothing.
+
+    :param model: is wrapped for NNCF hooks (in place) when the first channel goes.
+    :param graph: its channels; every member parameter of every prunable group can be masked.
+    :raises CompactPruneError: the model is a bare ``nn.Sequential``.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+        if isinstance(model, nn.Sequential):
+            msg = (
+                "NNCF's hooks do not work on a bare nn.Sequential (it would run the hook storage as a layer). Put it "
+                'inside a module of your own, or use "schedule": "one_shot", which needs no masks.'
+            )
+            raise CompactPruneError(msg)
+        dims: dict[str, set[int]] = {}
+        for group in graph.groups:
+            for member in group.members:
+                if not member.is_buffer:  # NNCF hooks see parameters only; zeroed consumers make buffers irrelevant
+                    dims.setdefault(member.parameter, set()).add(member.dim)
+        device = next(model.parameters()).device
+        self._masks = {name: ChannelMask(graph.parameters[name], sorted(of)).to(device) for name, of in dims.items()}
+        self._models = [model]
+        self._handles: list[Any] = []
+
+    def share(self, ema: nn.Module | None) -> None:
+        """Puts the same masks on a shadow copy from the next :meth:`update` on. A copy that was taken of a masked model
+        has masks of its own, which would be averaged; they go.
+
+        :param ema: a module with the same parameter names, or a holder with a ``module`` attribute.
+        """
+        shadow = None if ema is None else getattr(ema, "module", ema)
+        if shadow is None or any(shadow is model for model in self._models):
+            return
+        self._models.append(shadow)
+        drop_masks(shadow)
+
+    def update(self, plan: PruningPlan) -> None:
+        """Masks what the plan removes and nothing else."""
+        self.remove()
+        for name, mask in self._masks.items():
+            kept = plan.masked_dims(name)
+            for dim in mask.dims:
+                mask.keep(dim, kept.get(dim))
+            if kept:
+                for model in self._models:
+                    # accelerate's mixed precision wraps around NNCF's wrapper, which then is not to be seen any more
+                    wrapped = model if NNCF_HOOKS in model._modules else wrap_model(model)
+                    self._handles.append(register_post_function_hook(wrapped, name, 0, mask))
+
+    def remove(self) -> None:
+        """Takes the masks off; without other hooks the model's own forward is back and nothing of NNCF is left."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for model in self._models:
+            unwrap_if_empty(model)
+
+
+def drop_masks(model: nn.Module) -> None:
+    """Takes every mask off a model: an EMA copy made while masks were on has them too."""
+    if NNCF_HOOKS not in model._modules:
+        return
+    storage = get_hook_storage(model)
+    for name, hook in list(storage.named_hooks()):
+        if isinstance(hook, ChannelMask):
+            storage.delete_hook(name)
+    unwrap_if_empty(model)

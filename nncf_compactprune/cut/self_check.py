@@ -1,0 +1,208 @@
+"""The proof of a cut: the compact model computes what the masked one computes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nncf_compactprune.cut.masked_model import masked
+from nncf_compactprune.cut.surgery import cut
+from nncf_compactprune.cut.transaction import Transaction, transaction
+from nncf_compactprune.errors import SelfCheckError
+from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.tensors import model_tensors
+from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.plugins import Plugins
+
+SELF_CHECK_TOLERANCE = 1e-5
+
+
+LARGE_IMAGE = 128
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """Result of comparing the compact with the masked model.
+
+    :param error: largest absolute difference over all outputs, relative to the largest absolute value of that output.
+    :param dtype: the precision it was compared in.
+    :param seconds: wall time of the extra forward passes.
+    """
+
+    error: float
+    dtype: str
+    seconds: float
+
+
+def prune_in_place(
+    model: nn.Module,
+    plan: PruningPlan,
+    example_inputs: Any,
+    *,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | None = None,
+    plugins: Plugins | None = None,
+    self_check: bool = True,
+    dry_run: bool = False,
+) -> SelfCheck | None:
+    """Cuts a model to a plan and proves that it computes what the masked model computed.
+
+    The masked model is the dense one with every removed slice set to zero, consumers included (a BatchNorm shift would
+    turn a zero channel into a constant otherwise). Where a LayerNorm over channels was cut by consent, the masked
+    model takes its statistics over the kept channels.
+
+    :param example_inputs: what both are run on, in eval mode: its first example, at half the resolution where that is
+        large and the model takes it (see :func:`check_inputs`).
+    :param dry_run: put everything back after the check.
+    :return: the comparison, or None without ``self_check``.
+    :raises PlanError: the plan does not fit.
+    :raises SelfCheckError: the cut model does not run or computes something else. The model, optimizer and EMA copy are
+        bit for bit what they were.
+    """
+    plan.validate(model)
+    with transaction() as log:
+        cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
+        if not self_check:
+            return None
+        started = time.perf_counter()
+        inputs, compact, expected = _compared(log, model, plan, example_inputs)
+        error = _difference(expected, compact, plan.output_classes)
+        dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
+        if error > SELF_CHECK_TOLERANCE and dtype != "float64":
+            # rounding of many float32 layers, or a wrong cut? float64 tells them apart
+            compact = _run_in_double(model, inputs, "after the cut")
+            log.rollback()
+            with masked(model, plan):
+                expected = _run_in_double(model, inputs, "with masks")
+            log.replay()
+            error, dtype = _difference(expected, compact, plan.output_classes), "float64"
+        if not error <= SELF_CHECK_TOLERANCE:
+            msg = (
+                f"self-check: the pruned {type(model).__name__} differs from the masked one by {error:.1e} (largest "
+                f"difference over largest output, {dtype}), expected at most {SELF_CHECK_TOLERANCE:.0e}. "
+                "The model was restored. Please report the architecture; ignored_scopes can leave the layer out."
+            )
+            raise SelfCheckError(msg)
+        if dry_run:
+            log.rollback()
+        return SelfCheck(error, dtype, time.perf_counter() - started)
+
+
+def check_inputs(example_inputs: Any) -> list[Any]:
+    """What a comparison may run on, cheapest first, the example input itself last.
+
+    One example tells as much about channels as many, and every other pixel of a large image as much as all: what
+    differs between a masked and a wrongly cut model are channels, at every position. Not every model runs on these, so
+    the next one is for when the masked model does not.
+    """
+    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors:
+        return [example_inputs]
+    candidates = [example_inputs]
+    batch = len(tensors[0])
+    if batch > 1 and all(len(leaf) == batch for leaf in tensors):
+        candidates.append(_on_tensors(lambda leaf: leaf[:1], example_inputs, 1))
+    images = [leaf for leaf in tensors if leaf.dim() > 2]
+    if len(images) == 1 and images[0].dim() == 4 and min(images[0].shape[2:]) >= LARGE_IMAGE:
+        candidates.append(_on_tensors(lambda leaf: leaf[..., ::2, ::2], candidates[-1], 4))
+    return candidates[::-1]
+
+
+def _on_tensors(change: Callable[[Tensor], Tensor], inputs: Any, least_dims: int) -> Any:
+    return tree_map(
+        lambda leaf: change(leaf) if isinstance(leaf, Tensor) and leaf.dim() >= least_dims else leaf, inputs
+    )
+
+
+def _compared(
+    log: Transaction, model: nn.Module, plan: PruningPlan, example_inputs: Any
+) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """The first of the check inputs that both models run on, with the outputs of the compact and of the masked one.
+
+    The compact model comes first: where its code does not let it shrink, it fails early, and the dense one need not
+    run at all.
+    """
+    failure: SelfCheckError | None = None
+    for inputs in check_inputs(example_inputs):
+        try:
+            compact = _run(model, inputs, "after the cut")
+            log.rollback()
+            try:
+                with masked(model, plan):
+                    return inputs, compact, _run(model, inputs, "with masks")
+            finally:
+                log.replay()
+        except SelfCheckError as error:
+            failure = error
+    assert failure is not None
+    raise failure
+
+
+def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
+    try:
+        with evaluating(model):
+            output = call_model(model, example_inputs)
+    except Exception as error:
+        first = str(error).strip().splitlines()
+        msg = (
+            f"self-check: {type(model).__name__} does not run {when}: {type(error).__name__}: "
+            f"{first[0] if first else ''}. The model was restored."
+        )
+        raise SelfCheckError(msg) from error
+    return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@contextmanager
+def in_double(model: nn.Module) -> Iterator[None]:
+    """The model in double precision; its own tensors are back afterwards, bit for bit."""
+    log = Transaction()
+    try:
+        for _, tensor in model_tensors(model).named():
+            if tensor.is_floating_point():
+                log.set_data(tensor, tensor.data.double())
+        yield
+    finally:
+        log.rollback()
+
+
+def to_double(leaf: Any) -> Any:
+    """A floating tensor in double precision; anything else as it is."""
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _run_in_double(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
+    with in_double(model):
+        return _run(model, tree_map(to_double, example_inputs), when)
+
+
+def _difference(expected: Sequence[Tensor], actual: Sequence[Tensor], classes: Sequence[int]) -> float:
+    """Largest difference over all outputs, each relative to its largest absolute value; inf where shapes differ.
+
+    :param classes: what a cut classifier still tells apart: those of the expected scores are compared.
+    """
+    worst = 0.0
+    if len(expected) != len(actual):
+        return math.inf
+    for a, b in zip(expected, actual, strict=True):
+        if classes and a.shape != b.shape and a.dim() > 1 and a.shape[1] > max(classes):
+            a = a[:, list(classes)]
+        if a.shape != b.shape:
+            return math.inf
+        if a.numel() == 0:
+            continue
+        if not torch.isfinite(a).all():
+            msg = "self-check: the model's outputs are not finite on the example input, so nothing can be compared."
+            raise SelfCheckError(msg)
+        scale = float(a.abs().max()) or 1.0
+        error = float((a.double() - b.double()).abs().max()) / scale
+        worst = math.inf if math.isnan(error) else max(worst, error)
+    return worst

@@ -1,0 +1,172 @@
+"""Cuts a model to a plan, in place, whole or not at all, and proves the result.
+
+Parameters keep their identity (``p.data`` is replaced), so optimizers, EMA copies and tied names hold on; optimizer
+state of a parameter's shape is cut by the same plan.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nncf_compactprune.channels.facts import facts_for
+from nncf_compactprune.cut.transaction import Transaction, transaction
+from nncf_compactprune.host.tensors import model_tensors, named_modules
+from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.plugins import Plugins, default_plugins
+
+logger = logging.getLogger("nncf")
+
+
+PLAN_ATTRIBUTE = "compactprune_plan"
+
+
+CONFIG_ATTRIBUTE = "compactprune"  # of a Hugging Face config: what it said of the dense model
+
+
+CLASS_COUNTS = ("num_classes", "num_labels")  # as timm's and Hugging Face's models call them
+
+
+def plan_of(model: nn.Module) -> PruningPlan | None:
+    """The plan that made a model what it is, from its dense form on (several prunings composed), or None."""
+    plan = getattr(model, PLAN_ATTRIBUTE, None)
+    return plan if isinstance(plan, PruningPlan) else None
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | None = None,
+    plugins: Plugins | None = None,
+) -> None:
+    """Cuts a dense model to the plan, in place.
+
+    Gradients of cut parameters are dropped. Outside references to the parameters stay valid.
+
+    :param optimizer: its per-parameter state (momentum, moments) is cut alike; state of another shape is reset.
+    :param ema: a module with the same parameter names, or a holder with a ``module`` attribute; cut alike.
+    :raises PlanError: the plan does not fit; the model is untouched.
+    """
+    plan.validate(model)
+    plan.validate_consistency(model)
+    with transaction() as log:
+        cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
+
+
+def cut(
+    log: Transaction,
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | None = None,
+    plugins: Plugins | None = None,
+) -> None:
+    """The same inside a running transaction, for a plan that was validated."""
+    shadow = None if ema is None else _matching_module(ema, plan)
+    if optimizer is not None:
+        _cut_optimizer(log, model, plan, optimizer)
+    for module in (model, *(() if shadow is None else (shadow,))):
+        _cut_module(log, module, plan, plugins or default_plugins())
+        earlier = plan_of(module)
+        log.set_attribute(module, PLAN_ATTRIBUTE, plan if earlier is None else earlier.then(plan))
+
+
+def _matching_module(ema: nn.Module, plan: PruningPlan) -> nn.Module:
+    module = getattr(ema, "module", ema)
+    plan.validate(module)
+    return module
+
+
+def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: Plugins) -> None:
+    tensors = model_tensors(model).all()
+    dims = {id(tensors[name]): kept for name, kept in plan.kept.items()}
+    updates: list[tuple[object, dict[str, Any]]] = _class_counts(model, plan, tensors) if plan.output_classes else []
+    for _, module in named_modules(model):
+        shapes = _own_shapes(module, dims)
+        facts = facts_for(module, plugins.module_facts) if shapes else None
+        if facts is not None:
+            updates.append((module, facts(module, shapes)))
+    for name in plan.kept:
+        log.set_data(tensors[name], select(tensors[name].data, plan.selection(name)))
+    for name, attributes in plan.attributes.items():
+        updates.append((model.get_submodule(name), dict(attributes)))
+    for target, attributes in updates:
+        for attribute, value in attributes.items():
+            log.set_attribute(target, attribute, value)
+
+
+def _class_counts(
+    model: nn.Module, plan: PruningPlan, tensors: Mapping[str, Tensor]
+) -> list[tuple[object, dict[str, Any]]]:
+    """What modules and a Hugging Face config say of the classes: its own loss goes by it."""
+    classes = plan.output_classes
+    before = {tensors[name].shape[0] for name, dims in plan.kept.items() if dims.get(0) == classes}
+    updates: list[tuple[object, dict[str, Any]]] = [
+        (module, {count: len(classes)})
+        for _, module in named_modules(model)
+        for count in CLASS_COUNTS
+        if getattr(module, count, None) in before
+    ]
+    config = getattr(model, "config", None)
+    labels = getattr(config, "id2label", None)
+    if isinstance(labels, Mapping) and len(labels) in before:
+        said = getattr(config, CONFIG_ATTRIBUTE, None) or {}
+        dense = {**said.get("dense", {}), "id2label": dict(labels), "label2id": getattr(config, "label2id", None)}
+        names = {at: labels[c] for at, c in enumerate(classes)}
+        left = {name: at for at, name in names.items()}
+        updates.append((config, {"id2label": names, "label2id": left, CONFIG_ATTRIBUTE: {**said, "dense": dense}}))
+    return updates
+
+
+def _own_shapes(module: nn.Module, dims: Mapping[int, Mapping[int, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """New shapes of a module's own tensors, tied and parametrized ones too; empty where none of them is cut."""
+    own: dict[str, tuple[Any, Mapping[int, tuple[int, ...]]]] = {
+        name: (tensor.shape, dims.get(id(tensor), {}))
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+    for name, parametrization in getattr(module, "parametrizations", {}).items():
+        cut_dims: dict[int, tuple[int, ...]] = {}
+        for original in parametrization._parameters.values():
+            cut_dims.update(dims.get(id(original), {}))
+        own[name] = (getattr(module, name).shape, cut_dims)
+    if not any(kept for _, kept in own.values()):
+        return {}
+    return {
+        name: tuple(len(kept[d]) if d in kept else n for d, n in enumerate(shape))
+        for name, (shape, kept) in own.items()
+    }
+
+
+def select(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    """The kept part of a tensor, in the same memory format."""
+    channels_last = (
+        data.dim() == 4 and not data.is_contiguous() and data.is_contiguous(memory_format=torch.channels_last)
+    )
+    for dim, positions in dims.items():
+        data = data.index_select(dim, positions.to(data.device))
+    return data.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _cut_optimizer(log: Transaction, model: nn.Module, plan: PruningPlan, optimizer: Optimizer) -> None:
+    for name, parameter in model_tensors(model).parameters.items():
+        if name not in plan.kept or parameter not in optimizer.state:
+            continue
+        state = optimizer.state[parameter]
+        for key, value in list(state.items()):
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if value.shape == parameter.shape:
+                log.set_item(state, key, select(value, plan.selection(name)))
+            else:
+                logger.warning("Optimizer state '%s' of '%s' has a shape of its own; it starts anew.", key, name)
+                log.delete_item(optimizer.state, parameter)
+                break

@@ -1,0 +1,135 @@
+"""A few labelled samples of every class, taken from a loader in its order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from nncf.common.logging import nncf_logger
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nncf_compactprune.errors import DataError
+from nncf_compactprune.host.distributed import reduced
+
+
+def class_scores(output: Any) -> Tensor:
+    """Returns the scores ``[n, classes]`` of a classifier's output: a tensor, a sequence or a Hugging Face output."""
+    if isinstance(output, Tensor):
+        return output
+    return output["logits"] if isinstance(output, Mapping) else output[0]  # type: ignore[no-any-return]
+
+
+def checked_labels(labels: Any, classes: int, where: str = "train_loader") -> Tensor:
+    """Labels as a vector of class indices, ``[n]``, int64.
+
+    :param labels: a tensor or a sequence; ``[n]`` or ``[n, 1]``, integers in [0, classes).
+    :param classes: the model's number of classes.
+    :raises DataError: there are none, they are no integers, of another shape, or out of range.
+    """
+    if labels is None:
+        msg = f"{where}: batches hold no labels. Give (inputs, labels) or a dict with a key such as 'labels'."
+        raise DataError(msg)
+    try:
+        values = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"{where}: expected labels as integer class indices, got {type(labels).__name__}."
+        raise DataError(msg) from error
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        msg = (
+            f"{where}: expected integer class indices as labels, got {values.dtype}. Soft or one-hot labels have to be "
+            "turned into indices first (labels.argmax(1))."
+        )
+        raise DataError(msg)
+    if values.dim() == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.dim() != 1:
+        msg = f"{where}: expected one label a sample, shape [n], got {list(values.shape)}."
+        raise DataError(msg)
+    values = values.long()
+    outside = values[(values < 0) | (values >= classes)]
+    if len(outside):
+        msg = f"{where}: label {int(outside[0])} is out of range: the model has {classes} classes, 0 to {classes - 1}."
+        raise DataError(msg)
+    return values
+
+
+class FewPerClass:
+    """The first samples of every class that a loader gives, batch by batch.
+
+    :param batches: pairs of model inputs and labels.
+    :param classes: the model's number of classes.
+    :param samples: how many of each class, at most; of each process where several run.
+    :param wanted: the classes that count, default: all.
+    """
+
+    def __init__(
+        self, batches: Iterable[tuple[Any, Any]], classes: int, samples: int, wanted: Sequence[int] | None = None
+    ) -> None:
+        self._batches = batches
+        self._classes = classes
+        self._limit = torch.zeros(classes, dtype=torch.int64)
+        self._limit[list(range(classes)) if wanted is None else list(wanted)] = samples
+        self._required = wanted is not None
+        self.count = torch.zeros(classes, dtype=torch.int64)
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs and labels of the samples that were chosen, in the loader's order.
+
+        :raises DataError: wrong labels, no sample at all, or fewer than two classes; also where a class that was asked
+            for is missing. Other missing classes are told in a warning.
+        """
+        for inputs, labels in self._batches:
+            if not (self.count < self._limit).any():
+                break
+            values = checked_labels(labels, self._classes)
+            chosen = self._chosen(values.cpu())
+            if len(chosen):
+                yield taken(inputs, chosen, len(values)), values[chosen.to(values.device)]
+        self._check_classes()
+
+    def _chosen(self, labels: Tensor) -> Tensor:
+        chosen = []
+        for at, label in enumerate(labels.tolist()):
+            if self.count[label] < self._limit[label]:
+                self.count[label] += 1
+                chosen.append(at)
+        return torch.tensor(chosen, dtype=torch.int64)
+
+    def _check_classes(self) -> None:
+        total = reduced(self.count)
+        missing = ((total == 0) & (self._limit > 0)).nonzero().ravel().tolist()
+        if int((total > 0).sum()) < 2 or (missing and self._required):
+            msg = (
+                f"train_loader: found samples of {int((total > 0).sum())} classes, none of {_listed(missing)}. Classes "
+                "are told apart by samples of each: give a loader with all of them."
+            )
+            raise DataError(msg)
+        if missing:
+            nncf_logger.warning(
+                "The training loader holds no sample of %s: channels are chosen for the others.",
+                _listed(missing),
+            )
+
+
+def _listed(classes: Sequence[int]) -> str:
+    shown = ", ".join(map(str, classes[:10])) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
+    return f"class {shown}" if len(classes) == 1 else f"classes {shown}"
+
+
+def taken(inputs: Any, chosen: Tensor, samples: int) -> Any:
+    """The chosen samples of every tensor with one row a sample.
+
+    :raises DataError: inputs and labels differ in number.
+    """
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not any(len(leaf) == samples for leaf in leaves):
+        msg = f"train_loader: {samples} labels for inputs of shapes {[list(leaf.shape) for leaf in leaves]}."
+        raise DataError(msg)
+
+    def take(leaf: Any) -> Any:
+        rows = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples
+        return leaf[chosen.to(leaf.device)] if rows else leaf
+
+    return inputs if len(chosen) == samples else tree_map(take, inputs)

@@ -1,0 +1,1 @@
+"""Small networks for demonstrations and benchmarks."""

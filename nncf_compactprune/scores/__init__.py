@@ -1,1 +1,0 @@
-"""Importance criteria: one callable each, group and parameters to scores, larger kept."""

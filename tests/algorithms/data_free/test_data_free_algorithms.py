@@ -1,0 +1,250 @@
+"""Data-free pruning, sparsity and quantization through their configs: budgets, laws, files, wrong input."""
+
+from __future__ import annotations
+
+import copy
+
+import openvino
+import pytest
+import torch
+import torch.nn.functional as F
+from support.data_free import randn, state, unchanged, with_statistics_of
+from support.networks import images, trained
+from torch import nn
+
+from nncf_compactprune import CompressionStage, create_compressed_model, export_model
+from nncf_compactprune.algorithms.data_free import Reconstruction
+from nncf_compactprune.algorithms.data_free.gram import is_linear
+from nncf_compactprune.algorithms.data_free.quantizers import GridQuantizer
+from nncf_compactprune.channels import trace
+from nncf_compactprune.cut.surgery import plan_of
+from nncf_compactprune.errors import ConfigError, DataFreeError
+from nncf_compactprune.export import verify_export
+from nncf_compactprune.host.tensors import named_modules
+
+X = images(torch.float32)
+DATA = F.avg_pool2d(randn(256, 3, 24, 24), 2) * 3
+FEW = {"samples": 48, "steps": 3}
+
+
+def network(name: str = "residual") -> nn.Module:
+    return with_statistics_of(trained(name, dtype=torch.float32), DATA)
+
+
+def compress(model, *entries, loader=None):
+    entries = [{"generation": FEW, **entry} for entry in entries]
+    config = {"input_info": {"sample_size": [2, 3, 12, 12]}, "compression": entries}
+    return create_compressed_model(model, config, loader)
+
+
+def prune_entry(budget=0.5, **more):
+    return {"algorithm": "data_free_layerwise", "budget": {"macs": budget}, "params": {"round_to": 1}, **more}
+
+
+def quantize_entry(bits=8, **params):
+    return {"algorithm": "data_free_quantization", "params": {"weight_bits": bits, "activation_bits": bits, **params}}
+
+
+@torch.no_grad()
+def distance(dense, model):
+    expected = dense.eval()(DATA)
+    return float((model.eval()(DATA) - expected).square().mean() / expected.var(0).mean())
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "squeeze_excite", "flatten", "option_a"])
+def test_pruning_holds_the_budget_and_refitting_is_better_than_the_cut_alone(name: str) -> None:
+    dense = network(name)
+    model, macs = copy.deepcopy(dense), trace(dense, X).macs
+    ctrl, same = compress(model, prune_entry())
+    assert same is model
+    assert trace(model, X).macs <= 0.5 * macs
+    assert ctrl.algorithms[0].self_check.error < 1e-5
+    assert ctrl.compression_stage() is CompressionStage.FULLY_COMPRESSED
+    only_cut = copy.deepcopy(dense)
+    from nncf_compactprune import apply_plan
+
+    apply_plan(only_cut, plan_of(model))
+    assert distance(dense, model) < distance(dense, only_cut)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_repeated_channels_go_for_nothing() -> None:
+    """Half of a layer's filters repeat the other half: without data, all of them go and the output stays."""
+    dense = trained("plain", dtype=torch.float32)
+    conv, norm = dense.features[2][0], dense.features[2][1]
+    for tensor in (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        tensor.data[12:] = tensor.data[:12]
+    with_statistics_of(dense, DATA)
+    model = copy.deepcopy(dense)
+    entry = prune_entry(0.9, target_scopes=["{re}features.2.*"])
+    compress(model, {**entry, "params": {"round_to": 1, "ridge": 1e-6}})
+    change = {g.name: (g.before, g.after) for g in plan_of(model).groups}["features.2.0"]
+    assert change[1] < change[0]
+    kept = plan_of(model).kept["features.2.0.weight"][0]
+    assert {k % 12 for k in kept} == set(range(12))  # of each pair, one stayed
+    assert distance(dense, model) < 1e-4
+
+
+def test_inputs_of_a_loader_and_of_both_sources() -> None:
+    dense = network()
+    for source, loader in (("dataset", [(DATA[:64], None)]), ("inversion+bn_sampling", None), ("bn_sampling", None)):
+        model = copy.deepcopy(dense)
+        compress(model, prune_entry(generation={"source": source, "samples": 64}), loader=loader)
+        assert distance(dense, model) < 1.5, source
+
+
+def test_a_state_replays_the_plan() -> None:
+    dense = network()
+    first = copy.deepcopy(dense)
+    ctrl, _ = compress(first, prune_entry())
+    again = copy.deepcopy(dense)
+    config = {"input_info": {"sample_size": [2, 3, 12, 12]}, "compression": [prune_entry(generation=FEW)]}
+    create_compressed_model(again, config, compression_state=ctrl.get_compression_state())
+    again.load_state_dict(first.state_dict())
+    assert torch.equal(first.eval()(X), again.eval()(X))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9])
+def test_sparsity_has_its_share_of_real_zeros(ratio: float) -> None:
+    dense = network("plain")
+    model = copy.deepcopy(dense)
+    ctrl, _ = compress(model, {"algorithm": "data_free_sparsity", "params": {"sparsity": ratio}})
+    ctrl.strip()
+    weights = [m.weight for _, m in named_modules(model) if is_linear(m)]
+    total = sum(w.numel() for w in weights)
+    assert sum(int((w == 0).sum()) for w in weights) / total == pytest.approx(ratio, abs=0.002)
+    plain = copy.deepcopy(dense)
+    own = [m.weight.data for _, m in named_modules(plain) if is_linear(m)]
+    threshold = torch.cat([w.abs().flatten() for w in own]).kthvalue(round(ratio * total)).values
+    for w in own:
+        w[w.abs() <= threshold] = 0
+    assert distance(dense, model) < distance(dense, plain)
+
+
+def test_two_of_four_along_input_channels() -> None:
+    model = network("plain")
+    ctrl, _ = compress(model, {"algorithm": "data_free_sparsity", "params": {"granularity": "2:4"}})
+    ctrl.strip()
+    zeros = (model.features[1 + 1][0].weight == 0).movedim(1, -1).reshape(-1, 4).sum(1)  # [24, 16, 3, 3]
+    assert bool((zeros == 2).all())
+    assert not bool((model.features[0][0].weight == 0).any())  # 3 input channels hold no four
+
+
+def test_pruned_then_quantized_runs_as_int8_in_both_runtimes(tmp_path) -> None:
+    dense = network()
+    model = copy.deepcopy(dense)
+    ctrl, _ = compress(model, prune_entry(0.8), quantize_entry(8))
+    pruned = copy.deepcopy(model)
+    assert ctrl.compression_stage() is CompressionStage.PARTIALLY_COMPRESSED
+    assert ctrl.strip() is model
+    assert distance(pruned, model) < 0.05
+    files = export_model(model, X, tmp_path, precisions=["fp32"])
+    assert {f.format for f in files} == {"onnx", "openvino"}
+    assert all(verify_export(model, f.path, X).max_rel_error < 0.1 for f in files)
+    ir = openvino.Core().read_model(tmp_path / "model.xml")
+    assert sum(op.get_type_name() == "FakeQuantize" for op in ir.get_ops()) >= 10
+    running = openvino.Core().compile_model(ir, "CPU").get_runtime_model()
+    kinds = [
+        [op.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")] for op in running.get_ops()
+    ]
+    convolutions = [precision for kind, precision in kinds if kind == "Convolution"]
+    assert convolutions
+    assert sum("8" in precision for precision in convolutions) == len(convolutions), kinds
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_few_bits_leave_few_levels(bits: int) -> None:
+    dense = network()
+    model = copy.deepcopy(dense)
+    ctrl, _ = compress(model, quantize_entry(bits, per_channel=bits == 4))
+    ctrl.strip()
+    weight = model.features[1].conv1.weight
+    rows = weight.flatten(1) if bits == 4 else weight.reshape(1, -1)
+    assert max(len(row.unique()) for row in rows) <= 2**bits - 1
+    assert len(model.head.weight[0].unique()) > 2  # an edge has 8 bits
+    nearest = [h for h in model.modules() if isinstance(h, GridQuantizer)]
+    assert {h.bits for h in nearest} == {bits, 8}
+    assert not any(h.pending for h in nearest)
+    assert distance(dense, model) < (0.7 if bits == 4 else 0.1)
+
+
+def test_equalised_depthwise_weights_with_one_scale() -> None:
+    """Channels of very unlike size: with one scale for a weight the small ones are lost, unless equalised first."""
+    dense = network("depthwise")
+    spread = torch.logspace(-1.5, 1.5, 32)
+    block = dense.features
+    block[1][1].weight.data *= spread  # ReLU passes the scale on to the depthwise convolution, which takes it back
+    block[1][1].bias.data *= spread
+    block[2][0].weight.data /= spread.view(-1, 1, 1, 1)
+    results = []
+    for equalise in (False, True):
+        model = copy.deepcopy(dense)
+        ctrl, _ = compress(model, quantize_entry(4, per_channel=False, equalise=equalise))
+        ctrl.strip()
+        results.append(distance(dense, model))
+    assert results[1] < 0.8 * results[0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_grid_quantizer_rounds_to_its_levels(bits: int) -> None:
+    quantizer, x = GridQuantizer(bits, signed=False), torch.linspace(-1, 4, 4001)
+    quantizer.pending = True
+    y = quantizer(x)
+    assert len(y.unique()) == 2**bits
+    inside = (x > y.min()) & (x < y.max())
+    assert (y - x)[inside].abs().max() <= quantizer.scale / 2 + 1e-6
+    assert bool((y[x == 0] == 0).all())
+    assert torch.equal(quantizer(y), y)
+    again = GridQuantizer.from_config(quantizer.get_config())
+    again.load_state_dict(quantizer.state_dict())
+    assert torch.equal(again(x), y)
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        (quantize_entry(3), r"compression\[0\].params.weight_bits"),
+        (quantize_entry(9), r"compression\[0\].params.activation_bits"),
+        (prune_entry(generation={"source": "dataset", "steps": 5}), r"'steps' belongs to inverted images"),
+        (prune_entry(generation={"source": "bn_sampling", "cache": "x"}), r"'cache' belongs to inverted images"),
+        ({"algorithm": "data_free_sparsity", "params": {"granularity": "2:4", "sparsity": 0.7}}, r"contradicts"),
+        ({"algorithm": "data_free_sparsity", "params": {"sparsity": 1.0}}, r"params.sparsity"),
+    ],
+)
+def test_wrong_config_is_told(entry, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        compress(network(), entry)
+
+
+@pytest.mark.parametrize("entry", [prune_entry(), quantize_entry(), {"algorithm": "data_free_sparsity"}])
+def test_wrong_models_are_refused_untouched(entry) -> None:
+    fresh = trained("residual", dtype=torch.float32)
+    for norm in (m for m in fresh.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+    broken = network()
+    broken.head.weight.data[0, 0] = float("inf")
+    for model, match in ((fresh, "never trained"), (broken, "'head.weight': 1 of 120 values are NaN or infinite")):
+        before = state(model)
+        with pytest.raises(DataFreeError, match=match):
+            compress(model, entry)
+        assert unchanged(model, before)
+    with pytest.raises(DataFreeError, match=r'"dataset", but no train_loader'):
+        compress(network(), {**entry, "generation": {"source": "dataset"}})
+
+
+@pytest.mark.parametrize("entry", [quantize_entry(4), {"algorithm": "data_free_sparsity"}])
+def test_a_failure_on_the_way_puts_everything_back(entry, monkeypatch) -> None:
+    model = network()
+    before, expected = state(model), model.eval()(X)
+    ctrl, _ = compress(model, entry)
+
+    def dying(self, module, x, met):
+        module.weight.data.add_(1)
+        raise MemoryError
+
+    monkeypatch.setattr(Reconstruction, "_layer", dying)
+    with pytest.raises(MemoryError):
+        ctrl.strip()
+    assert unchanged(model, before)
+    assert torch.equal(model(X), expected)
+    assert not hasattr(model, "__nncf_hooks")

@@ -1,0 +1,328 @@
+"""The parts of data-free compression against formulas, brute force and laws."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.data_free import randn, state, unchanged, with_statistics_of
+from support.networks import conv_bn, images, trained
+from torch import nn
+
+from nncf_compactprune.algorithms.data_free import (
+    Generation,
+    ImageNetwork,
+    Inversion,
+    LayerInputs,
+    Reconstruction,
+    gram,
+    layer_inputs,
+    least_squares,
+    sources,
+)
+from nncf_compactprune.algorithms.data_free.generation import dead_leaves, invert, statistics_loss
+from nncf_compactprune.algorithms.data_free.gram import moments, weight_rows
+from nncf_compactprune.algorithms.data_free.importance import Consumer, surgeon_scores
+from nncf_compactprune.algorithms.data_free.network import batch_norms
+from nncf_compactprune.algorithms.data_free.pacing import Reference
+from nncf_compactprune.algorithms.data_free.reconstruction import relative_error, solve
+from nncf_compactprune.algorithms.data_free.resampling import resampling
+from nncf_compactprune.algorithms.data_free.rounding import round_in_turn, rounded, search_scales
+from nncf_compactprune.algorithms.data_free.thinning import shares, sparsify
+from nncf_compactprune.errors import DataFreeError
+from nncf_compactprune.host.calls import evaluating
+from nncf_compactprune.host.tensors import named_modules
+
+X = images(torch.float32)
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_loss_is_zero_on_its_own_batch_and_free_of_scale() -> None:
+    norm, x = nn.BatchNorm2d(3, eps=0.0), randn(8, 3, 5, 5)
+    norm.running_mean, norm.running_var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    assert float(statistics_loss(x, norm)) < 1e-10
+    other = randn(8, 3, 5, 5, seed=1) * 2 + 1
+    loss = float(statistics_loss(other, norm))
+    norm.running_mean, norm.running_var = norm.running_mean * 10, norm.running_var * 100
+    assert float(statistics_loss(other * 10, norm)) == pytest.approx(loss, rel=1e-4)
+
+
+def test_inversion_brings_the_statistics_nearer_and_leaves_the_model_alone() -> None:
+    model = with_statistics_of(trained("residual", dtype=torch.float32), F.avg_pool2d(randn(64, 3, 24, 24), 2) * 3)
+    before, network = state(model.train()), ImageNetwork.of(model, X)
+    start = dead_leaves(32, network.shape, torch.Generator().manual_seed(0))
+
+    def distance(x: torch.Tensor) -> float:
+        terms: list[float] = []
+        handles = [
+            norm.register_forward_pre_hook(lambda m, args: terms.append(float(statistics_loss(args[0], m))))
+            for norm in batch_norms(model).values()
+        ]
+        with evaluating(model):
+            network.call(model, x)
+        for handle in handles:
+            handle.remove()
+        return sum(terms)
+
+    made = invert(model, network, start, Inversion(steps=15))
+    assert distance(made) < 0.5 * distance(start)
+    assert unchanged(model, before)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(m.training for m in model.modules())
+
+
+def test_resampled_rows_are_drawn_from_gamma_and_beta_and_cut_copies_see_the_same() -> None:
+    model = conv_bn(3, 6).eval()
+    norm = model[1]
+    norm.weight.data, norm.bias.data = torch.linspace(0.5, 3, 6), torch.linspace(-2, 2, 6)
+    x = randn(200, 3, 8, 8)
+    with torch.no_grad(), resampling(model, 150, {}):
+        drawn = norm(model[0](x))
+    assert torch.equal(drawn[:50], norm(model[0](x))[:50])
+    assert torch.allclose(drawn[50:].mean((0, 2, 3)), norm.bias, atol=0.15)
+    assert torch.allclose(drawn[50:].std((0, 2, 3)), norm.weight, rtol=0.05)
+    cut, kept = copy.deepcopy(model), torch.tensor([1, 4])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(cut[1], name).data = getattr(cut[1], name).data[kept]
+    with torch.no_grad(), resampling(cut, 150, {"1.running_mean": {0: kept}}):
+        assert torch.equal(cut[1](model[0](x)[:, kept])[50:], drawn[50:, kept])
+
+
+def test_a_killed_generation_goes_on_from_its_cache(tmp_path, monkeypatch) -> None:
+    model = trained("plain", dtype=torch.float32)
+    network = ImageNetwork.of(model, X)
+    settings = Generation(samples=24, inversion=Inversion(steps=2), cache=str(tmp_path / "images.safetensors"))
+    monkeypatch.setattr(sources, "BATCH", 8)
+    whole = layer_inputs(model, network, Generation(samples=24, inversion=Inversion(steps=2)))
+    calls = []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return invert(*args, **kwargs)
+
+    monkeypatch.setattr(sources, "invert", dying)
+    with pytest.raises(KeyboardInterrupt):
+        layer_inputs(model, network, settings)
+    assert torch.equal(layer_inputs(model, network, settings).images, whole.images)
+    assert len(calls) == 4
+    model.head.bias.data += 1
+    layer_inputs(model, network, settings)  # other weights: the cache does not count
+    assert len(calls) == 7
+
+
+def test_what_cannot_work_is_refused_and_the_model_is_untouched() -> None:
+    model = trained("plain", dtype=torch.float32)
+    network = ImageNetwork.of(model, X)
+    fresh = copy.deepcopy(model)
+    for norm in batch_norms(fresh).values():
+        norm.reset_running_stats()
+    with pytest.raises(DataFreeError, match=r"all 3 BatchNorms have the statistics of a network never trained"):
+        layer_inputs(fresh, network, Generation())
+    broken = copy.deepcopy(model)
+    broken.head.weight.data[0, 0] = float("nan")
+    with pytest.raises(DataFreeError, match=r"'head.weight': 1 of 80 values are NaN or infinite"):
+        layer_inputs(broken, network, Generation())
+    without = copy.deepcopy(model)
+    without.features[0][1] = nn.BatchNorm2d(16, track_running_stats=False)
+    with pytest.raises(DataFreeError, match=r"'features.0.1': BatchNorm without running statistics"):
+        layer_inputs(without, network, Generation())
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    with pytest.raises(DataFreeError, match=r"Sequential has no BatchNorm to draw from"):
+        layer_inputs(bare, ImageNetwork.of(bare, X), Generation("bn_sampling"))
+    with pytest.raises(DataFreeError, match=r"neither BatchNorm statistics nor class scores"):
+        layer_inputs(bare[:1], ImageNetwork.of(bare[:1], X), Generation())
+    with pytest.raises(DataFreeError, match=r'"dataset", but no train_loader'):
+        layer_inputs(model, network, Generation("dataset"))
+    with pytest.raises(DataFreeError, match=r"one floating input of shape"):
+        ImageNetwork.of(model, torch.zeros(2, 3))
+
+
+def test_a_classifier_without_batch_norm_is_inverted_from_its_classes() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    network = ImageNetwork.of(net, X)
+    made = layer_inputs(net, network, Generation(samples=16, inversion=Inversion(steps=30, class_weight=1.0)))
+    start = dead_leaves(16, network.shape, torch.Generator().manual_seed(0))
+    labels = torch.arange(16) % 4
+    assert F.cross_entropy(net(made.images), labels) < F.cross_entropy(net(start), labels)
+
+
+# -- moments, least squares, importance --------------------------------------------------------------------------------
+
+
+LAYERS = [
+    nn.Conv2d(4, 6, 3, stride=2, padding=1),
+    nn.Conv2d(4, 6, (3, 1), dilation=2, padding=(2, 0), bias=False),
+    nn.Conv2d(4, 8, 3, groups=2),
+    nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    nn.Linear(5, 3),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda m: str(m)[:60])
+def test_moments_are_those_of_the_layer_whatever_the_chunks(layer: nn.Module, monkeypatch) -> None:
+    """The layer's output is linear in its patches, so every moment of it follows from the inputs' and the weight."""
+    x = randn(7, 4, 9, 8) if isinstance(layer, nn.Conv2d) else randn(7, 11, 5)
+    with torch.no_grad():
+        y = layer(x)
+    whole = moments(layer, x, y)
+    monkeypatch.setattr(gram, "CHUNK_ELEMENTS", 1)
+    parts = moments(layer, x, y)
+    rows = weight_rows(layer)
+    assert torch.allclose(whole.inputs, parts.inputs, atol=1e-5)
+    assert whole.rows == parts.rows == y.numel() // (y.shape[1] if y.dim() == 4 else y.shape[-1])
+    assert torch.allclose(whole.inputs @ rows.transpose(1, 2), whole.cross, atol=1e-5)
+    assert relative_error(rows, whole) < 1e-5
+    flat = y.double().movedim(1, -1).reshape(-1, y.shape[1]) if y.dim() == 4 else y.double().reshape(-1, 3)
+    assert torch.allclose(whole.energy.ravel(), flat.var(0, unbiased=False), atol=1e-5)
+    assert torch.allclose(whole.mean_out.ravel(), flat.mean(0), atol=1e-5)
+
+
+def test_solve_is_ridge_regression() -> None:
+    layer, x, y = nn.Linear(6, 3), randn(50, 6), randn(50, 3, seed=1)
+    found, prior, ridge = moments(layer, x, y), weight_rows(layer), 0.2
+    xc, yc = (x - x.mean(0)).double(), (y - y.mean(0)).double()
+    strength = ridge * xc.square().mean()
+    left = torch.cat([xc / 50**0.5, strength.sqrt() * torch.eye(6, dtype=torch.float64)])
+    right = torch.cat([yc / 50**0.5, strength.sqrt() * prior[0].T])
+    assert torch.allclose(solve(prior, found, ridge)[0].T, torch.linalg.lstsq(left, right).solution, atol=1e-6)
+    assert torch.allclose(solve(prior, found, 1e9), prior, atol=1e-6)
+
+
+def test_surgeon_scores_are_what_refitting_leaves() -> None:
+    layer, x = nn.Linear(5, 4), randn(200, 5).double()
+    x[:, 3] = 0.7 * x[:, 0] + 0.01 * randn(200, seed=1)  # 3 repeats 0
+    found = moments(layer, x.float(), F.linear(x.float(), layer.weight))
+    consumer = Consumer(weight_rows(layer), found.inputs, np.arange(5)[:, None], 1.0)
+    scores = surgeon_scores([consumer], 1e-9)
+    first = int(scores.argmin())
+    assert first in (0, 3)
+    twin = 3 - first
+    assert scores[twin] > 50 * scores[first]  # once one is gone, the other is needed
+    losses = []
+    for gone in range(5):
+        rest = [k for k in range(5) if k != gone]
+        h = found.inputs[0]
+        w = weight_rows(layer)[0]
+        left_over = h[gone, gone] - h[gone, rest] @ torch.linalg.solve(h[rest][:, rest], h[rest, gone])
+        losses.append(float(left_over * w[:, gone].square().sum()))
+    assert float(scores[first]) == pytest.approx(min(losses), rel=1e-4)
+
+
+# -- two runs in step --------------------------------------------------------------------------------------------------
+
+
+def test_reference_is_met_layer_by_layer_and_its_thread_ends() -> None:
+    model = conv_bn(3, 4).eval()
+    x, threads = randn(2, 3, 6, 6), threading.active_count()
+    expected = model[0](x)
+    with Reference(model, lambda m: m(x), {"0", "1"}) as reference:
+        assert torch.equal(reference.meet("0").output, expected)
+        with pytest.raises(RuntimeError, match="runs '0' where the reference runs '1'"):
+            reference.meet("0")
+    assert threading.active_count() == threads
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_an_error_in_the_reference_reaches_the_caller() -> None:
+    model = conv_bn(3, 4).eval()
+    with (
+        Reference(model, lambda m: m(randn(2, 5, 6, 6)), {"1"}) as reference,
+        pytest.raises(RuntimeError, match="5 channels"),
+    ):
+        reference.meet("1")
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "depthwise", "grouped", "squeeze_excite", "flatten", "tied"])
+@pytest.mark.parametrize("resampled", [0, 16])
+def test_reconstructing_what_was_not_compressed_changes_nothing(name: str, resampled: int) -> None:
+    dense = trained(name, dtype=torch.float32)
+    model, network = copy.deepcopy(dense), ImageNetwork.of(dense, X)
+    inputs = LayerInputs(randn(32, 3, 12, 12), resampled)
+    with evaluating(model), evaluating(dense):
+        refits = Reconstruction(dense, model, inputs, network, step=least_squares(0.01)).run()
+        assert refits
+        assert max(r.after for r in refits) < 1e-6
+        expected, got = dense(X), model(X)
+    assert (expected - got).abs().max() / expected.abs().max() < 1e-3
+
+
+def test_batch_norm_statistics_follow_a_change_of_the_layer_before() -> None:
+    dense = trained("plain", dtype=torch.float32)
+    model = copy.deepcopy(dense)
+    conv = model.features[0][0]
+    scale = torch.linspace(0.5, 2, 16)
+    conv.weight.data *= scale.view(-1, 1, 1, 1)
+    network = ImageNetwork.of(dense, X)
+    with evaluating(model), evaluating(dense):
+        Reconstruction(dense, model, LayerInputs(randn(64, 3, 12, 12)), network).run()
+        assert torch.allclose(dense(X), model(X), atol=2e-3)
+    assert torch.allclose(model.features[0][1].running_var, dense.features[0][1].running_var * scale**2, rtol=1e-3)
+
+
+# -- rounding and zeros ------------------------------------------------------------------------------------------------
+
+
+def correlated(d: int) -> torch.Tensor:
+    root = randn(d, d).double() + 1.5
+    return (root @ root.T / d).unsqueeze(0)
+
+
+def output_error(w: torch.Tensor, other: torch.Tensor, h: torch.Tensor) -> float:
+    return float((((w - other) @ h) * (w - other)).sum())
+
+
+@pytest.mark.parametrize("high", [7, 127])
+def test_rounding_in_turn_stays_on_the_grid_and_beats_nearest(high: int) -> None:
+    w, h = randn(1, 12, 20).double(), correlated(20)
+    scale = search_scales(w, h, high, per_channel=True)
+    result = round_in_turn(w, scale, h, high, 0.01)
+    levels = result / scale
+    assert torch.allclose(levels, levels.round(), atol=1e-6)
+    assert levels.abs().max() <= high + 1e-6
+    assert output_error(w, result, h) < output_error(w, rounded(w, scale, high), h)
+    plain = (w.abs().amax(2, keepdim=True) / high).float().double()  # what a quantizer stores
+    assert output_error(w, rounded(w, scale, high), h) <= output_error(w, rounded(w, plain, high), h)
+
+
+def test_rounding_with_independent_inputs_is_nearest() -> None:
+    w, h = randn(1, 4, 9).double(), torch.eye(9).double().unsqueeze(0)
+    scale = search_scales(w, h, 7, per_channel=False)
+    assert len(scale.unique()) == 1
+    assert torch.allclose(round_in_turn(w, scale, h, 7, 0.01), rounded(w, scale, 7))
+
+
+def test_sparsify_zeroes_the_share_and_beats_magnitude() -> None:
+    w, h = randn(1, 10, 24).double(), correlated(24)
+    result = sparsify(w, h, 0.01, ratio=0.5)
+    assert int((result == 0).sum()) == 120
+    threshold = w.abs().flatten().kthvalue(120).values
+    assert output_error(w, result, h) < 0.5 * output_error(w, w * (w.abs() > threshold), h)
+
+
+def test_two_of_four_has_two_zeros_in_every_four() -> None:
+    w, h = randn(2, 6, 16).double(), correlated(16).expand(2, 16, 16)
+    result = sparsify(w, h, 0.01, pattern=(2, 4))
+    assert bool(((result == 0).view(2, 6, 4, 4).sum(3) == 2).all())
+    odd = randn(1, 6, 15).double()
+    assert torch.equal(sparsify(odd, correlated(15), 0.01, pattern=(2, 4)), odd)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.9, 0.97])
+def test_shares_add_up_over_layers(ratio: float) -> None:
+    model = trained("plain", dtype=torch.float32)
+    layers = {n: m for n, m in named_modules(model) if isinstance(m, nn.Conv2d)}
+    found = {n: moments(m, randn(8, m.in_channels, 9, 9), m(randn(8, m.in_channels, 9, 9))) for n, m in layers.items()}
+    weights = {n: weight_rows(m) for n, m in layers.items()}
+    result = shares(weights, found, ratio, 0.01)
+    assert all(0 <= r <= 0.98 + 1e-9 for r in result.values())
+    total = sum(w.numel() for w in weights.values())
+    assert sum(result[n] * weights[n].numel() for n in weights) / total == pytest.approx(ratio, abs=1 / total)

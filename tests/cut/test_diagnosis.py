@@ -1,0 +1,103 @@
+"""Networks that write a width into their code: guilty groups are pinned with module and line, the rest goes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.networks import STRUCTURES, conv_bn, images, trained
+from torch import nn
+
+from nncf_compactprune import analyse, create_compressed_model, prune, trace
+from nncf_compactprune.errors import NothingPrunableError
+
+
+class Block(nn.Module):
+    """Its ``cut`` only works at the dense width of ``inner``."""
+
+    def __init__(self, cut) -> None:
+        super().__init__()
+        self.inner, self.middle, self.outer = conv_bn(8, 16), conv_bn(16, 16), nn.Conv2d(16, 8, 1)
+        self.cut = cut
+
+    def forward(self, x):
+        return x + self.outer(self.middle(self.cut(self.inner(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, cut) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = conv_bn(3, 8), Block(cut), Block(cut)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.b(self.a(self.stem(x))).mean((2, 3)))
+
+
+def view_by_constant(y):
+    return y.view(y.shape[0], 16, y.shape[2], y.shape[3]) * 2
+
+
+def split_by_constant(y):
+    return torch.cat(y.split(8, 1)[::-1], 1)
+
+
+def slope_by_width(y):
+    """Runs at any width, but means something else."""
+    return F.leaky_relu(y - 0.5, 1 / y.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        (view_by_constant, "aten.view"),
+        (split_by_constant, "aten."),
+        (slope_by_width, "computes something else on fewer channels"),
+    ],
+)
+def test_guilty_groups_are_pinned_with_their_line_and_the_rest_goes(cut, words):
+    torch.manual_seed(0)
+    model = Net(cut).eval()
+    state = copy.deepcopy(model.state_dict())
+    before = trace(model, images(torch.float32))
+    graph = analyse(model, images(torch.float32))
+    assert {g.name for g in before.groups} - {g.name for g in graph.groups} == {"a.inner.0", "b.inner.0"}
+    assert {g.name for g in graph.groups} == {"stem.0", "a.middle.0", "b.middle.0"}
+    pinned = next(p for p in graph.pinned if p.name == "a.inner.0")
+    assert words in pinned.reason
+    assert pinned.location.startswith("test_diagnosis.py:")
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    result = prune(model, images(torch.float32), budget={"macs": 0.8}, round_to=1)
+    assert result.self_check.error <= 1e-5
+    assert model.a.inner[0].out_channels == 16
+
+
+def test_scheduled_runs_find_out_before_training():
+    model = Net(view_by_constant)
+    config = {
+        "input_info": {"sample_size": [2, 3, 12, 12]},
+        "compression": {"algorithm": "fbnet_pruning", "budget": {"macs": 0.8}, "params": {"round_to": 1}},
+    }
+    ctrl, _ = create_compressed_model(model, config)
+    assert "a.inner.0" not in {g.name for g in ctrl.algorithms[0].graph.groups}
+
+
+def test_nothing_left_to_prune_says_why():
+    class OnlyOne(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            return self.head(view_by_constant(self.conv(x)))
+
+    with pytest.raises(NothingPrunableError, match=r"(?s)'conv' \(16 channels\): aten.view"):
+        prune(OnlyOne(), torch.randn(1, 3, 8, 8), budget={"macs": 0.5})
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_sound_structures_pass_the_trial(name):
+    model, x = trained(name), images()
+    assert [g.name for g in analyse(model, x).groups] == [g.name for g in trace(model, x).groups]

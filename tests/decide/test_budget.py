@@ -1,0 +1,139 @@
+"""Allocation: budgets hold on exact costs, floors hold, optimal on small cases."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.networks import images, trained
+
+from nncf_compactprune.channels import trace
+from nncf_compactprune.decide.budgets import ALLOCATIONS, Allocation, Limits, allocate, allowed_widths, choose
+from nncf_compactprune.errors import BudgetError
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return trace(trained("residual"), images())
+
+
+def random_scores(graph, seed=0):
+    generator = np.random.default_rng(seed)
+    return [generator.random(g.size) + 0.1 for g in graph.groups]
+
+
+def problem(graph, *, macs=1.0, params=1.0, limits=None, prunable=None):
+    budgets = {"macs": int(macs * graph.macs), "params": int(params * graph.params)}
+    return Allocation(graph, prunable or [True] * len(graph.groups), budgets, limits or Limits())
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS)
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.25])
+def test_budgets_hold_and_are_used(graph, method, share):
+    p = problem(graph, macs=share, params=0.8)
+    widths = ALLOCATIONS[method](p, random_scores(graph))
+    macs, params = graph.cost.macs(widths), graph.cost.params(widths)
+    assert macs <= share * graph.macs
+    assert params <= 0.8 * graph.params
+    assert macs >= 0.8 * share * graph.macs or params >= 0.8 * 0.8 * graph.params
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS)
+def test_no_budget_keeps_everything(graph, method):
+    np.testing.assert_array_equal(ALLOCATIONS[method](problem(graph), random_scores(graph)), graph.sizes)
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS)
+def test_a_tighter_budget_never_keeps_more(graph, method):
+    scores = random_scores(graph)
+    costs = [graph.cost.macs(ALLOCATIONS[method](problem(graph, macs=s), scores)) for s in (0.9, 0.7, 0.5, 0.3, 0.2)]
+    assert costs == sorted(costs, reverse=True)
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS)
+def test_floors_rounding_and_left_out_groups(graph, method):
+    limits = Limits(min_channels=6, max_ratio=0.7, round_to=4)
+    prunable = [True] * len(graph.groups)
+    prunable[1] = False
+    p = problem(graph, macs=0.6, limits=limits, prunable=prunable)
+    widths = ALLOCATIONS[method](p, random_scores(graph))
+    assert widths[1] == graph.sizes[1]
+    for group, width in zip(graph.groups, widths, strict=True):
+        assert width >= max(6, 0.3 * group.size)
+        assert width % 4 == 0 or width == group.size
+
+
+def test_impossible_budget_states_the_reachable_minimum(graph):
+    with pytest.raises(
+        BudgetError, match=r"macs of at most .* cannot be reached.*min_channels=14.*the least is [\d,]+ \(\d+"
+    ):
+        problem(graph, macs=0.1, limits=Limits(min_channels=14))
+
+
+def test_the_stated_minimum_is_reachable(graph):
+    limits = Limits(min_channels=3)
+    floor = np.array([3.0] * len(graph.groups))
+    least = graph.cost.macs(floor)
+    exact = Allocation(graph, [True] * len(graph.groups), {"macs": least}, limits)
+    for method in ALLOCATIONS.values():
+        np.testing.assert_array_equal(method(exact, random_scores(graph)), floor)
+
+
+def test_round_to_counts_positions_of_the_producer():
+    graph = trace(trained("grouped"), images())
+    group = next(g for g in graph.groups if g.name == "features.1.0")  # 8 channels of 4 positions each
+    assert allowed_widths(group, Limits(round_to=8)).tolist() == [2, 4, 6, 8]
+
+
+def test_uniform_takes_the_same_share(graph):
+    widths = ALLOCATIONS["uniform"](problem(graph, macs=0.5), random_scores(graph))
+    shares = widths / graph.sizes
+    assert shares.max() - shares.min() <= 1 / graph.sizes.min()
+
+
+def test_global_ranking_cuts_the_weakest_group_most(graph):
+    scores = [np.full(g.size, 1.0) for g in graph.groups]
+    scores[0] = np.linspace(0.0, 2.0, graph.groups[0].size)
+    scores[1] = np.linspace(0.9, 1.1, graph.groups[1].size)
+    widths = ALLOCATIONS["global"](problem(graph, macs=0.8), scores)
+    assert widths[0] / graph.sizes[0] < widths[1] / graph.sizes[1]
+
+
+def test_greedy_is_close_to_the_best_of_all_allocations():
+    """Brute force over all widths of a three-group net with steps of 4."""
+    graph = trace(trained("plain"), images())
+    limits = Limits(round_to=4, min_channels=4)
+    for seed in range(5):
+        scores = random_scores(graph, seed)
+        p = problem(graph, macs=0.5, limits=limits)
+        kept = [np.concatenate([[0], np.cumsum(np.sort(s / s.mean())[::-1])]) for s in scores]
+
+        def value(widths, kept=kept):
+            return sum(k[int(w)] for k, w in zip(kept, widths, strict=True))
+
+        best = max(value(w) for w in itertools.product(*p.allowed) if p.fits(np.array(w, float)))
+        found = value(ALLOCATIONS["greedy"](p, scores))
+        assert found >= 0.9 * best
+        assert found >= value(ALLOCATIONS["uniform"](p, scores)) - 1e-9
+
+
+def test_choose_keeps_the_highest_and_breaks_ties_by_position():
+    keep = choose(np.array([2.0]), [np.array([1.0, 3.0, 1.0, 1.0])])
+    assert keep[0].tolist() == [True, True, False, False]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(16)))
+def test_choice_follows_a_permutation_of_the_scores(graph, order):
+    scores = np.random.default_rng(0).permutation(16).astype(float)
+    kept = choose(np.array([7.0]), [scores])[0]
+    permuted = choose(np.array([7.0]), [scores[list(order)]])[0]
+    np.testing.assert_array_equal(permuted, kept[list(order)])
+
+
+def test_unknown_method_names_the_nearest(graph):
+    with pytest.raises(BudgetError, match="Did you mean 'global'"):
+        allocate(problem(graph), random_scores(graph), "globl")

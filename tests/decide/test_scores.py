@@ -1,0 +1,75 @@
+"""Importance criteria on hand-set weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.networks import STRUCTURES, images, trained
+from torch import nn
+
+from nncf_compactprune import trace
+from nncf_compactprune.decide.criteria.magnitude import batch_norm_scale, geometric_median, l1, l2
+from nncf_compactprune.plugins import default_plugins
+
+
+class Small(nn.Module):
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)))
+
+
+def scored(model, criterion):
+    graph = trace(model, torch.randn(1, 1, 3, 3))
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return criterion(graph.groups[0], tensors)
+
+
+def test_by_hand():
+    model = Small()
+    with torch.no_grad():
+        model.conv.weight.copy_(torch.tensor([1.0, -2.0, 3.0, 10.0]).view(4, 1, 1, 1))
+        model.norm.weight.copy_(torch.tensor([0.1, -0.4, 0.2, 0.3]))
+    assert scored(model, l1).tolist() == [1, 2, 3, 10]
+    assert scored(model, l2).tolist() == [1, 2, 3, 10]
+    assert scored(model, geometric_median).tolist() == [3 + 2 + 9, 3 + 5 + 12, 2 + 5 + 7, 9 + 12 + 7]
+    torch.testing.assert_close(scored(model, batch_norm_scale), torch.tensor([0.1, 0.4, 0.2, 0.3]))
+
+
+def test_without_a_norm_batch_norm_scale_falls_back_on_l1():
+    model = Small(norm=False)
+    expected = scored(model, l1)
+    torch.testing.assert_close(scored(model, batch_norm_scale), expected / expected.mean())
+
+
+def test_coupled_groups_sum_over_their_producers():
+    model = trained("residual", dtype=torch.float32)
+    graph = trace(model, images(torch.float32))
+    stage = graph.groups[0]
+    stem, block = model.features[0][0].weight, model.features[1].conv2.weight
+    expected = stem.detach().abs().sum((1, 2, 3)) + block.detach().abs().sum((1, 2, 3))
+    torch.testing.assert_close(l1(stage, dict(model.named_parameters())), expected)
+
+
+def test_grouped_channels_sum_over_their_positions():
+    model = trained("grouped", dtype=torch.float32)
+    graph = trace(model, images(torch.float32))
+    group = next(g for g in graph.groups if g.name == "features.1.0")
+    expected = model.features[1][0].weight.detach().abs().sum((1, 2, 3)).reshape(4, 8).sum(0)
+    torch.testing.assert_close(l1(group, dict(model.named_parameters())), expected)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("criterion", ["l1", "l2", "geometric_median", "batch_norm_scale"])
+def test_every_structure_scores(name, criterion):
+    model = trained(name)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for group in trace(model, images()).groups:
+        scores = default_plugins().importance[criterion](group, tensors)
+        assert scores.shape == (group.size,)
+        assert torch.isfinite(scores).all()
+        assert (scores >= 0).all()

@@ -1,0 +1,67 @@
+"""The Taylor criterion: against the definition, with real labels only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.networks import images, trained
+
+from nncf_compactprune import prune, trace
+from nncf_compactprune.decide.criteria.taylor import taylor, with_gradients
+from nncf_compactprune.errors import DataError
+from nncf_compactprune.host.tensors import model_tensors
+
+
+def batches(dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(9, 3, 12, 12, generator=generator, dtype=dtype)
+    return list(zip(x.split(4), (torch.arange(9) % 5).split(4), strict=True))
+
+
+def test_it_is_the_squared_change_through_the_gates() -> None:
+    model = trained("plain")
+    graph = trace(model, images())
+    x, y = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    norm = model.features[2][1]
+    loss = F.cross_entropy(model(x), y)
+    weight, bias = torch.autograd.grad(loss, [norm.weight, norm.bias])
+    expected = (norm.weight * weight + norm.bias * bias).square()
+    group = next(g for g in graph.groups if g.name == "features.2.0")
+    got = taylor(group, with_gradients(model, batches()))
+    torch.testing.assert_close(got, expected.float())
+
+
+def test_without_a_norm_it_is_that_of_the_filters() -> None:
+    model = trained("flatten")
+    group = next(g for g in trace(model, images()).groups if g.name == "hidden")
+    x, y = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    weight, bias = torch.autograd.grad(F.cross_entropy(model(x), y), [model.hidden.weight, model.hidden.bias])
+    expected = (model.hidden.weight * weight).sum(1).square() + (model.hidden.bias * bias).square()
+    torch.testing.assert_close(taylor(group, with_gradients(model, batches())), expected.float())
+
+
+def test_the_model_is_left_alone() -> None:
+    model = trained("residual").train()
+    model.head.weight.requires_grad_(False)
+    model.head.bias.grad = torch.ones_like(model.head.bias)
+    tensors = with_gradients(model, batches())
+    assert tensors["head.weight"].grad is not None
+    assert not model.head.weight.requires_grad
+    assert model.head.bias.grad.eq(1).all()
+    assert all(p.grad is None for n, p in model_tensors(model).parameters.items() if n != "head.bias")
+    assert model.training
+
+
+def test_it_prunes_and_asks_for_labels() -> None:
+    model, x = trained("residual", dtype=torch.float32), images(torch.float32)
+    kind = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "importance": "taylor", "round_to": 1}
+    result = prune(model, x, train_loader=batches(torch.float32), **kind)
+    assert result.plan.after.macs <= 0.5 * result.plan.before.macs
+    with pytest.raises(DataError, match=r"'taylor': needs gradients of labelled samples.*Give a train_loader"):
+        prune(trained("residual", dtype=torch.float32), x, **kind)
+    with pytest.raises(DataError, match="hold no labels"):
+        prune(trained("residual", dtype=torch.float32), x, train_loader=[b for b, _ in batches(torch.float32)], **kind)
+    group = trace(model, x).groups[0]
+    with pytest.raises(DataError, match="no gradient of"):
+        taylor(group, model_tensors(model).all())

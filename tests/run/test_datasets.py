@@ -1,0 +1,261 @@
+"""Names lead to data sets with fixed splits, seeded batches and honest errors."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nncf_compactprune.errors import ResolveError
+from nncf_compactprune.plugins import Plugins
+from nncf_compactprune.run import datasets
+from nncf_compactprune.run.datasets import (
+    ArrayImages,
+    ResolvedDataset,
+    crop_and_flip,
+    jitter,
+    resized_crop_and_flip,
+    resolve_dataset,
+)
+
+IMAGES_PER_SHEET = 1000
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    registry = Plugins()
+    registry.register(datasets)
+    return registry
+
+
+@pytest.fixture(scope="module")
+def digits(plugins: Plugins) -> ResolvedDataset:
+    return resolve_dataset("digits", plugins=plugins)
+
+
+def labels_of(dataset: ResolvedDataset, part: str) -> torch.Tensor:
+    source = getattr(dataset, part)
+    assert isinstance(source, ArrayImages)
+    return source.labels
+
+
+def test_digits_split_is_fixed_stratified_and_complete(digits: ResolvedDataset) -> None:
+    train, test = labels_of(digits, "train"), labels_of(digits, "test")
+    assert (len(train), len(test)) == (1197, 600)
+    # a third of each class
+    assert ((test.bincount() - train.bincount() / 2).abs() < 2).all()
+    everything = torch.cat([part.images.flatten(1) for part in (digits.train, digits.test)])  # type: ignore[attr-defined]
+    assert len(everything.unique(dim=0)) == 1797
+    assert digits.input_shape == (1, 16, 16)
+
+
+def test_digits_batches_are_normalised(digits: ResolvedDataset) -> None:
+    images, labels = next(iter(digits.train_loader(2000, augment=False)))
+    assert images.shape == (1197, 1, 16, 16)
+    assert labels.dtype == torch.int64
+    assert images.mean().item() == pytest.approx(0, abs=1e-5)
+    assert images.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_equal_seeds_give_equal_epochs_and_epochs_differ(digits: ResolvedDataset) -> None:
+    def two_epochs(seed: int) -> list[torch.Tensor]:
+        loader = digits.train_loader(64, seed=seed)
+        return [torch.cat([images for images, _ in loader]) for _ in range(2)]
+
+    first, again, other = two_epochs(0), two_epochs(0), two_epochs(1)
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
+    assert len(first[0]) == 1197 // 64 * 64
+
+
+def test_training_images_are_shuffled_each_epoch_and_keep_their_labels(digits: ResolvedDataset) -> None:
+    loader = digits.train_loader(2000, augment=False)
+    (first, first_labels), (second, second_labels) = (next(iter(loader)) for _ in range(2))
+    assert not torch.equal(first_labels, labels_of(digits, "train"))
+    assert not torch.equal(first_labels, second_labels)
+
+    def sorted_rows(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images.flatten(1), labels[:, None].float()], 1).unique(dim=0)
+
+    torch.testing.assert_close(sorted_rows(first, first_labels), sorted_rows(second, second_labels))
+
+
+def test_test_loader_keeps_order_and_every_image(digits: ResolvedDataset) -> None:
+    labels = torch.cat([labels for _, labels in digits.test_loader(64)])
+    torch.testing.assert_close(labels, labels_of(digits, "test"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("augment", [jitter, crop_and_flip, resized_crop_and_flip])
+def test_augmentation_keeps_shape_and_range_and_follows_its_generator(augment: datasets.Augment) -> None:
+    images = torch.rand(8, 3, 16, 16)
+    first, again, other = (augment(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert first.shape == images.shape
+    assert first.min() >= 0
+    assert first.max() <= 1
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert not torch.equal(first, other)
+
+
+def test_crop_and_flip_only_moves_pixels() -> None:
+    """Every result is one of the 9 x 9 crops of the padded image or the mirror of one."""
+    image = torch.rand(1, 2, 5, 5)
+    padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
+    crops = [padded[..., i : i + 5, j : j + 5] for i in range(9) for j in range(9)]
+    generator = torch.Generator().manual_seed(0)
+    results = crop_and_flip(image.repeat(40, 1, 1, 1), generator).split(1)
+    matches = [[torch.equal(y, crop), torch.equal(y, crop.flip(3))] for y in results for crop in crops]
+    assert all(any(torch.equal(y, crop) or torch.equal(y, crop.flip(3)) for crop in crops) for y in results)
+    assert any(plain for plain, _ in matches)
+    assert any(mirrored for _, mirrored in matches)
+
+
+def write_cifar10(path: Path, tiles: np.ndarray, labels: np.ndarray) -> None:
+    """Packs ``tiles`` ``[n, 32, 32, 3]`` as the project's benchmark data is packed: sheets of 25 rows of 40."""
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    blobs = []
+    for start in range(0, len(tiles), IMAGES_PER_SHEET):
+        sheet = tiles[start : start + IMAGES_PER_SHEET].reshape(25, 40, 32, 32, 3).transpose(0, 2, 1, 3, 4)
+        buffer = io.BytesIO()
+        image.fromarray(sheet.reshape(800, 1280, 3)).save(buffer, "webp", lossless=True)
+        blobs.append(np.frombuffer(buffer.getvalue(), dtype=np.uint8))
+    np.savez(path, blob=np.concatenate(blobs), off=np.cumsum([0, *map(len, blobs)]), y=labels.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, np.ndarray]:
+    folder = tmp_path_factory.mktemp("cifar10")
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, 256, (2 * IMAGES_PER_SHEET, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(0, 10, len(tiles))
+    write_cifar10(folder / "cifar10_train_0.npz", tiles, labels)
+    write_cifar10(folder / "cifar10_test.npz", tiles[:IMAGES_PER_SHEET], labels[:IMAGES_PER_SHEET])
+    return folder, tiles, labels
+
+
+def test_cifar10_reads_back_what_was_packed(plugins: Plugins, cifar10: tuple[Path, np.ndarray, np.ndarray]) -> None:
+    folder, tiles, labels = cifar10
+    for name in (folder, folder / "cifar10_train_0.npz"):
+        dataset = resolve_dataset(f"cifar10:{name}", plugins=plugins)
+        assert isinstance(dataset.train, ArrayImages)
+        np.testing.assert_array_equal(dataset.train.images.permute(0, 2, 3, 1).numpy(), tiles)
+        np.testing.assert_array_equal(labels_of(dataset, "train").numpy(), labels)
+        assert len(labels_of(dataset, "test")) == IMAGES_PER_SHEET
+    images, _ = next(iter(dataset.test_loader(4)))
+    expected = (tiles[:4].transpose(0, 3, 1, 2) / 255 - np.reshape(datasets.IMAGENET_MEAN, (3, 1, 1))) / np.reshape(
+        datasets.IMAGENET_STD, (3, 1, 1)
+    )
+    np.testing.assert_allclose(images.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cifar10_takes_leading_images(plugins: Plugins, cifar10: tuple[Path, np.ndarray, np.ndarray]) -> None:
+    folder, _, labels = cifar10
+    options = {"train_samples": 1500, "test_samples": 10}
+    dataset = resolve_dataset(f"cifar10:{folder}", options, plugins)
+    np.testing.assert_array_equal(labels_of(dataset, "train").numpy(), labels[:1500])
+    assert len(labels_of(dataset, "test")) == 10
+
+
+def test_cifar10_refuses_pickles(plugins: Plugins, tmp_path: Path) -> None:
+    (tmp_path / "data_batch_1").write_bytes(b"\x80\x04.")
+    with pytest.raises(ResolveError, match="pickled batches there are not read"):
+        resolve_dataset(f"cifar10:{tmp_path}", plugins=plugins)
+    pickled = np.empty(1, dtype=object)
+    np.savez(tmp_path / "cifar10_train_0.npz", blob=pickled, off=pickled, y=pickled)
+    (tmp_path / "cifar10_test.npz").write_bytes(b"")
+    with pytest.raises(ResolveError, match=r"cifar10_train_0\.npz is not a packed archive.*allow_pickle"):
+        resolve_dataset(f"cifar10:{tmp_path}", plugins=plugins)
+
+
+def test_cifar10_counts_labels(plugins: Plugins, tmp_path: Path) -> None:
+    tiles = np.zeros((IMAGES_PER_SHEET, 32, 32, 3), dtype=np.uint8)
+    write_cifar10(tmp_path / "cifar10_train_0.npz", tiles, np.zeros(999))
+    write_cifar10(tmp_path / "cifar10_test.npz", tiles, np.zeros(1000))
+    with pytest.raises(ResolveError, match=r"must hold 1000 labels in 0\.\.9 for each of its 1 sheets"):
+        resolve_dataset(f"cifar10:{tmp_path}", plugins=plugins)
+
+
+def write_image(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (48, 32)) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.new("RGB", size, colour).save(path)
+
+
+def test_image_folder_labels_resizes_and_cuts_the_centre(plugins: Plugins, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    for part in ("train", "val"):
+        write_image(tmp_path / part / "red" / "0.png", (255, 0, 0))
+        write_image(tmp_path / part / "blue" / "0.png", (0, 0, 255), size=(32, 48))
+    # 48 x 32: green centre, black sides that the centre cut at 28 of 28 * 256 / 224 = 32 pixels removes
+    centred = np.zeros((32, 48, 3), dtype=np.uint8)
+    centred[:, 8:40, 1] = 255
+    image.fromarray(centred).save(tmp_path / "val" / "red" / "1.png")
+    dataset = resolve_dataset(f"imagefolder:{tmp_path}", {"image_size": 28}, plugins)
+    assert dataset.class_names == ("blue", "red")
+    assert dataset.input_shape == (3, 28, 28)
+    samples = [dataset.test[index] for index in range(3)]
+    assert [int(label) for _, label in samples] == [0, 1, 1]
+    for (pixels, _), colour in zip(samples, [(0, 0, 1), (1, 0, 0), (0, 1, 0)], strict=True):
+        torch.testing.assert_close(pixels, torch.tensor(colour).float().view(3, 1, 1).expand(3, 28, 28))
+    images, labels = next(iter(dataset.train_loader(2)))
+    assert images.shape == (2, 3, 28, 28)
+    assert sorted(labels.tolist()) == [0, 1]
+
+
+def test_image_folder_errors_name_the_folder(plugins: Plugins, tmp_path: Path) -> None:
+    name = f"imagefolder:{tmp_path}"
+    with pytest.raises(ResolveError, match=r"no such folder: .*train\. Expected DIR/train/CLASS"):
+        resolve_dataset(name, plugins=plugins)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ResolveError, match="train holds no class folders"):
+        resolve_dataset(name, plugins=plugins)
+    (tmp_path / "train" / "red").mkdir()
+    with pytest.raises(ResolveError, match=r"no images in .*red"):
+        resolve_dataset(name, plugins=plugins)
+    write_image(tmp_path / "train" / "red" / "0.png", (255, 0, 0))
+    write_image(tmp_path / "val" / "green" / "0.png", (0, 255, 0))
+    with pytest.raises(ResolveError, match="they differ in: green, red"):
+        resolve_dataset(name, plugins=plugins)
+
+
+def test_broken_image_is_named(plugins: Plugins, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        write_image(tmp_path / part / "red" / "0.png", (255, 0, 0))
+    (tmp_path / "val" / "red" / "0.png").write_text("no image")
+    dataset = resolve_dataset(f"imagefolder:{tmp_path}", plugins=plugins)
+    with pytest.raises(ResolveError, match=r"Cannot read the image .*0\.png"):
+        dataset.test[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("digit", {}, r"Unknown dataset 'digit'\. Did you mean 'digits'\?"),
+        ("digits:here", {}, "takes no path, got 'here'"),
+        ("digits", {"size": 8}, "unexpected keyword argument 'size'"),
+        ("cifar10", {}, "no such file or folder: ''"),
+        ("cifar10:no/such", {}, "no such file or folder: 'no/such'"),
+        ("python:json:dumps", {"obj": 1}, "expected a ResolvedDataset, got str"),
+    ],
+)
+def test_wrong_name_or_option(plugins: Plugins, name: str, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ResolveError, match=message):
+        resolve_dataset(name, options, plugins)
+
+
+def test_python_function_gives_a_dataset(plugins: Plugins, tmp_path: Path) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text(
+        "import torch\n"
+        "from nncf_compactprune.run.datasets import ArrayImages, ResolvedDataset\n"
+        "def ones(n):\n"
+        "    part = ArrayImages(torch.ones(n, 1, 2, 2), torch.zeros(n))\n"
+        "    return ResolvedDataset('ones', part, part, ('one',), (1, 2, 2))\n"
+    )
+    dataset = resolve_dataset(f"python:{source}:ones", {"n": 3}, plugins)
+    images, labels = next(iter(dataset.train_loader(8)))
+    assert images.shape == (3, 1, 2, 2)
+    assert labels.tolist() == [0, 0, 0]
