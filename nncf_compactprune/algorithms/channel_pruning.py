@@ -20,7 +20,7 @@ from torch import Tensor
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.schedules import SCHEDULES
-from nncf_compactprune.channels import ChannelGraph, Hold, trace
+from nncf_compactprune.channels import ChannelGraph, Pin, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Section
 from nncf_compactprune.cut.diagnosis import analyse, culprits
 from nncf_compactprune.cut.masks import Masks, drop_masks
@@ -204,9 +204,9 @@ class ChannelPruning(CompressionAlgorithm):
 
     def _analyse_and_prune(self) -> None:
         """The cut is its own trial: groups that the network's code does not let shrink are pinned when it fails."""
-        holds: list[Hold] = []
+        pins: list[Pin] = []
         while True:
-            self._analyse(trial=False, holds=holds)
+            self._analyse(trial=False, pins=pins)
             plan = self._decide(self.target_rate)
             try:
                 self._prune_now(plan)
@@ -217,9 +217,9 @@ class ChannelPruning(CompressionAlgorithm):
                     found = culprits(context.model, plan, self.graph, context.example_inputs, plugins=context.plugins)
                 if not found:
                     raise
-                holds += found
+                pins += found
 
-    def _analyse(self, *, trial: bool, holds: Sequence[Hold] = ()) -> None:
+    def _analyse(self, *, trial: bool, pins: Sequence[Pin] = ()) -> None:
         """Finds the groups; with a trial, those that the network's code does not let shrink are pinned now."""
         if self.config.budget.latency is not None:
             msg = (
@@ -228,7 +228,7 @@ class ChannelPruning(CompressionAlgorithm):
             )
             raise BudgetError(msg)
         with self.context.timed("trace"):
-            find = analyse if trial else partial(trace, holds=holds)
+            find = analyse if trial else partial(trace, pins=pins)
             self._graph = find(
                 self.context.model,
                 self.context.example_inputs,

@@ -181,11 +181,7 @@ def _attribute_facts(
 
 def _pin_unused(space: LabelSpace) -> None:
     """Pins dimensions that no rule ever spoke of."""
-    touched = np.zeros(space.size, bool)
-    for array in (*space._left, *space._right):
-        touched[array] = True
-    for array, _ in space._pins:
-        touched[array] = True
+    touched = space.touched()
     for index, slot in enumerate(space.slots):
         run = slice(slot.start, slot.start + slot.size)
         if slot.size and not touched[run].any() and index not in space.roles:

@@ -58,7 +58,7 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Hold:
+class Pin:
     """Channels that somebody else pins.
 
     :param parameter: name; :param dim: dimension; :param positions: which of its channels.
@@ -155,11 +155,18 @@ class LabelSpace:
             self.reasons.append(reason)
         self._pins.append((labels, index))
 
-    def hold(self, hold: Hold) -> None:
+    def add_pin(self, pin: Pin) -> None:
         """Pins channels from outside the trace."""
         for slot in self.slots:
-            if (slot.parameter, slot.dim) == (hold.parameter, hold.dim):
-                self.pin(slot.start + np.array(hold.positions, np.int64), Reason(hold.text, "", hold.location))
+            if (slot.parameter, slot.dim) == (pin.parameter, pin.dim):
+                self.pin(slot.start + np.array(pin.positions, np.int64), Reason(pin.text, "", pin.location))
+
+    def touched(self) -> npt.NDArray[np.bool_]:
+        """Which labels an equality or a pin speaks of, shape ``[labels]``."""
+        touched = np.zeros(self.size, bool)
+        for array in (*self._left, *self._right, *(labels for labels, _ in self._pins)):
+            touched[array] = True
+        return touched
 
     def solve(self) -> Solution:
         """Solves all equalities at once.

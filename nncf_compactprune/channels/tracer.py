@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nncf_compactprune.channels.groups import ChannelGraph, build_graph
-from nncf_compactprune.channels.labels import DimLabels, Hold, LabelArray, LabelSpace, Reason
+from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Pin, Reason
 from nncf_compactprune.channels.shapes import without_arithmetic
 from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WIDTHS, AttributeTerm, MacTerm
 from nncf_compactprune.errors import TraceError
@@ -39,7 +39,7 @@ def trace(
     *,
     plugins: Plugins | None = None,
     allow_approximate: bool = False,
-    holds: Sequence[Hold] = (),
+    pins: Sequence[Pin] = (),
 ) -> ChannelGraph:
     """Analyses which channels of a model can be removed together, and what they cost.
 
@@ -52,7 +52,7 @@ def trace(
     :param plugins: where op rules come from, default: all installed.
     :param allow_approximate: offer groups whose removal changes a normalisation over channels (LayerNorm) instead of
         pinning them.
-    :param holds: channels to pin from outside, with reasons.
+    :param pins: channels to pin from outside, with reasons.
     :return: groups, pinned channels with reasons, exact cost model.
     :raises TraceError: the model does not run on the example input, or still carries NNCF hooks.
     """
@@ -64,8 +64,8 @@ def trace(
     except Exception:  # values mattered, or the run fails in any case: let real values tell
         tracer = Tracer(model, LabelSpace(), rules, shapes_only=False)
         tracer.run(example_inputs)
-    for hold in holds:
-        tracer.space.hold(hold)
+    for pin in pins:
+        tracer.space.add_pin(pin)
     return build_graph(
         tensors=tracer.tensors,
         space=tracer.space,

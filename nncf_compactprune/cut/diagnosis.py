@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nncf_compactprune.channels import ChannelGraph, Hold, trace
+from nncf_compactprune.channels import ChannelGraph, Pin, trace
 from nncf_compactprune.channels.labels import DimLabels, LabelSpace
 from nncf_compactprune.channels.shapes import ValuesNeeded
 from nncf_compactprune.channels.tracer import Tracer, user_location
@@ -57,9 +57,9 @@ def analyse(
     :raises TraceError: the model does not run on the example input.
     :raises SelfCheckError: the cut fails and no operation could be named for it.
     """
-    holds: list[Hold] = []
+    pins: list[Pin] = []
     while True:
-        graph = trace(model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, holds=holds)
+        graph = trace(model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, pins=pins)
         if not graph.groups:
             return graph
         plan = _trial_plan(graph)
@@ -71,14 +71,14 @@ def analyse(
             found = culprits(model, plan, graph, example_inputs, plugins=plugins)
             if not found:
                 raise
-            holds += found
+            pins += found
         else:
             return graph
 
 
 def culprits(
     model: nn.Module, plan: PruningPlan, graph: ChannelGraph, example_inputs: Any, *, plugins: Plugins | None = None
-) -> list[Hold]:
+) -> list[Pin]:
     """What to pin after a plan failed its self-check, so that the next trace leaves it whole; empty: nothing found."""
     culprit = find_culprit(model, plan, graph, example_inputs, plugins=plugins)
     if culprit is None:
@@ -86,7 +86,7 @@ def culprits(
     nncf_logger.debug("Left whole: %s", culprit.reason)
     members = [graph.groups[index].members[0] for index in culprit.groups]
     return [
-        Hold(m.parameter, m.dim, tuple(m.indices.ravel().tolist()), culprit.reason, culprit.location) for m in members
+        Pin(m.parameter, m.dim, tuple(m.indices.ravel().tolist()), culprit.reason, culprit.location) for m in members
     ]
 
 
