@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from nncf_compactprune.algorithms import ChannelPruning, CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.channels import ChannelGraph
@@ -23,6 +22,7 @@ from nncf_compactprune.cut.self_check import SelfCheck
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.host.distributed import refuse_wrapped
+from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
 

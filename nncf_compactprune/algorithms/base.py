@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from nncf_compactprune.config import AlgorithmConfig
+from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plugins import Plugins
 
 TARGET_KEYS = ("labels", "label", "target", "targets")

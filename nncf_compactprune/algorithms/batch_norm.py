@@ -9,11 +9,11 @@ import nncf
 import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.host.distributed import averaged, process_count
 from nncf_compactprune.host.tensors import named_modules
+from nncf_compactprune.host.torch_internals import BatchNorm, tree_leaves
 
 
 def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False) -> None:
@@ -25,7 +25,7 @@ def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False)
     :param asked_for: warn where there is no training loader.
     """
     model = context.model
-    has_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for _, m in named_modules(model))
+    has_norm = any(isinstance(m, BatchNorm) for _, m in named_modules(model))
     if samples == 0 or not has_norm:
         return
     if context.train_loader is None:
@@ -44,7 +44,7 @@ def pool_over_ranks(model: torch.nn.Module) -> None:
     norms: list[Any] = [
         module
         for _, module in named_modules(model)
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        if isinstance(module, BatchNorm) and module.running_mean is not None
     ]
     means = averaged([norm.running_mean for norm in norms])
     squares = averaged([norm.running_var + norm.running_mean.square() for norm in norms])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nncf.torch.function_hook.pruning.scheduler_fns import exponential_ratio_scheduler
+from nncf_compactprune.host.nncf_schedules import exponential_ratio_scheduler
 
 
 def one_shot(epoch: int, *, initial: float, target: float, steps: int) -> float:

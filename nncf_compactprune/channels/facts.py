@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from nncf_compactprune.host.torch_internals import Convolution, RunningNorm
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,9 +71,9 @@ def prelu(module: Any, shapes: Shapes) -> dict[str, Any]:
 def compactprune_module_facts() -> Mapping[type[nn.Module], Facts]:
     """Facts of torch's own layers; subclasses (timm's, Hugging Face's) inherit them."""
     return {
-        nn.modules.conv._ConvNd: convolution,
+        Convolution: convolution,
         nn.Linear: linear,
-        nn.modules.batchnorm._NormBase: batch_norm,
+        RunningNorm: batch_norm,
         nn.LayerNorm: layer_norm,
         nn.RMSNorm: layer_norm,
         nn.GroupNorm: group_norm,

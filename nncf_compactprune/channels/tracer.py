@@ -12,10 +12,7 @@ import numpy as np
 import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nncf_compactprune.channels.groups import ChannelGraph, build_graph
 from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Pin, Reason
@@ -24,6 +21,12 @@ from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WI
 from nncf_compactprune.errors import TraceError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import carries_channels, carries_hooks, model_tensors, named_modules
+from nncf_compactprune.host.torch_internals import (
+    TorchDispatchMode,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    tree_leaves,
+)
 from nncf_compactprune.plugins import Plugins, default_plugins
 
 _LABELS = "_compactprune_labels"
@@ -122,8 +125,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def run(self, example_inputs: Any) -> None:
         """Runs the model under the mode and pins what leaves it."""
         handles = [
-            torch_module.register_module_forward_pre_hook(self._enter),
-            torch_module.register_module_forward_hook(self._leave, always_call=True),
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
         ]
         try:
             with evaluating(self.model), _AttentionScale(self), self:

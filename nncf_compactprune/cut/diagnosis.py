@@ -19,8 +19,6 @@ import numpy.typing as npt
 import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from nncf_compactprune.channels import ChannelGraph, Pin, trace
 from nncf_compactprune.channels.labels import DimLabels, LabelSpace
@@ -32,6 +30,7 @@ from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import Transaction
 from nncf_compactprune.errors import SelfCheckError, TraceError
 from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.torch_internals import TorchDispatchMode, tree_leaves, tree_map
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.plugins import Plugins, default_plugins
 

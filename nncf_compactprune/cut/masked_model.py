@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nncf_compactprune.cut.transaction import Transaction
 from nncf_compactprune.host.tensors import model_tensors
+from nncf_compactprune.host.torch_internals import TorchDispatchMode
 from nncf_compactprune.plan import PruningPlan
 
 

@@ -6,23 +6,24 @@ A masked model and its compact form compute the same function; only the compact 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
-from nncf.torch.function_hook import get_hook_storage, register_post_function_hook, wrap_model
-from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode
-from nncf.torch.layer_utils import StatefulModuleInterface
 from torch import Tensor, nn
 
 from nncf_compactprune.channels.groups import ChannelGraph
 from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
-from nncf_compactprune.host.tensors import NNCF_HOOKS
+from nncf_compactprune.host.nncf_hooks import (
+    HookModule,
+    hook_parameter,
+    remove_hooks,
+    unseen_by_nncf,
+    unwrap_if_empty,
+)
 from nncf_compactprune.plan import PruningPlan
 
 
-class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
+class ChannelMask(HookModule):
     """Multiplies removed slices of one parameter by zero.
 
     :param shape: the parameter's shape.
@@ -33,7 +34,6 @@ class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
         super().__init__()
         self.shape = tuple(shape)
         self.dims = tuple(dims)
-        self._names = {dim: f"mask_{dim}" for dim in self.dims}
         for dim in self.dims:
             view = [1] * len(self.shape)
             view[dim] = self.shape[dim]
@@ -41,11 +41,9 @@ class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
 
     def forward(self, parameter: Tensor) -> Tensor:
         """The masked parameter; gradients of removed slices are zero."""
-        # NNCF's function mode need not look at these: nothing hooks an operation of a hook, and it takes its time.
-        # Another mode (which follows what becomes of parameters, say) must.
-        with nullcontext() if _others_look_on() else torch._C.DisableTorchFunction():
+        with unseen_by_nncf():
             for dim in self.dims:
-                mask = cast(Tensor, self._buffers[self._names[dim]])
+                mask: Tensor = getattr(self, f"mask_{dim}")
                 parameter = parameter * (mask if mask.dtype == parameter.dtype else mask.to(parameter.dtype))
             return parameter
 
@@ -66,11 +64,6 @@ class ChannelMask(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
     def from_config(cls, state: dict[str, Any]) -> ChannelMask:
         """Builds a mask that keeps everything; the buffers come from the state dict."""
         return cls(state["shape"], state["dims"])
-
-
-def _others_look_on() -> bool:
-    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return any(not isinstance(mode, FunctionHookMode) for mode in modes)
 
 
 class Masks:
@@ -122,9 +115,7 @@ class Masks:
                 mask.keep(dim, kept.get(dim))
             if kept:
                 for model in self._models:
-                    # accelerate's mixed precision wraps around NNCF's wrapper, which then is not to be seen any more
-                    wrapped = model if NNCF_HOOKS in model._modules else wrap_model(model)
-                    self._handles.append(register_post_function_hook(wrapped, name, 0, mask))
+                    self._handles.append(hook_parameter(model, name, mask))
 
     def remove(self) -> None:
         """Takes the masks off; without other hooks the model's own forward is back and nothing of NNCF is left."""
@@ -137,10 +128,4 @@ class Masks:
 
 def drop_masks(model: nn.Module) -> None:
     """Takes every mask off a model: an EMA copy made while masks were on has them too."""
-    if NNCF_HOOKS not in model._modules:
-        return
-    storage = get_hook_storage(model)
-    for name, hook in list(storage.named_hooks()):
-        if isinstance(hook, ChannelMask):
-            storage.delete_hook(name)
-    unwrap_if_empty(model)
+    remove_hooks(model, lambda hook: isinstance(hook, ChannelMask))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
 
 from nncf_compactprune.cut.masked_model import masked
 from nncf_compactprune.cut.surgery import cut
@@ -20,6 +19,7 @@ from nncf_compactprune.cut.transaction import Transaction, transaction
 from nncf_compactprune.errors import SelfCheckError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import model_tensors
+from nncf_compactprune.host.torch_internals import tree_leaves, tree_map
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
 

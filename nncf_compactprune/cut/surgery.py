@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from nncf_compactprune.channels.facts import facts_for
 from nncf_compactprune.cut.transaction import Transaction, transaction
-from nncf_compactprune.host.tensors import model_tensors, named_modules
+from nncf_compactprune.host.tensors import model_tensors, named_modules, own_tensors
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
 
@@ -129,13 +129,11 @@ def _class_counts(
 def _own_shapes(module: nn.Module, dims: Mapping[int, Mapping[int, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
     """New shapes of a module's own tensors, tied and parametrized ones too; empty where none of them is cut."""
     own: dict[str, tuple[Any, Mapping[int, tuple[int, ...]]]] = {
-        name: (tensor.shape, dims.get(id(tensor), {}))
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
+        name: (tensor.shape, dims.get(id(tensor), {})) for name, tensor in own_tensors(module).items()
     }
     for name, parametrization in getattr(module, "parametrizations", {}).items():
         cut_dims: dict[int, tuple[int, ...]] = {}
-        for original in parametrization._parameters.values():
+        for original in own_tensors(parametrization).values():
             cut_dims.update(dims.get(id(original), {}))
         own[name] = (getattr(module, name).shape, cut_dims)
     if not any(kept for _, kept in own.values()):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.host.distributed import reduced
+from nncf_compactprune.host.torch_internals import tree_leaves, tree_map
 
 
 def class_scores(output: Any) -> Tensor:

@@ -6,14 +6,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from nncf.torch.function_hook import is_wrapped, wrap_model
-from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from torch import nn
 
 from nncf_compactprune.channels import ChannelGraph, ChannelGroup
 from nncf_compactprune.errors import ScopeError, nearest
 from nncf_compactprune.host.calls import evaluating
-from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
+from nncf_compactprune.host.nncf_hooks import operations
 
 PATTERN = "{re}"
 
@@ -94,14 +92,8 @@ def _nncf_nodes(model: nn.Module, example_inputs: Any) -> Iterator[tuple[str, se
     """Name and constants of every node of NNCF's graph."""
     if isinstance(model, nn.Sequential):
         return  # a bare Sequential would run NNCF's hook storage as a layer; module names match it all the same
-    wrapped_before = is_wrapped(model)
     with evaluating(model):
-        nncf_graph = build_nncf_graph(wrap_model(model), example_inputs)
-    if not wrapped_before:
-        unwrap_if_empty(model)
-    for node in nncf_graph.get_all_nodes():
-        constants = {getattr(before.layer_attributes, "name", "") for before in nncf_graph.get_previous_nodes(node)}
-        yield node.node_name, constants
+        yield from operations(model, example_inputs)
 
 
 def _matched(scopes: Sequence[str], names: Mapping[str, set[str]], key: str) -> set[str]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import openvino
 from torch import nn
-from torch.jit._trace import TracerWarning
 
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.files import staged
 from nncf_compactprune.export.prepared import Prepared, prepared, reason_of, refuse_hooks, refuse_other_dtypes
+from nncf_compactprune.host.torch_internals import TracerWarning
 
 
 def export_openvino(

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from nncf.torch.function_hook import get_hook_storage, is_wrapped
 from torch import Tensor, nn
 
 from nncf_compactprune.errors import ExportError
+from nncf_compactprune.host.nncf_hooks import hooks
 
 Array = npt.NDArray[Any]
 
@@ -207,15 +207,13 @@ def refuse_hooks(model: nn.Module, *, stripped_quantizers: bool) -> None:
     :raises ExportError: naming the hooks found.
     """
     for name, module in model.named_modules():
-        if not is_wrapped(module):
-            continue
-        hooks = dict(get_hook_storage(module).named_hooks())
-        quantizers = {key for key, hook in hooks.items() if isinstance(hook, torch.ao.quantization.FakeQuantizeBase)}
-        everywhere = {key for key in quantizers if getattr(hooks[key], "exports_to_onnx", False)}
-        left = [key for key in hooks if key not in (quantizers if stripped_quantizers else everywhere)]
+        found = {hook.key: hook.module for hook in hooks(module)}
+        quantizers = {key for key, hook in found.items() if isinstance(hook, torch.ao.quantization.FakeQuantizeBase)}
+        everywhere = {key for key in quantizers if getattr(found[key], "exports_to_onnx", False)}
+        left = [key for key in found if key not in (quantizers if stripped_quantizers else everywhere)]
         if not left:
             continue
-        kinds = ", ".join(sorted({type(hooks[key]).__name__ for key in left}))
+        kinds = ", ".join(sorted({type(found[key]).__name__ for key in left}))
         where = f"module '{name}'" if name else "the model"
         if quantizers.issuperset(left):
             remedy = "A quantized model exports to OpenVINO, not to ONNX."

@@ -1,12 +1,107 @@
-"""NNCF's function hooks: putting them on and taking them off without a trace."""
+"""NNCF's function hooks: putting them on, finding them, and taking them off without a trace.
+
+What holds for NNCF's hooks, and is tested in ``tests/host/test_nncf_hooks.py``: a post-hook named after a parameter,
+port 0, sees that parameter before each use. Operations inside a hook pass the function mode too, unless it is off. The
+storage of hooks is a submodule, which a bare ``nn.Sequential`` would run as a layer.
+"""
 
 from __future__ import annotations
 
-from nncf.torch.function_hook import get_hook_storage
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nncf.torch.function_hook import (
+    get_hook_storage,
+    is_wrapped,
+    register_post_function_hook,
+    register_pre_function_hook,
+    wrap_model,
+)
+from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode, disable_function_hook_mode
+from nncf.torch.function_hook.hook_storage import decode_hook_name
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from nncf.torch.function_hook.wrapper import ForwardWithHooks
+from nncf.torch.layer_utils import StatefulModuleInterface
 from torch import nn
 
 from nncf_compactprune.host.tensors import NNCF_HOOKS
+
+
+class HookModule(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
+    """Base of hooks: NNCF stores a hook by ``get_config`` and rebuilds it by ``from_config``."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One hook of a model.
+
+    :param key: its name in NNCF's storage.
+    :param before: whether it sees an operation's input; else its output.
+    :param operation: NNCF's name of the operation, or the name of a parameter.
+    :param port: which of the inputs or outputs.
+    :param module: what is called.
+    """
+
+    key: str
+    before: bool
+    operation: str
+    port: int
+    module: nn.Module
+
+
+def hooks(model: nn.Module) -> list[Hook]:
+    """All hooks of a model, in NNCF's order; none where it is not wrapped."""
+    if NNCF_HOOKS not in model._modules:
+        return []
+    found = []
+    for key, module in get_hook_storage(model).named_hooks():
+        kind, operation, port = decode_hook_name(key)
+        found.append(Hook(key, kind == "pre_hooks", operation, port, module))
+    return found
+
+
+def hook_parameter(model: nn.Module, name: str, hook: nn.Module) -> Any:
+    """Lets a hook change a parameter before each use. The model is wrapped, in place, where it is not yet.
+
+    :param name: of the parameter.
+    :return: a handle with ``remove()``.
+    """
+    return register_post_function_hook(_wrapped(model), name, 0, hook)
+
+
+def hook_input(model: nn.Module, operation: str, port: int, hook: nn.Module) -> Any:
+    """Lets a hook change an operation's input; see :func:`hook_parameter`.
+
+    :param operation: NNCF's name of it; :param port: which input.
+    """
+    return register_pre_function_hook(_wrapped(model), operation, port, hook)
+
+
+def hook_output(model: nn.Module, operation: str, port: int, hook: nn.Module) -> Any:
+    """Lets a hook change an operation's output; see :func:`hook_input`."""
+    return register_post_function_hook(_wrapped(model), operation, port, hook)
+
+
+def _wrapped(model: nn.Module) -> nn.Module:
+    # accelerate's mixed precision wraps around NNCF's wrapper, which then is not to be seen any more
+    return model if NNCF_HOOKS in model._modules else wrap_model(model)
+
+
+def remove_hooks(model: nn.Module, which: Callable[[nn.Module], bool] = lambda hook: True) -> None:
+    """Takes hooks off, and NNCF's wrapper with the last one.
+
+    :param which: whether a hook goes; all, by default.
+    """
+    if NNCF_HOOKS not in model._modules:
+        return
+    storage = get_hook_storage(model)
+    for hook in hooks(model):
+        if which(hook.module):
+            storage.delete_hook(hook.key)
+    unwrap_if_empty(model)
 
 
 def unwrap_if_empty(model: nn.Module) -> None:
@@ -21,3 +116,41 @@ def unwrap_if_empty(model: nn.Module) -> None:
             model.forward = original  # the model came with a forward of its own
         del model._replicate_for_data_parallel
         del model._modules[NNCF_HOOKS]
+
+
+def unseen_by_nncf() -> AbstractContextManager[object]:
+    """Arithmetic inside a hook that NNCF's function mode need not look at: nothing hooks it, and looking takes time.
+
+    Another function mode that is on (one that follows what becomes of parameters, say) still sees it.
+    """
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    others = any(not isinstance(mode, FunctionHookMode) for mode in modes)
+    return nullcontext() if others else torch._C.DisableTorchFunction()
+
+
+def without_function_mode() -> AbstractContextManager[None]:
+    """NNCF's function mode off; unlike :func:`unseen_by_nncf`, autograd functions may run inside."""
+    return disable_function_hook_mode()  # type: ignore[no-any-return]
+
+
+def nncf_graph(model: nn.Module, example_inputs: Any) -> Any:
+    """NNCF's graph of a model, which is as it was afterwards.
+
+    :param model: in the mode to run it in; no bare ``nn.Sequential``.
+    :param example_inputs: a tensor, a tuple or a dict.
+    :return: an ``nncf.common.graph.NNCFGraph``.
+    """
+    own_wrapper = not is_wrapped(model)
+    try:
+        return build_nncf_graph(wrap_model(model) if own_wrapper else model, example_inputs)
+    finally:
+        if own_wrapper:
+            unwrap_if_empty(model)
+
+
+def operations(model: nn.Module, example_inputs: Any) -> Iterator[tuple[str, set[str]]]:
+    """Name and parameters of every operation of NNCF's graph; see :func:`nncf_graph`."""
+    graph = nncf_graph(model, example_inputs)
+    for node in graph.get_all_nodes():
+        constants = {getattr(before.layer_attributes, "name", "") for before in graph.get_previous_nodes(node)}
+        yield node.node_name, constants

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from nncf_compactprune.host.torch_internals import UninitializedBuffer, UninitializedParameter
 
 NNCF_HOOKS = "__nncf_hooks"
 
@@ -35,6 +36,34 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for key, child in reversed(module._modules.items()):
             if child is not None and key != NNCF_HOOKS:
                 stack.append((prefix + key, child))
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers by local name, without those of its children."""
+    both = (*module._parameters.items(), *module._buffers.items())
+    return {name: tensor for name, tensor in both if tensor is not None}
+
+
+def temporary_buffers(module: nn.Module) -> list[Tensor]:
+    """A module's own buffers that its state dict leaves out."""
+    left_out = (module._buffers.get(name) for name in module._non_persistent_buffers_set)
+    return [buffer for buffer in left_out if buffer is not None]
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's children, in the dictionary that it looks them up in."""
+    return module._modules
+
+
+def computed_tensors(module: nn.Module) -> dict[str, list[Tensor]]:
+    """Parameters behind each computed one, by its local name: ``torch.nn.utils.parametrize``, and the older
+    ``torch.nn.utils.weight_norm``."""
+    parts = {name: list(p._parameters.values()) for name, p in getattr(module, "parametrizations", {}).items()}
+    for name, magnitude in module._parameters.items():
+        direction = module._parameters.get(f"{name[:-2]}_v") if name.endswith("_g") else None
+        if direction is not None:
+            parts[name[:-2]] = [magnitude, direction]
+    return {name: [part for part in found if part is not None] for name, found in parts.items()}
 
 
 @dataclass(frozen=True)

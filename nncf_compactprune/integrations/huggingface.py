@@ -30,7 +30,7 @@ from nncf_compactprune.config import CompressionConfig, load_config
 from nncf_compactprune.controller import create_compressed_model
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
+from nncf_compactprune.host.huggingface import restore_forward
 from nncf_compactprune.host.packages import require_package
 from nncf_compactprune.integrations.pretrained import describe, fill, write_plan_beside
 from nncf_compactprune.plugins import Plugins, default_plugins
@@ -190,7 +190,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             fill(self._model, state.best_model_checkpoint)
         self.controller.strip()
-        _restore_forward(self._model)
+        restore_forward(self._model)
         self._describe()
         if state.is_world_process_zero:
             write_plan_beside(self._model, args.output_dir)  # for trainer.save_model()
@@ -254,13 +254,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _restore_forward(model: nn.Module) -> None:
-    """Takes accelerate's mixed precision off, which an exporter would bake in, and NNCF's empty wrapper below it."""
-    original = model.__dict__.pop("_original_forward", None)
-    if original is not None:
-        model.__dict__["forward"] = original
-        unwrap_if_empty(model)
-        if getattr(model.__dict__.get("forward"), "__func__", None) is type(model).forward:
-            del model.__dict__["forward"]

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from nncf_compactprune.host.tensors import computed_tensors, own_tensors
+from nncf_compactprune.host.torch_internals import Convolution, RunningNorm
+
 Axis = tuple[int, ...]
 Dims = Mapping[int, Axis]
 
@@ -40,11 +43,9 @@ def disagreement(module: nn.Module, kept: Mapping[int, Dims]) -> str:
     :param kept: what is kept of each tensor, by ``id``.
     """
     own = {
-        name: OwnTensor(tuple(tensor.shape), kept.get(id(tensor), {}))
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
+        name: OwnTensor(tuple(tensor.shape), kept.get(id(tensor), {})) for name, tensor in own_tensors(module).items()
     }
-    for name, parts in _reparameterized(module).items():
+    for name, parts in computed_tensors(module).items():
         originals = [OwnTensor(tuple(part.shape), kept.get(id(part), {})) for part in parts]
         if any(original.dims for original in originals):
             combined = _combined(tuple(getattr(module, name).shape), originals)
@@ -54,16 +55,6 @@ def disagreement(module: nn.Module, kept: Mapping[int, Dims]) -> str:
     if not any(tensor.dims for tensor in own.values()):
         return ""
     return next((rule(module, own) for kind, rule in _RULES.items() if isinstance(module, kind)), "")
-
-
-def _reparameterized(module: nn.Module) -> dict[str, list[Any]]:
-    """The parameters behind a computed one: torch.nn.utils.parametrize, and the older torch.nn.utils.weight_norm."""
-    parts = {name: list(p._parameters.values()) for name, p in getattr(module, "parametrizations", {}).items()}
-    for name, magnitude in module._parameters.items():
-        direction = module._parameters.get(f"{name[:-2]}_v") if name.endswith("_g") else None
-        if direction is not None:
-            parts[name[:-2]] = [magnitude, direction]
-    return {name: [part for part in found if part is not None] for name, found in parts.items()}
 
 
 def _combined(shape: Sequence[int], originals: Sequence[OwnTensor]) -> OwnTensor | None:
@@ -132,9 +123,9 @@ def _embedding(module: Any, own: Mapping[str, OwnTensor]) -> str:
 
 
 _RULES: Mapping[type[nn.Module], Rule] = {
-    nn.modules.conv._ConvNd: _convolution,
+    Convolution: _convolution,
     nn.Linear: _linear,
-    nn.modules.batchnorm._NormBase: _norm,
+    RunningNorm: _norm,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
     nn.Embedding: _embedding,

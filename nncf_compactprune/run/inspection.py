@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from torch.utils._pytree import tree_leaves
-
 from nncf_compactprune.algorithms import ChannelPruningConfig
 from nncf_compactprune.channels import ChannelGraph, ChannelGroup
 from nncf_compactprune.config import CompressionConfig, load_config
 from nncf_compactprune.cut.diagnosis import analyse
 from nncf_compactprune.decide.scopes import prunable_groups
 from nncf_compactprune.errors import ResolveError
+from nncf_compactprune.host.torch_internals import tree_leaves
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.run.models import ResolvedModel, resolve_model
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from nncf_compactprune.errors import ResolveError, nearest
+from nncf_compactprune.host.huggingface import image_classifiers
 from nncf_compactprune.host.packages import load_function, pick, require_package
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.plugins.hookspecs import hookimpl
@@ -153,16 +154,15 @@ def hf_model(rest: str, **options: Any) -> ResolvedModel:
     :param options: config fields to set (``{"num_labels": 10}``).
     """
     transformers = require_package("transformers", "nncf-compactprune[transformers]")
-    auto = require_package("transformers.models.auto.modeling_auto", "nncf-compactprune[transformers]")
+    known = image_classifiers()
     path, name = Path(rest), f"hf:{rest}"
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
         config = _build(name, lambda: transformers.AutoConfig.from_pretrained(path, **options))
-    elif rest in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+    elif rest in known:
         config = _build(name, lambda: transformers.AutoConfig.for_model(rest, **options))
     else:
-        known = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
         msg = f"'{rest}' is neither an image classification model type of transformers nor the path of a config.json."
         msg += f"{nearest(rest, known)} Nothing is downloaded: for a hub model, save its config.json and weights."
         raise ResolveError(msg)

@@ -19,14 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from nncf_compactprune.channels.groups import fingerprint
 from nncf_compactprune.cut.self_check import prune_in_place
 from nncf_compactprune.cut.surgery import cut, plan_of
 from nncf_compactprune.cut.transaction import transaction
 from nncf_compactprune.errors import CompactPruneError, PlanError
-from nncf_compactprune.host.tensors import carries_hooks, model_tensors, named_modules
+from nncf_compactprune.host.tensors import carries_hooks, model_tensors, named_modules, temporary_buffers
+from nncf_compactprune.host.torch_internals import UninitializedBuffer, UninitializedParameter
 from nncf_compactprune.plan import Cost, PruningPlan
 from nncf_compactprune.plan.reading import shown
 from nncf_compactprune.plugins import Plugins
@@ -161,12 +161,7 @@ def _dense_model(model_or_factory: Any) -> nn.Module:
 def _persistent(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by the name that a plan knows them by, shared ones once."""
     everything = model_tensors(model)
-    temporary = {
-        id(module._buffers[name])
-        for _, module in named_modules(model)
-        for name in module._non_persistent_buffers_set
-        if module._buffers.get(name) is not None
-    }
+    temporary = {id(buffer) for _, module in named_modules(model) for buffer in temporary_buffers(module)}
     return {name: _savable(name, tensor) for name, tensor in everything.named() if id(tensor) not in temporary}
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nncf_compactprune.algorithms.data_free.network import BatchNorm, ImageNetwork, batch_norms, statistics
+from nncf_compactprune.algorithms.data_free.network import ImageNetwork, batch_norms, statistics
 from nncf_compactprune.host.calls import evaluating
+from nncf_compactprune.host.torch_internals import BatchNorm
 
 LEAVES = 60  # discs a picture: enough to cover it
 

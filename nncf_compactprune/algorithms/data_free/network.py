@@ -11,13 +11,12 @@ from typing import Any
 import nncf
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import model_tensors, named_modules
+from nncf_compactprune.host.torch_internals import BatchNorm, tree_leaves, tree_map
 
-BatchNorm = nn.modules.batchnorm._BatchNorm
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 

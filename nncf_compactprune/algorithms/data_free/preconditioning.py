@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nncf.torch.function_hook import is_wrapped, wrap_model
-from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms.data_free.network import BatchNorm, statistics
+from nncf_compactprune.algorithms.data_free.network import statistics
 from nncf_compactprune.cut.transaction import Transaction
 from nncf_compactprune.host.calls import evaluating
-from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
-from nncf_compactprune.host.tensors import named_modules
+from nncf_compactprune.host.nncf_hooks import nncf_graph
+from nncf_compactprune.host.tensors import children, named_modules
+from nncf_compactprune.host.torch_internals import BatchNorm
 
 ROUNDS = 20  # of equalisation over all pairs, as a chain's pairs pull at each other
 ABSORBED_SIGMAS = 3.0
@@ -60,13 +59,8 @@ class Pair:
 
 def find_pairs(model: nn.Module, example_inputs: Any) -> list[Pair]:
     """All pairs, in network order; the model is as it was afterwards."""
-    own_wrapper = not is_wrapped(model)
     with evaluating(model):
-        try:
-            graph = build_nncf_graph(wrap_model(model) if own_wrapper else model, example_inputs)
-        finally:
-            if own_wrapper:
-                unwrap_if_empty(model)
+        graph = nncf_graph(model, example_inputs)
     modules = dict(named_modules(model))
     nodes = [node for node in graph.get_all_nodes() if _layer(node.node_name) in modules]
     calls = [_layer(node.node_name) for node in nodes]
@@ -165,8 +159,9 @@ def _layer(node_name: str) -> str:
 
 
 def _scalable(module: nn.Module | None) -> bool:
-    plain = isinstance(module, nn.Conv2d) and (module.groups == 1 or module.groups == module.in_channels)
-    return (plain or isinstance(module, nn.Linear)) and "weight" in module._parameters  # type: ignore[union-attr]
+    if isinstance(module, nn.Conv2d):
+        return module.groups in (1, module.in_channels) and isinstance(module.weight, nn.Parameter)
+    return isinstance(module, nn.Linear) and isinstance(module.weight, nn.Parameter)
 
 
 def _reads_channels(first: nn.Module, second: nn.Module | None) -> bool:
@@ -221,7 +216,7 @@ def _divide_channels(
         if clip is not found:
             modules[pair.clip] = clip
             parent, _, leaf = pair.clip.rpartition(".")
-            log.set_item(model.get_submodule(parent)._modules, leaf, clip)
+            log.set_item(children(model.get_submodule(parent)), leaf, clip)
         log.set_data(clip.limit, clip.limit / scale)
     second = modules[pair.second]
     weight: Any = second.weight

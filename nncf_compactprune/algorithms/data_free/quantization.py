@@ -29,9 +29,10 @@ from nncf_compactprune.config import AlgorithmConfig, Section
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.tensors import carries_hooks, named_modules
+from nncf_compactprune.host.torch_internals import TransposedConvolution
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
-QUANTIZED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.modules.conv._ConvTransposeNd)
+QUANTIZED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TransposedConvolution)
 ROUNDING_RIDGE = 0.01
 
 

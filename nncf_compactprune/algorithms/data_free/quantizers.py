@@ -7,36 +7,26 @@ torch's; that exchange knows 8 bits only.
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import nncf
 import torch
-from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
-from nncf.torch.function_hook import (
-    get_hook_storage,
-    register_post_function_hook,
-    register_pre_function_hook,
-    wrap_model,
-)
-from nncf.torch.function_hook.hook_storage import decode_hook_name
-from nncf.torch.layer_utils import StatefulModuleInterface
-from nncf.torch.quantization.layers import BaseQuantizer
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.data_free.network import ImageNetwork
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.errors import DataFreeError
+from nncf_compactprune.host.nncf_hooks import Hook, HookModule, hook_input, hook_output
+from nncf_compactprune.host.nncf_quantization import quantizer_places
 from nncf_compactprune.host.tensors import named_modules
+from nncf_compactprune.host.torch_internals import TransposedConvolution
 
 SEARCH_VALUES = 2**19  # values of an activation that its range is searched on
 CHUNK = 32  # images in a batch of NNCF's statistics
 
 
-class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, StatefulModuleInterface):  # type: ignore[misc]
+class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, HookModule):
     """Rounds to ``low .. high`` levels of a fixed step, always stored as an 8-bit quantizer.
 
     Fewer bits are fewer levels of the same 8-bit grid: activations are clamped first, weights are on the grid already.
@@ -164,34 +154,33 @@ def install(
     :param ignored: an ``nncf.IgnoredScope``, or None.
     :return: quantizers of weights by layer, of activations, and those of activations that sit at a layer's own input.
     """
-    placed = _placed_by_nncf(model, network, inputs, per_channel, target_device, ignored)
+    placed = _placed_by_nncf(model, network, inputs, target_device, ignored)
     modules = dict(named_modules(model))
-    wrap_model(model)
     weights: dict[str, GridQuantizer] = {}
     activations: list[GridQuantizer] = []
     at_input: dict[str, list[GridQuantizer]] = {}
     last = list(weight_bits)[-1]
-    for kind, operation, port in placed:
-        layer = ".".join(operation.split("/")[:-2])
-        is_weight = kind == "pre_hooks" and port == 1 and layer in weight_bits
+    for place in placed:
+        layer = ".".join(place.operation.split("/")[:-2])
+        is_weight = place.before and place.port == 1 and layer in weight_bits
         if is_weight:
             hook = _weight_quantizer(modules[layer], weight_bits[layer], per_channel)
             weights[layer] = hook
         else:
-            edge = "/" not in operation or (kind == "pre_hooks" and layer == last)
+            edge = "/" not in place.operation or (place.before and layer == last)
             hook = GridQuantizer(edge_activations if edge else activation_bits, signed=False)
             hook.pending = True
             activations.append(hook)
-            if kind == "pre_hooks":
+            if place.before:
                 at_input.setdefault(layer, []).append(hook)
-        register = register_pre_function_hook if kind == "pre_hooks" else register_post_function_hook
-        register(model, operation, port, hook.to(inputs.images.device))
+        register = hook_input if place.before else hook_output
+        register(model, place.operation, place.port, hook.to(inputs.images.device))
     return weights, activations, at_input
 
 
 def _weight_quantizer(module: nn.Module, bits: int, per_channel: bool) -> GridQuantizer:
     weight: Tensor = module.weight  # type: ignore[assignment]
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    transposed = isinstance(module, TransposedConvolution)
     axis = 1 if transposed else 0
     hook = GridQuantizer(bits, signed=True, size=weight.shape[axis] if per_channel else 1, axis=axis)
     largest = weight.detach().abs()
@@ -201,41 +190,15 @@ def _weight_quantizer(module: nn.Module, bits: int, per_channel: bool) -> GridQu
 
 
 def _placed_by_nncf(
-    model: nn.Module, network: ImageNetwork, inputs: LayerInputs, per_channel: bool, target_device: str, ignored: Any
-) -> list[tuple[str, str, int]]:
-    """Kind of hook, operation and port of every quantizer that NNCF puts on a copy."""
+    model: nn.Module, network: ImageNetwork, inputs: LayerInputs, target_device: str, ignored: Any
+) -> list[Hook]:
+    """Every quantizer that NNCF puts on a copy."""
     batches = [network.wrap(part) for part in inputs.images[: 2 * CHUNK].split(CHUNK)]  # type: ignore[no-untyped-call]
-    device = nncf.TargetDevice[target_device]
-    advanced = AdvancedQuantizationParameters(disable_bias_correction=True)
-    with _quiet():
-        try:
-            quantized = nncf.quantize(
-                copy.deepcopy(model),
-                nncf.Dataset(batches),
-                preset=nncf.QuantizationPreset.MIXED,
-                target_device=device,
-                subset_size=len(batches),
-                fast_bias_correction=True,
-                ignored_scope=ignored,
-                advanced_parameters=advanced,
-            )
-        except nncf.ValidationError:
-            raise
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            msg = f"NNCF cannot place quantizers on {type(model).__name__}: {type(error).__name__}: {first}"
-            raise DataFreeError(msg) from error
-    hooks = get_hook_storage(quantized).named_hooks()
-    return [decode_hook_name(name) for name, hook in hooks if isinstance(hook, BaseQuantizer)]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """NNCF warns of few samples; none of what it measures is used."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        yield
-    finally:
-        logger.setLevel(level)
+        return quantizer_places(model, batches, target_device=target_device, ignored=ignored)
+    except nncf.ValidationError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        msg = f"NNCF cannot place quantizers on {type(model).__name__}: {type(error).__name__}: {first}"
+        raise DataFreeError(msg) from error

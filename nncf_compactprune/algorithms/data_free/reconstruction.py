@@ -27,17 +27,17 @@ from typing import Any
 
 import torch
 from nncf.common.logging.track_progress import track
-from nncf.torch.function_hook import get_hook_storage, is_wrapped
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.data_free.gram import Moments, as_weight, is_linear, moments, weight_rows
-from nncf_compactprune.algorithms.data_free.network import BatchNorm, ImageNetwork, batch_norms, statistics
+from nncf_compactprune.algorithms.data_free.network import ImageNetwork, batch_norms, statistics
 from nncf_compactprune.algorithms.data_free.pacing import Met, Reference
 from nncf_compactprune.algorithms.data_free.resampling import resampling
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.cut.transaction import Transaction, transaction
-from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
+from nncf_compactprune.host.nncf_hooks import remove_hooks
 from nncf_compactprune.host.tensors import model_tensors, named_modules
+from nncf_compactprune.host.torch_internals import BatchNorm
 
 MIN_STD_RATIO = 0.05  # a channel whose output all but vanished keeps a scale that does not blow up
 
@@ -190,11 +190,7 @@ def whole_or_nothing(model: nn.Module) -> Iterator[Transaction]:
         try:
             yield log
         except BaseException:
-            if is_wrapped(model):
-                storage = get_hook_storage(model)
-                for name, _ in list(storage.named_hooks()):
-                    storage.delete_hook(name)
-                unwrap_if_empty(model)
+            remove_hooks(model)
             raise
 
 

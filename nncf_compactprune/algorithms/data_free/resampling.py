@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms.data_free.network import BatchNorm, batch_norms
+from nncf_compactprune.algorithms.data_free.network import batch_norms
+from nncf_compactprune.host.torch_internals import BatchNorm
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from nncf.common.logging.track_progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from nncf_compactprune.algorithms.data_free.generation import Inversion, dead_leaves, invert
 from nncf_compactprune.algorithms.data_free.network import (
@@ -25,6 +24,7 @@ from nncf_compactprune.algorithms.data_free.network import (
     fingerprint,
 )
 from nncf_compactprune.errors import DataFreeError
+from nncf_compactprune.host.torch_internals import tree_leaves
 from nncf_compactprune.storage.writing import write_whole
 
 Source = Literal["inversion", "bn_sampling", "inversion+bn_sampling", "dataset"]

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from nncf_compactprune.algorithms.overparameterization.factors import LAYERS
 from nncf_compactprune.decide.scopes import parameters_in_scope
 from nncf_compactprune.errors import ScopeError, SelfCheckError
 from nncf_compactprune.host.calls import call_model, evaluating
-from nncf_compactprune.host.tensors import named_modules
+from nncf_compactprune.host.tensors import named_modules, own_tensors
+from nncf_compactprune.host.torch_internals import tree_leaves
 
 START_TOLERANCE = 1e-4  # of whole networks, where rounding adds up; one layer keeps 1e-6
 
@@ -29,7 +29,7 @@ def expandable_layers(model: nn.Module, example_inputs: Any) -> dict[str, str]:
     order: dict[str, str] = {}
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        weight = module._parameters.get("weight")
+        weight = own_tensors(module).get("weight")
         if weight is not None and weight.requires_grad and weight.is_floating_point():
             order.setdefault(first_name[id(weight)], names[id(module)])
 

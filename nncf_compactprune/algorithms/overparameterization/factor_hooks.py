@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from nncf.torch.function_hook.hook_executor_mode import disable_function_hook_mode
-from nncf.torch.layer_utils import StatefulModuleInterface
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nncf_compactprune.algorithms.overparameterization.factors import Factors, Geometry, factorise, merge
+from nncf_compactprune.host.nncf_hooks import HookModule, without_function_mode
 
 Mode = Literal["merged", "chain"]
 
@@ -27,7 +26,7 @@ class MergedWeights(dict[str, Tensor]):
         return MergedWeights()
 
 
-class FactorizedWeight(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
+class FactorizedWeight(HookModule):
     """The hook on a layer's weight. Its parameters are ``first``, ``core`` and ``last``, see
     :mod:`nncf_compactprune.algorithms.overparameterization.factors`.
 
@@ -66,7 +65,7 @@ class FactorizedWeight(nn.Module, StatefulModuleInterface):  # type: ignore[misc
         if torch.compiler.is_compiling():
             return self._weight(weight)
         # NNCF would name every operation in here, and look for hooks on it: most of the time that merging takes.
-        with disable_function_hook_mode():
+        with without_function_mode():
             return self._weight(weight)
 
     def _weight(self, weight: Tensor) -> Tensor:

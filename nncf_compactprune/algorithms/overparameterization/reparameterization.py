@@ -8,13 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from nncf.torch.function_hook import (
-    get_hook_storage,
-    register_post_function_hook,
-    register_pre_function_hook,
-    wrap_model,
-)
-from nncf.torch.function_hook.hook_storage import decode_hook_name
 from torch import nn
 
 from nncf_compactprune.algorithms.overparameterization.factor_hooks import (
@@ -28,8 +21,7 @@ from nncf_compactprune.algorithms.overparameterization.factor_hooks import (
 )
 from nncf_compactprune.algorithms.overparameterization.factors import Geometry
 from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
-from nncf_compactprune.host.tensors import NNCF_HOOKS
+from nncf_compactprune.host.nncf_hooks import hook_input, hook_output, hook_parameter, hooks, remove_hooks
 
 FACTOR_SEED = 0  # fixed: every process of a distributed run, and every resumed run, must draw the same factors
 CHAINABLE = frozenset(f"{prefix}{n}d" for prefix in ("conv", "conv_transpose") for n in (1, 2, 3)) | {"linear"}
@@ -65,7 +57,6 @@ class Reparameterization:
         self._model = model
         self.merged = MergedWeights()
         self.hooks: dict[str, FactorizedWeight] = {}
-        wrap_model(model)
         generator = torch.Generator().manual_seed(FACTOR_SEED)
         try:
             for name, module in layers.items():
@@ -75,7 +66,7 @@ class Reparameterization:
                 hook.trainable = module.weight.requires_grad  # type: ignore[assignment]
                 hook.train(module.training)
                 self.hooks[name] = hook
-                register_post_function_hook(model, name, 0, hook)
+                hook_parameter(model, name, hook)
                 module.weight.requires_grad_(False)
                 if mode == "chain" and operations is not None:
                     _register_chain(model, name, module, hook, operations[name])
@@ -102,29 +93,24 @@ class Reparameterization:
 @torch.no_grad()
 def fold(model: nn.Module, *, write: bool = True) -> None:
     """Merges every factorised weight of a model (the one at hand, or a copy of it) and removes the hooks."""
-    if NNCF_HOOKS not in model._modules:
-        return
-    storage = get_hook_storage(model)
     parameters = dict(model.named_parameters())
-    for name, hook in list(storage.named_hooks()):
-        if isinstance(hook, FactorizedWeight):
-            weight = parameters[decode_hook_name(name)[1]]
-            weight.requires_grad_(hook.trainable)
+    for hook in hooks(model):
+        if isinstance(hook.module, FactorizedWeight):
+            weight = parameters[hook.operation]
+            weight.requires_grad_(hook.module.trainable)
             if write:
-                weight.copy_(hook.merged())
-        if isinstance(hook, (FactorizedWeight, ChainPart)):
-            storage.delete_hook(name)
-    unwrap_if_empty(model)
+                weight.copy_(hook.module.merged())
+    remove_hooks(model, lambda hook: isinstance(hook, (FactorizedWeight, ChainPart)))
 
 
 def _register_chain(
     model: nn.Module, name: str, module: nn.Module, hook: FactorizedWeight, operations: Sequence[str]
 ) -> None:
     if isinstance(module.bias, nn.Parameter):
-        register_post_function_hook(model, f"{name.removesuffix('weight')}bias", 0, ChainBias(hook))
+        hook_parameter(model, f"{name.removesuffix('weight')}bias", ChainBias(hook))
     for operation in operations:
-        register_pre_function_hook(model, operation, 0, ChainInput(hook))
-        register_post_function_hook(model, operation, 0, ChainOutput(hook))
+        hook_input(model, operation, 0, ChainInput(hook))
+        hook_output(model, operation, 0, ChainOutput(hook))
 
 
 def _check(model: nn.Module, layers: Mapping[str, nn.Module], operations: Mapping[str, Sequence[str]] | None) -> None:
@@ -134,9 +120,7 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Module], operations: Mappin
             "inside a module of your own."
         )
         raise CompactPruneError(msg)
-    taken = set()
-    if NNCF_HOOKS in model._modules:
-        taken = {decode_hook_name(name)[1] for name, _ in get_hook_storage(model).named_hooks()}
+    taken = {hook.operation for hook in hooks(model)}
     for name in layers:
         if name in taken:
             msg = f"'{name}' has an NNCF hook already (a mask, a quantizer). Strip that one first."

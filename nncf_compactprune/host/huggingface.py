@@ -1,0 +1,29 @@
+"""What the package takes from the internals of transformers and accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
+from nncf_compactprune.host.packages import require_package
+
+
+def image_classifiers() -> Mapping[str, str]:
+    """Model types that transformers classifies images with, and the names of their classes.
+
+    :raises ResolveError: transformers is not installed.
+    """
+    auto = require_package("transformers.models.auto.modeling_auto", "nncf-compactprune[transformers]")
+    return auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES  # type: ignore[no-any-return]
+
+
+def restore_forward(model: nn.Module) -> None:
+    """Takes accelerate's mixed precision off, which an exporter would bake in, and NNCF's empty wrapper below it."""
+    original = vars(model).pop("_original_forward", None)
+    if original is not None:
+        vars(model)["forward"] = original
+        unwrap_if_empty(model)
+        if getattr(vars(model).get("forward"), "__func__", None) is type(model).forward:
+            del vars(model)["forward"]

@@ -1,0 +1,26 @@
+"""What the package takes from torch's private modules: base classes of layers, dispatch modes, trees of values."""
+
+from torch.jit._trace import TracerWarning
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _NormBase as RunningNorm
+from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "BatchNorm",
+    "Convolution",
+    "RunningNorm",
+    "TorchDispatchMode",
+    "TracerWarning",
+    "TransposedConvolution",
+    "UninitializedBuffer",
+    "UninitializedParameter",
+    "register_module_forward_hook",
+    "register_module_forward_pre_hook",
+    "tree_leaves",
+    "tree_map",
+]
