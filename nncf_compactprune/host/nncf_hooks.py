@@ -30,7 +30,11 @@ from torch import nn
 from nncf_compactprune.host.tensors import NNCF_HOOKS
 
 
-class HookModule(nn.Module, StatefulModuleInterface):  # type: ignore[misc]
+class HookState(StatefulModuleInterface):  # type: ignore[misc]
+    """What NNCF asks of a hook beside being a module."""
+
+
+class HookModule(nn.Module, HookState):
     """Base of hooks: NNCF stores a hook by ``get_config`` and rebuilds it by ``from_config``."""
 
 

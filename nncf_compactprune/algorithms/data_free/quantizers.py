@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nncf_compactprune.algorithms.data_free.network import ImageNetwork
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.errors import DataFreeError
-from nncf_compactprune.host.nncf_hooks import Hook, HookModule, hook_input, hook_output
+from nncf_compactprune.host.nncf_hooks import Hook, HookState, hook_input, hook_output
 from nncf_compactprune.host.nncf_quantization import quantizer_places
 from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.host.torch_internals import TransposedConvolution
@@ -26,7 +26,7 @@ SEARCH_VALUES = 2**19  # values of an activation that its range is searched on
 CHUNK = 32  # images in a batch of NNCF's statistics
 
 
-class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, HookModule):
+class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
     """Rounds to ``low .. high`` levels of a fixed step, always stored as an 8-bit quantizer.
 
     Fewer bits are fewer levels of the same 8-bit grid: activations are clamped first, weights are on the grid already.
