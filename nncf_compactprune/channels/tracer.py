@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from nncf_compactprune.channels.groups import ChannelGraph, build_graph
 from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Pin, Reason
-from nncf_compactprune.channels.shapes import without_arithmetic
+from nncf_compactprune.channels.shapes import ValuesNeeded, without_arithmetic
 from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WIDTHS, AttributeTerm, MacTerm
 from nncf_compactprune.errors import TraceError
 from nncf_compactprune.host.calls import call_model, evaluating
@@ -123,7 +123,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._constants[id(tensor)] = space.allocate(name, tensor.shape, name in self.tensors.buffers)
 
     def run(self, example_inputs: Any) -> None:
-        """Runs the model under the mode and pins what leaves it."""
+        """Runs the model under the mode and pins what leaves it.
+
+        :raises ValuesNeeded: the tracer works by shapes alone, and the network reads values.
+        :raises TraceError: the model does not run on the example input.
+        """
         handles = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
@@ -131,7 +135,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             with evaluating(self.model), _AttentionScale(self), self:
                 output = call_model(self.model, example_inputs)
-        except TraceError:
+        except (TraceError, ValuesNeeded):
             raise
         except Exception as error:
             shapes = [tuple(x.shape) for x in tree_leaves(example_inputs) if isinstance(x, Tensor)]

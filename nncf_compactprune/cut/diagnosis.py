@@ -155,7 +155,7 @@ def find_culprit(
                 return found
             with in_double(model):
                 return _find_culprit(model, plan, graph, tree_map(to_double, inputs), plugins, DOUBLE_TOLERANCE)
-        except (TraceError, ValuesNeeded):  # the network insists on another shape, or on single precision
+        except TraceError:  # the network insists on another shape, or on single precision
             continue
     return _find_culprit(model, plan, graph, example_inputs, plugins, SINGLE_TOLERANCE)
 
@@ -172,12 +172,11 @@ def _find_culprit(
     :param tolerance: of the size of results, relative; None compares shapes alone.
     """
     rules = (plugins or default_plugins()).op_rules
-    first = _Recorder(model, LabelSpace(), rules, None)
-    first.run(example_inputs)
-    records = first.records
-    removed, group_of_label = _fates(first.space, plan, graph)
-    if tolerance is not None:
-        with masked(model, plan):  # once more with arithmetic: now every label's fate is known
+    with masked(model, plan):  # where values choose the path, the masked model takes the cut one's
+        first = _recorded(model, rules, example_inputs)
+        removed, group_of_label = _fates(first.space, plan, graph)
+        records = first.records
+        if tolerance is not None:  # once more with arithmetic: now every label's fate is known
             second = _Recorder(model, LabelSpace(), rules, removed)
             second.run(example_inputs)
             records = second.records
@@ -207,6 +206,17 @@ def _find_culprit(
             reason = f"{record.name}{where} does not follow a smaller width: {what}"
             return Culprit(tuple(groups.tolist()), reason, record.location)
     return None
+
+
+def _recorded(model: nn.Module, rules: Mapping[str, Any], example_inputs: Any) -> _Recorder:
+    """A run by shapes alone, or with arithmetic where the network reads values."""
+    try:
+        recorder = _Recorder(model, LabelSpace(), rules, None)
+        recorder.run(example_inputs)
+    except ValuesNeeded:
+        recorder = _Recorder(model, LabelSpace(), rules, None, shapes_only=False)
+        recorder.run(example_inputs)
+    return recorder
 
 
 def _touched(
@@ -241,13 +251,20 @@ def _fates(
 class _Recorder(Tracer):  # type: ignore[no-untyped-call]
     """Notes every operation's labels and shapes and, once it is known what goes, the size of what is kept.
 
-    :param removed: which labels go; None: run by shapes alone.
+    :param removed: which labels go, shape ``[labels]``; None: not known yet, sizes are not noted.
+    :param shapes_only: leave out the arithmetic, where no sizes are noted.
     """
 
     def __init__(
-        self, model: nn.Module, space: LabelSpace, rules: Mapping[str, Any], removed: npt.NDArray[np.bool_] | None
+        self,
+        model: nn.Module,
+        space: LabelSpace,
+        rules: Mapping[str, Any],
+        removed: npt.NDArray[np.bool_] | None,
+        *,
+        shapes_only: bool = True,
     ) -> None:
-        super().__init__(model, space, rules, shapes_only=removed is None)
+        super().__init__(model, space, rules, shapes_only=shapes_only and removed is None)
         self.records: list[_Record] = []
         self._removed = removed
 

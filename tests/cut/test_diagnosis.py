@@ -101,3 +101,29 @@ def test_nothing_left_to_prune_says_why():
 def test_sound_structures_pass_the_trial(name):
     model, x = trained(name), images()
     assert [g.name for g in analyse(model, x).groups] == [g.name for g in trace(model, x).groups]
+
+
+class Picks(nn.Module):
+    """The strongest positions go on (values choose the path), and a width is written into the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.score = Net(view_by_constant), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x):
+        y = self.net.a(self.net.stem(x)).flatten(2)
+        strongest = self.score(y[..., None]).flatten(1).topk(9).indices
+        picked = y.transpose(1, 2)[torch.arange(len(x))[:, None], strongest]
+        return self.net.head(picked.mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_that_choose_the_path_are_no_hindrance_to_the_diagnosis(dtype):
+    torch.manual_seed(0)
+    model = Picks().to(dtype).eval()
+    graph = analyse(model, images(dtype))
+    assert {g.name for g in graph.groups} == {"net.stem.0", "net.a.middle.0"}
+    pinned = next(p for p in graph.pinned if p.name == "net.a.inner.0")
+    assert "aten.view" in pinned.reason
+    result = prune(model, images(dtype), budget={"macs": 0.8}, round_to=1)
+    assert result.self_check.error <= 1e-5

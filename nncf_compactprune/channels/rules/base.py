@@ -32,6 +32,20 @@ def argument(args: Sequence[Any], kwargs: Mapping[str, Any], index: int, name: s
     return args[index] if len(args) > index else kwargs.get(name, default)
 
 
+def named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    """An operation's argument as its own schema places it, its default included; None where it has no such argument."""
+    place = _place(func, name)
+    return None if place is None else argument(args, kwargs, *place)
+
+
+@functools.cache
+def _place(func: Any, name: str) -> tuple[int, str, Any] | None:
+    for index, said in enumerate(func._schema.arguments):
+        if said.name == name:
+            return index, name, said.default_value
+    return None
+
+
 def dims_of(value: Any, rank: int) -> list[int]:
     """Normalises a dim argument (int, list or None for all) to non-negative dims."""
     if value is None or (isinstance(value, (list, tuple)) and not value):

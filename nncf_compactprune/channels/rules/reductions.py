@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nncf_compactprune.channels.rules.base import argument, dims_of, name_of, rule
+from nncf_compactprune.channels.rules.base import dims_of, name_of, named, rule
 from nncf_compactprune.channels.rules.elementwise import pointwise
 
 if TYPE_CHECKING:
@@ -26,12 +26,9 @@ def reduce(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
     if func._overloadname == "other":  # max(a, b), min(a, b)
         pointwise(tracer, func, args, kwargs, out)
         return
-    vector_norm = name_of(func) in ("aten.linalg_vector_norm", "aten.norm")
-    dims = dims_of(argument(args, kwargs, 2 if vector_norm else 1, "dim"), x.dim())
-    if func._overloadname in ("default", "dtype") and not vector_norm and name_of(func) not in (
-        "aten.amax", "aten.amin", "aten.logsumexp", "aten.argmax", "aten.argmin",
-    ):  # fmt: skip
-        dims = list(range(x.dim()))
+    given = named(func, args, kwargs, "dim")
+    identity = func._overloadname == "dims" and given is not None and not given  # any and all over no dimension
+    dims = [] if identity else dims_of(given, x.dim())
     for d in dims:
         tracer.pin(labels[d], f"reduced over its channels by {name_of(func)}")
     for result in results:
@@ -42,22 +39,13 @@ def reduce(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 @rule(
-    "_softmax",
-    "softmax",
-    "_log_softmax",
-    "log_softmax",
-    "cumsum",
-    "sort",
-    "argsort",
-    "topk",
-    "logcumsumexp",
+    "_softmax", "softmax", "_log_softmax", "log_softmax", "cumsum", "sort", "argsort", "topk", "logcumsumexp",
     "kthvalue",
-)
+)  # fmt: skip
 def along(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Works along one dimension, which must not be the channels."""
     x = args[0]
-    at = 2 if name_of(func) in ("aten.topk", "aten.kthvalue") else 1
-    dim = argument(args, kwargs, at, "dim", -1) % max(x.dim(), 1)
+    dim = named(func, args, kwargs, "dim") % max(x.dim(), 1)
     labels = list(tracer.labels(x))
     tracer.pin(labels[dim], f"{name_of(func)} runs over its channels")
     labels[dim] = None
