@@ -37,7 +37,7 @@ def main(dense_epochs: int, epochs: int) -> None:
 
     save_pruned(model, "runs/catro_subtask")
     again = load_pruned(digits_net(), "runs/catro_subtask")
-    assert torch.equal(model.eval()(images), again.eval()(images))
+    assert torch.equal(model.eval()(images), again(images))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, Trainer, Tr
 
 from nncf_compactprune import export_model
 from nncf_compactprune.integrations.huggingface import CompressionCallback, last_checkpoint
-from nncf_compactprune.integrations.pretrained import load_pruned_pretrained
+from nncf_compactprune.integrations.pretrained import load_pruned_hf
 from nncf_compactprune.run.datasets import ResolvedDataset, resolve_dataset
 
 COMPRESSION = {
@@ -93,7 +93,7 @@ def main(epochs: int = 8, output: Path = Path("runs/huggingface")) -> None:
     trainer.save_model()
 
     print(compression.controller.statistics().to_str())
-    again = load_pruned_pretrained(args.output_dir)  # dense network from the config, cut to the plan, filled
+    again = load_pruned_hf(args.output_dir)  # dense network from the config, cut to the plan, filled
     trainer.model.eval()
     images = torch.stack([trainer.eval_dataset[n]["pixel_values"] for n in range(8)])
     assert torch.equal(trainer.model(images).logits, again(images).logits)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_compactprune import hookimpl, trace
+from nncf_compactprune import analyse, hookimpl
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.plugins.hookspecs import OpRule
 
@@ -38,11 +38,11 @@ class Rules:
 
 
 net, images = Net(), torch.randn(1, 3, 8, 8)
-without = trace(net, images)
+without = analyse(net, images)
 print(f"without the rule: {len(without.groups)} groups; {without.pinned[0].name}: {without.pinned[0].reason}")
 
 plugins = Plugins()
 plugins.load_entry_points()  # the built-in rules and what else is installed
 plugins.register(Rules(), "my rules")
-graph = trace(net, images, plugins=plugins)
+graph = analyse(net, images, plugins=plugins)
 print(f"with the rule: {graph.groups[0].size} channels of {graph.groups[0].name} can go")

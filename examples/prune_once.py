@@ -18,7 +18,7 @@ print(f"{result.plan.before.macs:,} -> {result.plan.after.macs:,} MACs, error {r
 
 save_pruned(model, "runs/prune_once")  # model.safetensors and plan.json
 again = load_pruned(digits_net(), "runs/prune_once")  # a fresh dense network, cut and filled
-assert torch.equal(model.eval()(images), again.eval()(images))
+assert torch.equal(model.eval()(images), again(images))
 
 table = Table("Group", "Channels", "Kept")
 for group in result.plan.groups:

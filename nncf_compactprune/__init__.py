@@ -1,7 +1,8 @@
 """Structured pruning for NNCF: trained ConvNets become physically smaller, provably the same, and deployable."""
 
 from nncf_compactprune.algorithms import CompressionStage
-from nncf_compactprune.channels import ChannelGraph, ChannelGroup, trace
+from nncf_compactprune.algorithms.catro.subtask import ClassSubset
+from nncf_compactprune.channels import ChannelGraph, ChannelGroup
 from nncf_compactprune.config import CompressionConfig, load_config
 from nncf_compactprune.controller import (
     CompressionController,
@@ -10,33 +11,64 @@ from nncf_compactprune.controller import (
     prune,
 )
 from nncf_compactprune.cut.diagnosis import analyse
-from nncf_compactprune.cut.surgery import apply_plan
-from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.export import export_model
+from nncf_compactprune.cut.surgery import apply_plan, plan_of
+from nncf_compactprune.errors import (
+    BudgetError,
+    CompactPruneError,
+    ConfigError,
+    DataError,
+    DataFreeError,
+    DistillationError,
+    ExportError,
+    NothingPrunableError,
+    PlanError,
+    PluginError,
+    ResolveError,
+    ScopeError,
+    SelfCheckError,
+    TraceError,
+)
+from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.plan import PruningPlan
-from nncf_compactprune.plugins.hookspecs import hookimpl, hookspec
+from nncf_compactprune.plugins import Plugins
+from nncf_compactprune.plugins.hookspecs import hookimpl
 from nncf_compactprune.storage.checkpoint import load_pruned, save_pruned
 from nncf_compactprune.version import __version__
 
 __all__ = [
+    "BudgetError",
     "ChannelGraph",
     "ChannelGroup",
+    "ClassSubset",
     "CompactPruneError",
     "CompressionConfig",
     "CompressionController",
     "CompressionStage",
+    "ConfigError",
+    "DataError",
+    "DataFreeError",
+    "DistillationError",
+    "ExportError",
+    "ExportedFile",
+    "NothingPrunableError",
+    "PlanError",
+    "PluginError",
+    "Plugins",
     "PruningPlan",
     "PruningResult",
+    "ResolveError",
+    "ScopeError",
+    "SelfCheckError",
+    "TraceError",
     "__version__",
     "analyse",
     "apply_plan",
     "create_compressed_model",
     "export_model",
     "hookimpl",
-    "hookspec",
     "load_config",
     "load_pruned",
+    "plan_of",
     "prune",
     "save_pruned",
-    "trace",
 ]

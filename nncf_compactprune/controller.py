@@ -79,7 +79,11 @@ class Statistics:
 
 
 class CompressionController:
-    """Drives the compression of one model; interface and names as in NNCF 2.x."""
+    """Drives the compression of one model; interface and names as in NNCF 2.x.
+
+    :param context: the model and what its algorithms work with.
+    :param algorithms: in the order in which they act; :func:`create_compressed_model` builds them from a configuration.
+    """
 
     def __init__(self, context: Context, algorithms: Sequence[CompressionAlgorithm]) -> None:
         self._context = context
@@ -176,6 +180,7 @@ class CompressionController:
         """Strips the model and writes it to ONNX (``.onnx``) or OpenVINO IR (``.xml``), reopened and compared.
 
         :param path: the file; its suffix says the format.
+        :param precisions: ``fp32``, ``fp16``; with both, the second file has ``_fp16`` in its name.
         :raises ExportError: unknown suffix, unwritable file, or the file computes something else.
         """
         files = export_model(self.strip(), self._context.example_inputs, Path(path), precisions=precisions)
@@ -204,6 +209,7 @@ def create_compressed_model(
     :param compression_state: what :meth:`CompressionController.get_compression_state` gave in an earlier run. The plan
         is replayed; load the weights after.
     :param example_inputs: what to trace with; default: built from the configuration's ``input_info``.
+    :param plugins: where algorithms, criteria and rules come from; the installed plugins by default.
     :param teacher: for algorithms that distil; default: a copy of the model as it is now. Put into eval mode.
     :return: controller and model.
     :raises ConfigError: every problem of the configuration at once.
@@ -314,8 +320,11 @@ def prune(
     :param algorithm: a pruning algorithm by name.
     :param budget: what may be left: ``{"macs": 0.5}``, ``{"params": "3M"}``, both at once.
     :param train_loader: batches for BatchNorm adaptation and for criteria that need data; none: no adaptation.
-    :param ignored_scopes: :param target_scopes: NNCF's scope grammar, see :mod:`nncf_compactprune.decide.scopes`.
-    :param optimizer: :param ema: are cut by the same plan.
+    :param ignored_scopes: what stays whole, in NNCF's scope grammar, see :mod:`nncf_compactprune.decide.scopes`.
+    :param target_scopes: what alone may be pruned; default: everything.
+    :param optimizer: its state is cut along.
+    :param ema: a shadow copy of the model; it is cut along.
+    :param plugins: where algorithms, criteria and rules come from; the installed plugins by default.
     :param params: the algorithm's ``params`` (``round_to``, ``allocation``, ...).
     :raises ConfigError: a wrong argument.
     :raises CompactPruneError: nothing prunable, unreachable budget, failed self-check; the model is untouched.

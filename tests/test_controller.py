@@ -13,7 +13,8 @@ from support.networks import images, labelled_batches, model32
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nncf_compactprune import CompressionStage, create_compressed_model, prune, trace
+from nncf_compactprune import CompressionStage, create_compressed_model, prune
+from nncf_compactprune.channels import trace
 from nncf_compactprune.errors import (
     BudgetError,
     CompactPruneError,

@@ -27,7 +27,7 @@ from rich.progress import track
 from timm_import import let_torchvision_import
 from torch import Tensor, nn
 
-from nncf_compactprune import prune, trace
+from nncf_compactprune import analyse, prune
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import default_plugins
 
@@ -74,7 +74,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     torch.manual_seed(0)
     dense = timm.create_model(name).eval()
     x = torch.randn(1, 3, 224, 224)
-    graph = trace(dense, x)
+    graph = analyse(dense, x, trial=False)
     budget = {"macs": graph.cost.macs(graph.sizes * (1 - RATIO)) / graph.macs}  # the cost of half of every group
     ours_seconds, check_seconds, their_seconds = [], [], []
     for turn in range(rounds + 1):

@@ -23,7 +23,7 @@ import torch_pruning as tp
 from catro_cifar import DATA, INNER, SHORT_TEST, TRAIN_IMAGES, Cifar, Rows, accuracy, at_once, fine_tuned
 from torch import nn
 
-from nncf_compactprune import create_compressed_model, trace
+from nncf_compactprune import analyse, create_compressed_model
 
 HERE = Path(__file__).parent
 BUDGETS, SEEDS = (0.35, 0.5, 0.7), (0, 1, 2)
@@ -40,7 +40,7 @@ ALLOCATIONS = ("uniform", "global")
 
 
 def macs(model: nn.Module) -> int:
-    return trace(copy.deepcopy(model), torch.zeros(1, 3, 32, 32)).macs
+    return analyse(copy.deepcopy(model), torch.zeros(1, 3, 32, 32), trial=False).macs
 
 
 def ours(data: Cifar, depth: int, budget: float, algorithm: str, seed: int, per_class: int = 50, **params: Any) -> Any:

@@ -22,7 +22,7 @@ import torch
 from catro_cifar import DATA, INNER, SHORT_TEST, Cifar, Rows, at_once
 from torch import Tensor
 
-from nncf_compactprune import create_compressed_model, trace
+from nncf_compactprune import analyse, create_compressed_model
 from nncf_compactprune.algorithms.catro.class_effects import FeatureScatter, MarginEffects, margins
 from nncf_compactprune.algorithms.catro.class_statistics import ClassMoments
 from nncf_compactprune.algorithms.catro.consumers import Call
@@ -92,7 +92,7 @@ def ratio(scatter: Callable[[int], tuple[Tensor, Tensor]], shrink: float = 0.0) 
 def forms(data: Cifar, depth: int) -> dict[str, Form]:
     """All forms by name, from statistics collected here."""
     model = data.model(depth)
-    graph = trace(model, data.test[:2])
+    graph = analyse(model, data.test[:2], trial=False)
     groups = [g for g, group in enumerate(graph.groups) if group.name.startswith("layer")]
     tensors = dict(model.named_parameters())
     batches = data.few(50)
@@ -180,7 +180,7 @@ class ConsumerScatter(FeatureScatter):
 
 def measured(data: Cifar, depth: int, masks: Callable[[Any], Sequence[np.ndarray]]) -> dict[str, float]:
     model = data.model(depth)
-    graph = trace(model, data.test[:2])
+    graph = analyse(model, data.test[:2], trial=False)
     prune_in_place(model, make_plan(graph, masks(graph)), data.test[:2])
     return at_once(data, model, slice(SHORT_TEST))
 
@@ -198,7 +198,7 @@ def uniform_masks(form: Form, share: float) -> Callable[[Any], Masks]:
 def stage_1(data: Cifar, depth: int, share: float, rounds: int = 1, **params: Any) -> dict[str, float]:
     """``catro`` itself within the MACs of the uniform cut; in rounds: cut a part, collect anew, go on."""
     model = data.model(depth)
-    graph = trace(model, data.test[:2])
+    graph = analyse(model, data.test[:2], trial=False)
     widths = np.array([g.size if not g.name.startswith("layer") else round(g.size * (1 - share)) for g in graph.groups])
     dense, most = graph.macs, graph.cost.macs(widths)
     for at in range(1, rounds + 1):

@@ -24,11 +24,10 @@ import nncf
 import torch
 from torch import nn
 
-from nncf_compactprune import create_compressed_model, prune
+from nncf_compactprune import analyse, create_compressed_model, prune
 from nncf_compactprune.algorithms.data_free import Generation, ImageNetwork, Reconstruction, layer_inputs
 from nncf_compactprune.algorithms.data_free.gram import is_linear
 from nncf_compactprune.algorithms.data_free.quantizers import install
-from nncf_compactprune.channels import trace
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.plan import PruningPlan
@@ -144,10 +143,10 @@ def torch_pruning(bench: Bench, budget: float) -> nn.Module:
         pruner.step()
         return model
 
-    dense, low, high = trace(bench.network(), EXAMPLE).macs, 0.0, 1.0
+    dense, low, high = analyse(bench.network(), EXAMPLE, trial=False).macs, 0.0, 1.0
     for _ in range(7):
         middle = (low + high) / 2
-        if trace(at(middle), EXAMPLE).macs <= budget * dense:
+        if analyse(at(middle), EXAMPLE, trial=False).macs <= budget * dense:
             high = middle
         else:
             low = middle
@@ -260,7 +259,7 @@ def measure(bench: Bench, task: str, at: Any, method: str) -> dict[str, Any]:
         return {**row, "accuracy": None}
     row["accuracy"] = bench.accuracy(model)
     if task == "prune":
-        row["macs"] = trace(model, EXAMPLE).macs / trace(bench.network(), EXAMPLE).macs
+        row["macs"] = analyse(model, EXAMPLE, trial=False).macs / analyse(bench.network(), EXAMPLE, trial=False).macs
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {**row, "seconds": round(seconds, 1), "peak_mib": round(peak_mib)}
 

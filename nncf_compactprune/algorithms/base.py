@@ -40,6 +40,7 @@ class Context:
     :param optimizer: whose state follows when the model shrinks while training, or None.
     :param ema: a shadow copy that follows too, or None.
     :param teacher: what to distil from, or None: the model itself as it came.
+    :param seconds: wall time by part of the work, for reports.
     :param shared: what algorithms of one list leave for those after them, by a key of their own.
     """
 

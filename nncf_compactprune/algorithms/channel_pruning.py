@@ -71,7 +71,11 @@ class ChannelPruningConfig(AlgorithmConfig):
 
 
 class ChannelPruning(CompressionAlgorithm):
-    """Base of the pruning algorithms. A subclass implements :meth:`scores`."""
+    """Base of the pruning algorithms. A subclass implements :meth:`scores`.
+
+    :param config: the validated entry of ``"compression"``.
+    :param context: the model and what else the algorithm works with.
+    """
 
     Config: ClassVar[type[AlgorithmConfig]] = ChannelPruningConfig
     config: ChannelPruningConfig

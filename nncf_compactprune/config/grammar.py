@@ -369,6 +369,7 @@ def load_algorithm(
     """Validates one entry of ``"compression"`` on its own, for callers that take it as arguments.
 
     :param entry: such as ``{"algorithm": "catro", "budget": {"macs": 0.5}}``.
+    :param plugins: where algorithms come from; the installed plugins by default.
     :param source: what to call it in messages.
     :raises ConfigError: as :func:`load_config`, with paths inside the entry.
     """

@@ -42,24 +42,31 @@ def analyse(
     model: nn.Module,
     example_inputs: Any,
     *,
+    trial: bool = True,
     plugins: Plugins | None = None,
     allow_approximate: bool = False,
 ) -> ChannelGraph:
-    """Channel analysis whose groups were tried out: a part of every group is cut on trial, checked and put back.
+    """Finds which channels of a model can be removed together, why the others stay, and what the model costs.
 
-    Groups that the network's code does not let shrink are pinned with operation, module and line; the others are
-    proven to go together. The model is left as it was.
+    The trial cuts a part of every group, checks the result and puts everything back. A group that the network's code
+    does not let shrink is then pinned with operation, module and line; the others are proven to go together. The model
+    is left as it was.
 
-    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+    :param model: any module; frozen parameters are analysed like others.
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs. MACs are counted for one
+        item of its leading dimension.
+    :param trial: whether the groups are tried out. ``False`` is faster, takes views and splits at their word, and is
+        enough for ``macs`` and ``params``.
+    :param plugins: where the rules for operations come from; the installed plugins by default.
     :param allow_approximate: also offer channels that a LayerNorm normalises over.
-    :return: as :func:`~nncf_compactprune.channels.trace`, with the refused groups among the pinned.
+    :return: groups, pinned channels with reasons, exact MACs and parameters.
     :raises TraceError: the model does not run on the example input.
     :raises SelfCheckError: the cut fails and no operation could be named for it.
     """
     pins: list[Pin] = []
     while True:
         graph = trace(model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, pins=pins)
-        if not graph.groups:
+        if not trial or not graph.groups:
             return graph
         plan = _trial_plan(graph)
         if plan.is_identity:

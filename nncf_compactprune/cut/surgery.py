@@ -50,8 +50,11 @@ def apply_plan(
 
     Gradients of cut parameters are dropped. Outside references to the parameters stay valid.
 
+    :param model: any module of the architecture that the plan was made for.
+    :param plan: what stays.
     :param optimizer: its per-parameter state (momentum, moments) is cut alike; state of another shape is reset.
     :param ema: a module with the same parameter names, or a holder with a ``module`` attribute; cut alike.
+    :param plugins: where facts of modules come from; the installed plugins by default.
     :raises PlanError: the plan does not fit; the model is untouched.
     """
     plan.validate(model)

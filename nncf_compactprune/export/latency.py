@@ -22,7 +22,13 @@ from nncf_compactprune.export.runtimes import RUNTIMES, in_file_order, open_time
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of single requests, one after the other, in milliseconds."""
+    """Time of single requests, one after the other, in milliseconds.
+
+    :param median_ms: half of the requests were faster.
+    :param p10_ms: a tenth of the requests were faster.
+    :param p90_ms: nine tenths of the requests were faster.
+    :param runs: how many requests were timed.
+    """
 
     median_ms: float
     p10_ms: float

@@ -39,10 +39,11 @@ FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "c
 Place = tuple[str, int | None]  # a field, or one item of a field that is a list
 
 
-def save_pruned_pretrained(model: nn.Module, directory: str | PathLike[str]) -> Path:
-    """``model.save_pretrained(directory)``, and the plan beside it, for :func:`load_pruned_pretrained`.
+def save_pruned_hf(model: nn.Module, directory: str | PathLike[str]) -> Path:
+    """``model.save_pretrained(directory)``, and the plan beside it, for :func:`load_pruned_hf`.
 
     :param model: a pruned ``PreTrainedModel`` without hooks; its config is brought up to date in place.
+    :param directory: is created if it does not exist.
     :return: the directory.
     :raises CompactPruneError: the model was not pruned.
     """
@@ -52,22 +53,22 @@ def save_pruned_pretrained(model: nn.Module, directory: str | PathLike[str]) -> 
     return Path(directory)
 
 
-def load_pruned_pretrained(
-    directory: str | PathLike[str], model_class: type[nn.Module] | None = None, **options: Any
+def load_pruned_hf(
+    directory: str | PathLike[str], *, model_class: type[nn.Module] | None = None, **options: Any
 ) -> nn.Module:
     """``from_pretrained`` of a pruned model: builds the dense one from the config, cuts it, loads the weights.
 
-    :param directory: what :func:`save_pruned_pretrained` wrote, or the callback beside a ``Trainer``'s checkpoint.
+    :param directory: what :func:`save_pruned_hf` wrote, or the callback beside a ``Trainer``'s checkpoint.
     :param model_class: default: the class that the config names.
     :param options: for ``from_pretrained`` (``dtype``, ...).
-    :return: the model in evaluation mode, as ``from_pretrained`` gives it.
+    :return: the model, in evaluation mode.
     :raises CompactPruneError: files are missing, damaged, or do not belong together.
     """
     transformers = require_package("transformers", "nncf-compactprune[transformers]")
     folder = Path(directory)
     path = folder / CONFIG_FILE
     if not path.is_file():
-        msg = f"{path}: no such file. Pass the directory that save_pruned_pretrained wrote."
+        msg = f"{path}: no such file. Pass the directory that save_pruned_hf wrote."
         raise CompactPruneError(msg)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -274,7 +275,7 @@ def _said(config: Any, path: Path) -> dict[str, Any]:
     said = getattr(config, CONFIG_ATTRIBUTE, None)
     if not isinstance(said, dict) or not isinstance(said.get("dense"), dict) or "plan_sha256" not in said:
         msg = f"{path}: does not speak of a pruned model. Load it with from_pretrained, or save it with "
-        msg += "save_pruned_pretrained."
+        msg += "save_pruned_hf."
         raise CompactPruneError(msg)
     return said
 

@@ -19,7 +19,9 @@ def save_pruned_timm(model: nn.Module, directory: str | PathLike[str], **model_a
     """:func:`nncf_compactprune.save_pruned`, with timm's name of the model and its data config beside it.
 
     :param model: a pruned model that ``timm.create_model`` built.
+    :param directory: is created if it does not exist.
     :param model_args: what ``create_model`` was called with besides the name (``num_classes``, ``in_chans``, ...).
+    :return: the directory.
     :raises CompactPruneError: the model is none of timm's, or cannot be saved.
     """
     data_config = getattr(model, "pretrained_cfg", None)
@@ -36,8 +38,7 @@ def load_pruned_timm(directory: str | PathLike[str], *, example_inputs: Any = No
 
     :param directory: what :func:`save_pruned_timm` wrote.
     :param example_inputs: with it, the cut is proven on it, see :func:`nncf_compactprune.load_pruned`.
-    :return: the model in training mode, as ``create_model`` gives it; ``timm.data.resolve_data_config(model=...)``
-        knows its images.
+    :return: the model, in evaluation mode; ``timm.data.resolve_data_config(model=...)`` knows its images.
     :raises CompactPruneError: files are missing, damaged, or do not belong together.
     """
     timm = require_package("timm", "nncf-compactprune[timm]")

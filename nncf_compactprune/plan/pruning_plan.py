@@ -41,7 +41,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class GroupChange:
-    """Width of one group before and after."""
+    """Width of one group before and after.
+
+    :param name: the group's name.
+    :param before: its channels in the dense model.
+    :param after: its channels after the cut.
+    """
 
     name: str
     before: int
@@ -97,7 +102,12 @@ class PruningPlan:
         return not self.kept and not self.attributes
 
     def indices(self, name: str, dim: int) -> Tensor:
-        """Kept positions of one dimension as an int64 tensor on the CPU, made once."""
+        """Kept positions of one dimension, made once.
+
+        :param name: a parameter or buffer of which the plan removes something.
+        :param dim: one of its cut dimensions.
+        :return: ascending positions, int64, on the CPU, ``[kept]``.
+        """
         cache: dict[tuple[str, int], Tensor] = self._indices  # type: ignore[attr-defined]
         if (name, dim) not in cache:
             cache[name, dim] = torch.tensor(self.kept[name][dim], dtype=torch.int64)
@@ -314,6 +324,7 @@ def make_plan(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]], *, alg
 
     :param graph: the dense model's channels.
     :param keep: for each group which channels stay, shape ``[group.size]``; at least one of each.
+    :param algorithm: the name of who decided, for the plan's readers.
     :raises PlanError: a group loses every channel, or shapes do not match.
     """
     removed: dict[tuple[str, int], list[npt.NDArray[np.int64]]] = {}

@@ -34,7 +34,11 @@ class NetworkFigures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The network before and after."""
+    """The network before and after.
+
+    :param dense: before the pruning.
+    :param pruned: after pruning and fine-tuning.
+    """
 
     dense: NetworkFigures
     pruned: NetworkFigures
@@ -67,7 +71,11 @@ _HEADINGS = ("", "Dense", "Pruned", "Pruned / dense")
 
 
 def rich_table(comparison: Comparison, title: str | None = None) -> Table:
-    """The comparison as a table for the terminal; a figure that neither network has gets no row."""
+    """The comparison as a table for the terminal; a figure that neither network has gets no row.
+
+    :param comparison: what to show.
+    :param title: above the table; default: none.
+    """
     table = Table(title=title)
     for position, heading in enumerate(_HEADINGS):
         table.add_column(heading, justify="right" if position else "left", no_wrap=True)
@@ -106,6 +114,9 @@ def to_json(comparison: Comparison) -> str:
 def write_comparison(comparison: Comparison, path: str | PathLike[str]) -> Path:
     """Writes Markdown or JSON, by the file name's ending.
 
+    :param comparison: what to write.
+    :param path: a ``.md`` or ``.json`` file; replaced whole.
+    :return: the path written.
     :raises ExportError: for another ending, or when the file cannot be written.
     """
     file = Path(path)

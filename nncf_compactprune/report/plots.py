@@ -20,13 +20,16 @@ class GroupWidth(Protocol):
     """A channel group and its width in channels; the groups of a pruning plan are such."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The group's name."""
 
     @property
-    def before(self) -> int: ...
+    def before(self) -> int:
+        """Its channels before pruning."""
 
     @property
-    def after(self) -> int: ...
+    def after(self) -> int:
+        """Its channels after pruning."""
 
 
 def plot_widths(groups: Sequence[GroupWidth], path: str | PathLike[str], *, title: str = "Channel widths") -> Path:
@@ -34,6 +37,7 @@ def plot_widths(groups: Sequence[GroupWidth], path: str | PathLike[str], *, titl
 
     :param groups: the groups in network order.
     :param path: a ``.png``, ``.svg`` or ``.pdf`` file.
+    :param title: begins the line above the picture.
     :return: the path written.
     :raises CompactPruneError: when matplotlib is not installed, or there is no group.
     :raises ExportError: for another ending, or when the file cannot be written.

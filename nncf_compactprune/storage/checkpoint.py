@@ -101,7 +101,7 @@ def load_pruned(
     example_inputs: Any = None,
     plugins: Plugins | None = None,
 ) -> nn.Module:
-    """Cuts a dense model to a saved plan and loads its weights, in place.
+    """Cuts a dense model to a saved plan and loads its weights, in place. The model is in evaluation mode afterwards.
 
     Plan and weights may come from anyone: all of both is checked before the model is touched. What cannot be told
     without running the model is whether layers still fit each other; give ``example_inputs`` to have that proven.
@@ -111,14 +111,14 @@ def load_pruned(
         model = load_pruned(lambda: timm.create_model("resnet50"), "out/resnet50")
 
     :param model_or_factory: the dense model as it was before any pruning (same architecture, options and dtype), or
-        what builds it. Parameters keep their identity; device, memory format and training flags stay.
+        what builds it. Parameters keep their identity; device and memory format stay.
     :param directory: what :func:`save_pruned` wrote.
     :param strict: whether the file must hold exactly the model's tensors. Otherwise missing ones keep the values the
         model came with, cut, and unknown ones are passed over; shapes and dtypes must fit in any case.
     :param example_inputs: a tensor, a tuple of positional or a dict of keyword inputs. With it, the cut model must run
         and compute what the masked dense model computes with the same weights, as after any pruning.
     :param plugins: where facts of modules come from; the installed plugins by default.
-    :return: the model.
+    :return: the model, in evaluation mode.
     :raises PlanError: no plan, or one that is malformed, made for another model, or does not fit together.
     :raises SelfCheckError: with ``example_inputs``, the cut model does not run or computes something else.
     :raises CompactPruneError: weights that are missing, damaged, or of other names, shapes or dtypes. After any of
@@ -142,7 +142,7 @@ def load_pruned(
             for name, value in loaded.items():
                 log.set_data(tensors[name], _placed(tensors[name].data, plan.selection(name), value))
             prune_in_place(model, plan, example_inputs, plugins=plugins)
-    return model
+    return model.eval()
 
 
 def _dense_model(model_or_factory: Any) -> nn.Module:

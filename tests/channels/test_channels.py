@@ -9,7 +9,7 @@ from support.networks import STRUCTURES, Classifier, conv_bn, images, trained
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from nncf_compactprune import trace
+from nncf_compactprune.channels import trace
 from nncf_compactprune.channels.views import blocks, reshape_labels
 from nncf_compactprune.errors import TraceError
 

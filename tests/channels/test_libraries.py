@@ -76,6 +76,7 @@ def test_timm_models_keep_name_arguments_and_data_config(tmp_path):
     prune(model, x, budget={"macs": 0.6}, round_to=1)
     save_pruned_timm(model, tmp_path, num_classes=7, in_chans=1)
     again = load_pruned_timm(tmp_path, example_inputs=x)
+    assert not again.training
     assert torch.equal(outputs(model, x)[0], outputs(again, x)[0])
     config = timm.data.resolve_data_config(model=again)
     assert config == timm.data.resolve_data_config(model=model)

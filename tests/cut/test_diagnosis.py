@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from support.networks import STRUCTURES, conv_bn, images, trained
 from torch import nn
 
-from nncf_compactprune import analyse, create_compressed_model, prune, trace
+from nncf_compactprune import analyse, create_compressed_model, prune
+from nncf_compactprune.channels import trace
 from nncf_compactprune.errors import NothingPrunableError
 
 

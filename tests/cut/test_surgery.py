@@ -9,7 +9,8 @@ import torch
 from support.cuts import HardCoded, assert_facts_are_true, random_plan, same, snapshot
 from support.networks import STRUCTURES, images, trained
 
-from nncf_compactprune import PruningPlan, apply_plan, trace
+from nncf_compactprune import PruningPlan, apply_plan
+from nncf_compactprune.channels import trace
 from nncf_compactprune.cut.masks import Masks
 from nncf_compactprune.cut.self_check import prune_in_place
 from nncf_compactprune.cut.surgery import plan_of

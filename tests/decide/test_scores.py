@@ -7,7 +7,7 @@ import torch
 from support.networks import STRUCTURES, images, trained
 from torch import nn
 
-from nncf_compactprune import trace
+from nncf_compactprune.channels import trace
 from nncf_compactprune.decide.criteria.magnitude import batch_norm_scale, geometric_median, l1, l2
 from nncf_compactprune.plugins import default_plugins
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from support.networks import images, trained
 
-from nncf_compactprune import prune, trace
+from nncf_compactprune import prune
+from nncf_compactprune.channels import trace
 from nncf_compactprune.decide.criteria.taylor import taylor, with_gradients
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.host.tensors import model_tensors

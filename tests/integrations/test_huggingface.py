@@ -40,8 +40,8 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: transform
 from nncf_compactprune.integrations.huggingface import CompressionCallback, image_inputs, last_checkpoint  # noqa: E402
 from nncf_compactprune.integrations.pretrained import (  # noqa: E402
     dense_config,
-    load_pruned_pretrained,
-    save_pruned_pretrained,
+    load_pruned_hf,
+    save_pruned_hf,
 )
 
 STEPS = 4  # of an epoch: 64 images in batches of 16
@@ -57,8 +57,8 @@ def test_a_pruned_model_comes_back_bit_for_bit(build: Any, tmp_path: Path) -> No
     before = model.config.to_dict()
     inputs = image_inputs(model)
     prune(model, inputs, budget={"macs": 0.6}, round_to=1, allow_approximate=build is convnext)
-    save_pruned_pretrained(model, tmp_path)
-    again = load_pruned_pretrained(tmp_path)
+    save_pruned_hf(model, tmp_path)
+    again = load_pruned_hf(tmp_path)
     assert torch.equal(logits(model, inputs), logits(again, inputs))
     assert type(again) is type(model)
     assert not again.training
@@ -80,8 +80,8 @@ def test_pruned_for_some_classes_the_model_counts_them_anew(tmp_path: Path) -> N
     assert (model.num_labels, model.config.id2label) == (2, {0: "digit 3", 1: "digit 8"})
     assert torch.isfinite(model(pixels[:6], labels=torch.tensor([0, 1, 0, 1, 1, 1])).loss)
 
-    save_pruned_pretrained(model, tmp_path)
-    again = load_pruned_pretrained(tmp_path)
+    save_pruned_hf(model, tmp_path)
+    again = load_pruned_hf(tmp_path)
     assert torch.equal(logits(model, inputs), logits(again, inputs))
     assert (again.num_labels, again.config.id2label) == (2, {0: "digit 3", 1: "digit 8"})
     assert dense_config(again.config).id2label == LABELS["id2label"]
@@ -94,7 +94,7 @@ def test_fields_borne_out_by_the_network_are_rewritten_and_plain_from_pretrained
     inputs = image_inputs(model)
     mlp = {"target_scopes": ["{re}.*fc1"]}
     prune(model, inputs, budget={"params": 0.8}, allocation="uniform", round_to=1, **mlp)
-    save_pruned_pretrained(model, tmp_path)
+    save_pruned_hf(model, tmp_path)
     width = model.config.intermediate_size
     assert width < 64
     assert model.config.compactprune["dense"] == {"intermediate_size": 64}
@@ -108,10 +108,10 @@ def test_heads_are_stated_but_the_config_alone_does_not_build_them(tmp_path: Pat
     inputs = image_inputs(model)
     heads = {"target_scopes": ["{re}.*[qkv]_proj"]}
     prune(model, inputs, budget={"params": 0.9}, allocation="uniform", round_to=1, **heads)
-    save_pruned_pretrained(model, tmp_path)
+    save_pruned_hf(model, tmp_path)
     assert model.config.num_attention_heads < 4
     assert model.config.compactprune["plain"] is False
-    assert torch.equal(logits(load_pruned_pretrained(tmp_path), inputs), logits(model, inputs))
+    assert torch.equal(logits(load_pruned_hf(tmp_path), inputs), logits(model, inputs))
 
 
 def test_widths_that_differ_between_layers_leave_the_field_dense() -> None:
@@ -131,31 +131,31 @@ def test_widths_that_differ_between_layers_leave_the_field_dense() -> None:
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     model = vary(resnet())
     with pytest.raises(CompactPruneError, match=r"expected a pruned PreTrainedModel"):
-        save_pruned_pretrained(model, tmp_path)
+        save_pruned_hf(model, tmp_path)
     with pytest.raises(CompactPruneError, match=r"config\.json: no such file"):
-        load_pruned_pretrained(tmp_path)
+        load_pruned_hf(tmp_path)
     model.save_pretrained(tmp_path)
     with pytest.raises(CompactPruneError, match=r"does not speak of a pruned model"):
-        load_pruned_pretrained(tmp_path)
+        load_pruned_hf(tmp_path)
     prune(model, image_inputs(model), budget={"macs": 0.6}, round_to=1)
-    save_pruned_pretrained(model, tmp_path)
+    save_pruned_hf(model, tmp_path)
     plan = (tmp_path / "plan.json").read_text()
     (tmp_path / "plan.json").write_text(plan.replace("fbnet_pruning", "other"))
     with pytest.raises(CompactPruneError, match=r"is not the plan that the config speaks of"):
-        load_pruned_pretrained(tmp_path)
+        load_pruned_hf(tmp_path)
     (tmp_path / "plan.json").write_text(plan)
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights)
     save_file({k: v for k, v in tensors.items() if "classifier" not in k}, weights, metadata={"format": "pt"})
     with pytest.raises(CompactPruneError, match=r"does not hold the weights.*missing_keys.*classifier\.1\.bias"):
-        load_pruned_pretrained(tmp_path)
+        load_pruned_hf(tmp_path)
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(CompactPruneError, match=r"cannot be loaded into the pruned ResNet"):
-        load_pruned_pretrained(tmp_path)
+        load_pruned_hf(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["os"]}))
     with pytest.raises(CompactPruneError, match=r'names the class "os"'):
-        load_pruned_pretrained(tmp_path)
+        load_pruned_hf(tmp_path)
 
 
 # -- in the Trainer ----------------------------------------------------------------------------------------------------
@@ -186,8 +186,8 @@ def test_it_shrinks_while_training_and_the_best_model_is_a_pruned_one(examples: 
     assert all(state[p]["exp_avg"].shape == p.shape for p in model.parameters())
     run.save_model()
     inputs = image_inputs(model)
-    assert torch.equal(logits(load_pruned_pretrained(tmp_path), inputs), logits(model, inputs))
-    best = load_pruned_pretrained(run.state.best_model_checkpoint)
+    assert torch.equal(logits(load_pruned_hf(tmp_path), inputs), logits(model, inputs))
+    best = load_pruned_hf(run.state.best_model_checkpoint)
     assert torch.equal(logits(best, inputs), logits(model, inputs))
 
 
@@ -200,7 +200,7 @@ def test_a_best_dense_checkpoint_is_no_candidate(examples: Any, tmp_path: Path) 
     run.train()
     assert run.state.best_global_step == 4 * STEPS
     inputs = image_inputs(model)
-    assert torch.equal(logits(load_pruned_pretrained(tmp_path / "checkpoint-16"), inputs), logits(model, inputs))
+    assert torch.equal(logits(load_pruned_hf(tmp_path / "checkpoint-16"), inputs), logits(model, inputs))
 
 
 def test_one_shot_prunes_before_the_optimizer_exists(examples: Any, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from support.cuts import assert_facts_are_true, random_plan
 from support.networks import images, trained
 from torch import nn
 
-from nncf_compactprune import CompactPruneError, PruningPlan, trace
+from nncf_compactprune import CompactPruneError, PruningPlan
 from nncf_compactprune.algorithms.catro.subtask import with_classifier_cut
+from nncf_compactprune.channels import trace
 from nncf_compactprune.cut.self_check import prune_in_place
 from nncf_compactprune.cut.surgery import PLAN_ATTRIBUTE, plan_of
 from nncf_compactprune.errors import SelfCheckError

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from nncf_compactprune import PruningPlan, trace
+from nncf_compactprune import PruningPlan
+from nncf_compactprune.channels import trace
 from nncf_compactprune.plan import make_plan
 
 

@@ -129,7 +129,7 @@ def check_masks(rank: int) -> None:
 def check_trainer(rank: int) -> None:
     """The Trainer masks while it trains and cuts at the end, on every rank alike."""
     from nncf_compactprune.integrations.huggingface import CompressionCallback, image_inputs
-    from nncf_compactprune.integrations.pretrained import load_pruned_pretrained
+    from nncf_compactprune.integrations.pretrained import load_pruned_hf
     from support import hugging_face
 
     data = datasets.resolve_dataset("digits")
@@ -148,7 +148,7 @@ def check_trainer(rank: int) -> None:
     assert all(torch.equal(averaged([tensor])[0], tensor) for tensor in model.state_dict().values())
     dist.barrier()
     inputs = image_inputs(model)
-    again = load_pruned_pretrained(folder)
+    again = load_pruned_hf(folder)
     assert torch.equal(hugging_face.logits(again, inputs), hugging_face.logits(model, inputs))
 
 

@@ -15,8 +15,9 @@ from support.networks import STRUCTURES, images, model32
 from support.user_files import NET_SOURCE
 from torch import Tensor, nn
 
-from nncf_compactprune import PruningPlan, create_compressed_model, load_pruned, prune, save_pruned, trace
+from nncf_compactprune import PruningPlan, create_compressed_model, load_pruned, prune, save_pruned
 from nncf_compactprune.algorithms.catro.subtask import ClassSubset
+from nncf_compactprune.channels import trace
 from nncf_compactprune.cli import main
 from nncf_compactprune.cut.self_check import prune_in_place
 from nncf_compactprune.cut.surgery import apply_plan, plan_of

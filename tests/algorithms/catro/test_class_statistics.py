@@ -12,9 +12,9 @@ import torch.multiprocessing as mp
 from support.networks import images, trained
 from torch import Tensor
 
-from nncf_compactprune import trace
 from nncf_compactprune.algorithms.catro.class_effects import MarginEffects
 from nncf_compactprune.algorithms.catro.class_statistics import ClassMoments
+from nncf_compactprune.channels import trace
 from nncf_compactprune.decide.labelled import FewPerClass, checked_labels
 from nncf_compactprune.errors import DataError
 

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from support.networks import STRUCTURES, images, trained
 from torch import Tensor, nn
 
-from nncf_compactprune import trace
 from nncf_compactprune.algorithms.catro import consumers, contributions
 from nncf_compactprune.algorithms.catro.class_effects import FeatureScatter, MarginEffects, margins
 from nncf_compactprune.algorithms.catro.consumers import ConsumerMode
 from nncf_compactprune.algorithms.catro.contributions import Contributions
-from nncf_compactprune.channels import ChannelGraph, ChannelGroup
+from nncf_compactprune.channels import ChannelGraph, ChannelGroup, trace
 from nncf_compactprune.cut.masks import Masks
 
 LABELS = torch.tensor([1, 3])

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from support.networks import images, trained
 
-from nncf_compactprune import trace
 from nncf_compactprune.algorithms.catro.trace_ratio import (
     RemovalCurve,
     damped,
@@ -21,6 +20,7 @@ from nncf_compactprune.algorithms.catro.trace_ratio import (
     trace_ratio,
     trace_ratio_curve,
 )
+from nncf_compactprune.channels import trace
 from nncf_compactprune.decide.budgets import Allocation, Limits, lazy_greedy
 
 SCATTERS = npst.arrays(np.float64, st.integers(1, 9), elements=st.floats(0, 1e3, allow_subnormal=False))
