@@ -7,7 +7,7 @@ import torch
 from support.cuts import random_plan
 from torch import nn
 
-from nncf_compactprune import trace
+from nncf_compactprune.channels import trace
 from nncf_compactprune.cut.self_check import prune_in_place
 
 OVER_POSITIONS = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nncf_compactprune import prune, trace
+from nncf_compactprune import prune
+from nncf_compactprune.channels import trace
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 try:
