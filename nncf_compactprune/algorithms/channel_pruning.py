@@ -225,12 +225,6 @@ class ChannelPruning(CompressionAlgorithm):
 
     def _analyse(self, *, trial: bool, pins: Sequence[Pin] = ()) -> None:
         """Finds the groups; with a trial, those that the network's code does not let shrink are pinned now."""
-        if self.config.budget.latency is not None:
-            msg = (
-                f"budget.latency: '{self.name}' does not measure latency yet, got {self.config.budget.latency!r}. "
-                "Give macs or params instead."
-            )
-            raise BudgetError(msg)
         with self.context.timed("trace"):
             find = analyse if trial else partial(trace, pins=pins)
             self._graph = find(

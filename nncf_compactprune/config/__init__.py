@@ -1,41 +1,22 @@
 """The configuration: NNCF's JSON grammar, typed; reading it; its mistakes in plain words."""
 
-from nncf_compactprune.config.grammar import (
-    AdaptiveCompressionLevel,
-    AdaptiveParams,
-    AlgorithmConfig,
-    BatchNormAdaptation,
-    Budget,
-    CompressionConfig,
-    Cost,
-    EarlyExit,
-    EarlyExitParams,
-    Initializer,
-    InputInfo,
-    LatencyBudget,
-    Scopes,
-    Section,
-    json_schema,
-    load_algorithm,
-    load_config,
-)
+from nncf_compactprune.config.budget import Budget
+from nncf_compactprune.config.inputs import InputInfo
+from nncf_compactprune.config.loading import CompressionConfig, load_algorithm, load_config, load_section
+from nncf_compactprune.config.reading import Document, read_document
+from nncf_compactprune.config.schema import json_schema
+from nncf_compactprune.config.sections import AlgorithmConfig, Section
 
 __all__ = [
-    "AdaptiveCompressionLevel",
-    "AdaptiveParams",
     "AlgorithmConfig",
-    "BatchNormAdaptation",
     "Budget",
     "CompressionConfig",
-    "Cost",
-    "EarlyExit",
-    "EarlyExitParams",
-    "Initializer",
+    "Document",
     "InputInfo",
-    "LatencyBudget",
-    "Scopes",
     "Section",
     "json_schema",
     "load_algorithm",
     "load_config",
+    "load_section",
+    "read_document",
 ]

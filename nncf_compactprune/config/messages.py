@@ -6,7 +6,6 @@ of a union, where an error knows only the one check that failed.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
@@ -23,17 +22,16 @@ _Branches = tuple[tuple[JsonPath, Any], ...]
 _Located = tuple[JsonPath, _Branches, ErrorDetails]
 
 
-def validated(
-    model: type[ModelT], data: dict[str, Any], path: JsonPath, findings: list[Finding], *, as_json: bool
-) -> ModelT | None:
+def validated(model: type[ModelT], data: dict[str, Any], path: JsonPath, findings: list[Finding]) -> ModelT | None:
     """Validates plain data; where that fails, adds to the findings and returns None.
 
+    :param model: says what is valid.
+    :param data: plain objects, lists and scalars.
     :param path: where the data sits in the whole document.
-    :param as_json: data is JSON through and through. In strict mode, pydantic takes a list for a tuple and a string for
-        an enum member only then.
+    :param findings: is added to.
     """
     try:
-        return model.model_validate_json(json.dumps(data), strict=True) if as_json else model.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         translator = _Translator(data, model.model_json_schema())
         findings.extend(((*path, *at), message) for at, message in translator(error.errors(include_url=False)))
@@ -103,7 +101,12 @@ class _Translator:
     def _unknown_key(self, path: JsonPath) -> str:
         key = str(path[-1])
         schemas, _ = self._at(path[:-1])
-        properties = {name: schema for level in schemas for name, schema in level.get("properties", {}).items()}
+        properties = {
+            name: schema
+            for level in schemas
+            for name, schema in level.get("properties", {}).items()
+            if schema.get("type") != "null"  # a key that is refused itself
+        }
         for name, schema in properties.items():
             if any(key in inner.get("properties", {}) for inner in self._expand(schema, None)):
                 return f"unknown key here. It belongs into {show(name)}."

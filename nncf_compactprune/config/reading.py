@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,57 @@ JsonPath = tuple[str | int, ...]
 Finding = tuple[JsonPath, str]
 
 _MAX_DEPTH = 50
+
+
+@dataclass(frozen=True)
+class Document:
+    """A configuration as plain data.
+
+    :param name: what to call it in messages: the file, or a word for where it came from.
+    :param data: objects, lists and scalars.
+    """
+
+    name: str
+    data: dict[str, Any]
+
+
+def read_document(
+    source: Document | str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    name: str = "config",
+) -> Document:
+    """Reads a configuration without judging what it says.
+
+    :param source: a path, a mapping, or a document, which stays as it is.
+    :param overrides: values by dotted path, such as ``{"epochs": 3, "compression.budget.macs": 0.4}``.
+    :param name: what to call a mapping in messages; a file is called by its path.
+    :raises ConfigError: there is no such file, it holds no JSON object, or there is no place for an override.
+    """
+    value: Any
+    if isinstance(source, Document):
+        name, value = source.name, source.data
+    elif isinstance(source, Mapping):
+        value = source
+    else:
+        name, value = read(source)
+    document = plain_object(name, value)
+    for path, override in (overrides or {}).items():
+        _override(document, path, override, name)
+    return Document(name, document)
+
+
+def _override(data: dict[str, Any], path: str, value: Any, name: str) -> None:
+    """Sets a value at a dotted path; items of lists are addressed by their index."""
+    *parents, last = path.split(".")
+    target: Any = data
+    try:
+        for step in parents:
+            target = target[int(step)] if isinstance(target, list) else target.setdefault(step, {})
+        target[int(last) if isinstance(target, list) else last] = value
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        message = "cannot be set: the config has no such place. Join the parts by dots, as in compression.budget.macs."
+        raise ConfigError(name, [Problem(path, message)]) from error
 
 
 class _Object(dict[str, Any]):

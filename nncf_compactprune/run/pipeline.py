@@ -28,8 +28,7 @@ import torch
 from torch import nn
 
 from nncf_compactprune.channels import trace
-from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
-from nncf_compactprune.config.reading import plain_object, read
+from nncf_compactprune.config import CompressionConfig, InputInfo, load_config, read_document
 from nncf_compactprune.controller import CompressionController, create_compressed_model
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import ConfigError, Problem, ResolveError
@@ -98,15 +97,9 @@ def read_settings(
     :param overrides: values by dotted path, such as ``{"epochs": 3, "compression.budget.macs": 0.4}``.
     :raises ConfigError: with all problems of the compression part, or all of the training part.
     """
-    name, raw = read(source)
-    document = plain_object(name, raw)
-    for path, value in (overrides or {}).items():
-        _override(document, path, value, name)
-    try:
-        compression = load_config(document, plugins)
-    except ConfigError as error:
-        raise ConfigError(name, error.problems) from error
-    return Settings(name, document, compression, RunConfig.from_config(compression, name))
+    document = read_document(source, overrides)
+    compression = load_config(document, plugins)
+    return Settings(document.name, document.data, compression, RunConfig.from_config(compression, document.name))
 
 
 def run(
@@ -128,9 +121,6 @@ def run(
     plugins = plugins or default_plugins()
     settings = read_settings(source, overrides, plugins)
     config = settings.run
-    if settings.compression.accuracy_aware_training is not None:
-        message = "'run' trains a fixed number of epochs. Leave it out, or write a training script of your own."
-        raise ConfigError(settings.source, [Problem("accuracy_aware_training", message)])
     for warning in unread_key_warnings(settings.document):
         say(f"Warning: {warning}")
     directory = Path(config.output_dir)
@@ -278,19 +268,6 @@ def _plan_of_whole(dense: nn.Module, example: ExampleInputs, settings: Settings,
     graph = trace(dense, example, plugins=plugins)
     algorithms = ", ".join(entry.algorithm for entry in settings.compression.compression)
     return make_plan(graph, [np.ones(group.size, bool) for group in graph.groups], algorithm=algorithms)
-
-
-def _override(document: dict[str, Any], path: str, value: Any, source: str) -> None:
-    """Sets ``document`` at a dotted path; list items are addressed by their index."""
-    *parents, last = path.split(".")
-    target: Any = document
-    try:
-        for step in parents:
-            target = target[int(step)] if isinstance(target, list) else target.setdefault(step, {})
-        target[int(last) if isinstance(target, list) else last] = value
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        message = "cannot be set: the config has no such place. Join the parts by dots, as in compression.budget.macs."
-        raise ConfigError(source, [Problem(path, message)]) from error
 
 
 def _with_input_info(settings: Settings, dataset: ResolvedDataset) -> Settings:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 
-from nncf_compactprune.config import CompressionConfig, Section
-from nncf_compactprune.config.messages import validated
-from nncf_compactprune.config.reading import Finding, config_error
+from nncf_compactprune.config import CompressionConfig, Document, Section, load_section
 from nncf_compactprune.decide.labelled import class_scores as class_scores  # also for those who import it from here
 from nncf_compactprune.storage.snapshots import Snapshot, Snapshots
 
@@ -59,11 +57,11 @@ class OptimizerConfig(Section):
 class ExportConfig(Section):
     """What ``run`` writes of the dense and the pruned model."""
 
-    formats: tuple[Literal["onnx", "openvino"], ...] = Field(default=("onnx", "openvino"), min_length=1)
-    precisions: tuple[Literal["fp32", "fp16"], ...] = Field(default=("fp32", "fp16"), min_length=1)
+    formats: tuple[Literal["onnx", "openvino"], ...] = Field(default=("onnx", "openvino"), min_length=1, strict=False)
+    precisions: tuple[Literal["fp32", "fp16"], ...] = Field(default=("fp32", "fp16"), min_length=1, strict=False)
 
 
-class RunConfig(BaseModel):
+class RunConfig(Section):
     """The top-level keys that belong to the training script, as in NNCF's samples.
 
     :param model: name for :func:`~nncf_compactprune.run.models.resolve_model`.
@@ -78,7 +76,7 @@ class RunConfig(BaseModel):
     :param output_dir: where the artefacts go.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     model: str
     model_options: dict[str, Any] = Field(default_factory=dict)
@@ -101,12 +99,7 @@ class RunConfig(BaseModel):
         :param source: the config's name, for messages.
         :raises ConfigError: with all problems, each with its JSON path.
         """
-        document = dict(config.model_extra or {})
-        findings: list[Finding] = []
-        run = validated(cls, document, (), findings, as_json=True)
-        if run is None:
-            raise config_error(source, findings, document)
-        return run
+        return load_section(Document(source, dict(config.model_extra or {})), cls)
 
 
 class Scheduler(Protocol):

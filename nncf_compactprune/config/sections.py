@@ -1,0 +1,83 @@
+"""What every section of a configuration is made of, and one entry of ``"compression"``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import core_schema
+
+
+class Section(BaseModel):
+    """Base of every section of an entry: frozen, strict about types (no ``"8"`` for 8), closed to unknown keys.
+
+    JSON has no tuple and no enum. A field of such a type takes a list or a string by ``Field(strict=False)``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class OneOrMany:
+    """Lets one item stand for a list of one, as NNCF's grammar does."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(
+            lambda value: list(value) if isinstance(value, (list, tuple)) else [value], handler(source)
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        many = handler(schema)
+        return {"anyOf": [many["items"], many]}
+
+
+class NotYet:
+    """Marks a key of NNCF's grammar that nothing acts on yet: it is refused with a reason, unless it is null.
+
+    :param reason: what is not there yet, and what to do instead.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._refuse)
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"type": "null", "description": self.reason}
+
+    def _refuse(self, value: Any) -> None:
+        if value is not None:
+            raise ValueError(self.reason)
+
+
+Scopes = Annotated[list[str], OneOrMany()]
+
+
+class BatchNormAdaptation(Section):
+    """How many samples re-estimate BatchNorm statistics after pruning; 0 leaves them as they are."""
+
+    num_bn_adaptation_samples: int = Field(default=2000, ge=0)
+
+
+class Initializer(Section):
+    """What happens right after the model was compressed, before training."""
+
+    batchnorm_adaptation: BatchNormAdaptation = BatchNormAdaptation()
+
+
+class AlgorithmConfig(Section):
+    """One entry of ``"compression"``. An algorithm's ``Config`` derives from it and adds its own sections.
+
+    :param algorithm: the algorithm's name.
+    :param ignored_scopes: NNCF scopes that are not compressed.
+    :param target_scopes: NNCF scopes that are; all, where None.
+    """
+
+    algorithm: str
+    ignored_scopes: Scopes = Field(default_factory=list)
+    target_scopes: Scopes | None = None
+    initializer: Initializer = Initializer()
