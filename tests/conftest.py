@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # On a slow machine NNCF's C++ extension compiles for longer than NNCF waits by default.
 os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
@@ -21,6 +22,9 @@ from timm_import import let_torchvision_import
 let_torchvision_import()
 # Tests run side by side (pytest -n 2): with more threads than cores, torch's threads spend their time waiting in turn.
 torch.set_num_threads(1)
+# No test asserts on time, hypothesis' own ones included.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

@@ -213,7 +213,7 @@ def test_surgeon_scores_are_what_refitting_leaves() -> None:
         h = found.inputs[0]
         w = weight_rows(layer)[0]
         left_over = h[gone, gone] - h[gone, rest] @ torch.linalg.solve(h[rest][:, rest], h[rest, gone])
-        losses.append(float(left_over * w[:, gone].square().sum()))
+        losses.append((left_over * w[:, gone].square().sum()).item())
     assert float(scores[first]) == pytest.approx(min(losses), rel=1e-4)
 
 

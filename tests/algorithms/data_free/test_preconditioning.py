@@ -54,7 +54,7 @@ def chain(activation: type[nn.Module] = nn.ReLU) -> nn.Module:
 
 def ranges(layer: nn.Module) -> float:
     rows = layer.weight.flatten(1).abs().amax(1)
-    return float(rows.max() / rows.min())
+    return (rows.max() / rows.min()).item()
 
 
 PAIRS = [("features.0", "features.3"), ("features.3", "features.6"), ("features.6", "features.8")]
