@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from nncf_compactprune.channels.cost import CostModel, Polynomial
 from nncf_compactprune.channels.labels import LabelArray, LabelSpace, Reason, Solution
-from nncf_compactprune.channels.terms import AttributeTerm, MacTerm
+from nncf_compactprune.channels.terms import AttributeTerm, AttributeValue, MacTerm
 from nncf_compactprune.host.tensors import ModelTensors
 
 
@@ -75,11 +76,13 @@ class PinnedGroup:
 
 @dataclass(frozen=True, eq=False)
 class AttributeFact:
-    """An integer that a module keeps about channels which its parameters do not show (``num_heads``).
+    """A number that a module keeps about channels which its parameters do not show (``num_heads``), or a list of
+    numbers (``splits``).
 
     :param module: name; :param attribute: its attribute; :param unit: what one kept channel counts.
     :param groups: group of each channel it counts, -1 where pinned, shape ``[channels]``.
     :param channels: position of each in its group, shape ``[channels]``.
+    :param entries: the dense list, one run of channels an entry; empty for a number.
     """
 
     module: str
@@ -87,14 +90,23 @@ class AttributeFact:
     unit: int
     groups: npt.NDArray[np.int64]
     channels: npt.NDArray[np.int64]
+    entries: tuple[int, ...] = ()
 
-    def value(self, keep: Sequence[npt.NDArray[np.bool_]]) -> int:
+    @property
+    def dense(self) -> AttributeValue:
+        """The attribute before a cut."""
+        return self.entries or self.unit * len(self.groups)
+
+    def value(self, keep: Sequence[npt.NDArray[np.bool_]]) -> AttributeValue:
         """The attribute after a cut.
 
         :param keep: for each group which channels stay.
         """
-        counted = (group < 0 or keep[group][channel] for group, channel in zip(self.groups, self.channels, strict=True))
-        return self.unit * sum(map(int, counted))
+        stays = [group < 0 or keep[group][channel] for group, channel in zip(self.groups, self.channels, strict=True)]
+        if not self.entries:
+            return self.unit * sum(map(int, stays))
+        ends = itertools.accumulate(self.entries)
+        return tuple(sum(map(int, stays[end - size : end])) for size, end in zip(self.entries, ends, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +117,7 @@ class ChannelGraph:
     :param pinned: channels that stay, with reasons; dimensions that never were channels are left out.
     :param cost: exact MACs and parameters as functions of the group widths.
     :param parameters: name to shape of every floating parameter and buffer, in model order: the plan's fingerprint.
-    :param attributes: integers that modules keep about channels, beside those that follow from their own parameters.
+    :param attributes: numbers that modules keep about channels, beside those that follow from their own parameters.
     :param tied: other names of shared parameters, to the name used here.
     :param unsupported_ops: operations without a rule, with how often they met channels.
     """
@@ -150,7 +162,7 @@ def build_graph(
     free = solution.pin < 0
     if not allow_approximate:
         free &= solution.approximate < 0
-    groups, group_of_class = _groups(space, solution, free)
+    groups, group_of_class = _groups(space, solution, free, attributes)
     group_of_label = group_of_class[solution.component]
     sizes = np.array([group.size for group in groups], np.int64)
     macs = Polynomial(((t.constant / batch, t.dims) for t in mac_terms), group_of_label, sizes)
@@ -176,7 +188,8 @@ def _attribute_facts(
     for term in terms:
         classes = solution.component[term.labels]
         if (group_of_class[classes] >= 0).any():
-            yield AttributeFact(term.module, term.attribute, term.unit, group_of_class[classes], position[classes])
+            group_of_label = group_of_class[classes]
+            yield AttributeFact(term.module, term.attribute, term.unit, group_of_label, position[classes], term.entries)
 
 
 def _pin_unused(space: LabelSpace) -> None:
@@ -198,9 +211,12 @@ def _slot_of_label(space: LabelSpace) -> LabelArray:
 
 
 def _groups(
-    space: LabelSpace, solution: Solution, free: npt.NDArray[np.bool_]
+    space: LabelSpace, solution: Solution, free: npt.NDArray[np.bool_], attributes: Sequence[AttributeTerm]
 ) -> tuple[list[ChannelGroup], LabelArray]:
-    """Families of classes with the same slices: (slot, how often) pairs hashed per class, then split by hash."""
+    """Families of classes with the same slices: (slot, how often) pairs hashed per class, then split by hash.
+
+    What a module counts in one number is a family apart, so that no number comes down to 0.
+    """
     slot_of_label = _slot_of_label(space)
     labels = np.flatnonzero((slot_of_label >= 0) & free[solution.component])
     classes, slots = solution.component[labels], slot_of_label[labels]
@@ -213,6 +229,9 @@ def _groups(
     counts = np.diff(np.r_[starts, labels.size])
     signatures = np.zeros(len(solution.pin), np.uint64)
     np.add.at(signatures, classes[starts], _mix(slots[starts], counts))
+    for index, run in enumerate(run for term in attributes for run in term.runs):
+        counted, often = np.unique(solution.component[run], return_counts=True)
+        signatures[counted] += _mix(np.full(counted.shape, len(space.slots) + index), often)
     present = classes[np.flatnonzero(np.r_[True, classes[1:] != classes[:-1]])]
     kinds, first, kind_of = np.unique(signatures[present], return_index=True, return_inverse=True)
     rank = np.empty(len(kinds), np.int64)

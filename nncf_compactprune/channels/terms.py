@@ -1,8 +1,13 @@
-"""What a trace notes beside labels: terms of the cost, and integers that modules keep about their channels."""
+"""What a trace notes beside labels: terms of the cost, and numbers that modules keep about their channels."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from torch import nn
 
 from nncf_compactprune.channels.labels import LabelArray
 
@@ -10,21 +15,52 @@ HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_k
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_head", "key_dim")
 HEAD_PRODUCTS = ("attn_dim", "all_head_size", "inner_dim", "nh_kd")
 COUNTING_ATTRIBUTES = frozenset((*HEAD_COUNTS, *HEAD_PRODUCTS))
+GEOMETRY = ("stride", "kernel", "pad", "dilation", "patch", "ratio", "factor", "reduction")  # never count channels
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+AttributeValue: TypeAlias = int | tuple[int, ...]
+"""What a module keeps about its channels: a number, or one for each part of a split."""
+
+
+def width_of(module: nn.Module, attribute: str) -> AttributeValue | None:
+    """The value of an attribute that may say how many channels something has, a list as a tuple; None where it cannot.
+
+    The numbers of torch's own layers follow from their weights, so they are not asked. Nor are properties, private
+    names, and names of geometry (a smaller stride makes a larger image).
+    """
+    if attribute.startswith("_") or any(word in attribute for word in GEOMETRY):
+        return None
+    bases = type(module).__mro__
+    if any(base.__module__.startswith("torch.nn.") and base not in _CONTAINERS for base in bases):
+        return None
+    value = vars(module).get(attribute)
+    if value is None:
+        value = inspect.getattr_static(type(module), attribute, None)
+    if type(value) in (list, tuple) and value and all(type(entry) is int for entry in value):
+        return tuple(value)
+    return value if type(value) is int else None
 
 
 @dataclass(frozen=True)
 class AttributeTerm:
-    """An integer that a module keeps about its channels and that parameters do not show.
+    """A number that a module keeps about its channels and that parameters do not show, or a list of numbers.
 
     :param module: name of the module; :param attribute: its attribute.
     :param unit: what one kept channel counts.
     :param labels: the channels.
+    :param entries: the list, one run of ``labels`` an entry; empty for a number.
     """
 
     module: str
     attribute: str
     unit: int
     labels: LabelArray
+    entries: tuple[int, ...] = ()
+
+    @property
+    def runs(self) -> list[LabelArray]:
+        """The channels that each number counts."""
+        return np.split(self.labels, np.cumsum(self.entries)[:-1]) if self.entries else [self.labels]
 
 
 @dataclass(frozen=True)

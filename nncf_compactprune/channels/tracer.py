@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from nncf_compactprune.channels.groups import ChannelGraph, build_graph
 from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Pin, Reason
+from nncf_compactprune.channels.running_code import Number, numbers_in_code, user_location
 from nncf_compactprune.channels.shapes import ValuesNeeded, without_arithmetic
 from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WIDTHS, AttributeTerm, MacTerm
 from nncf_compactprune.errors import TraceError
@@ -31,9 +30,6 @@ from nncf_compactprune.plugins import Plugins, default_plugins
 
 _LABELS = "_compactprune_labels"
 _CONSTANT = "_compactprune_constant"
-_TORCH_ROOT = os.path.dirname(torch.__file__) + os.sep
-_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_OWN_NETWORKS = os.path.join(_PACKAGE_ROOT, "run", "networks") + os.sep
 
 
 def trace(
@@ -117,6 +113,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._module_names = {id(module): name for name, module in named_modules(model)}
         self._stack: list[tuple[str, nn.Module]] = []
         self.attributes: list[AttributeTerm] = []
+        self.chunking = False
         self.tensors = model_tensors(model)
         for name, tensor in self.tensors.named():
             if carries_channels(tensor):
@@ -133,7 +130,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             register_module_forward_hook(self._leave, always_call=True),
         ]
         try:
-            with evaluating(self.model), _AttentionScale(self), self:
+            with evaluating(self.model), _TorchCalls(self), self:
                 output = call_model(self.model, example_inputs)
         except (TraceError, ValuesNeeded):
             raise
@@ -177,18 +174,27 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 heads = np.ascontiguousarray(cube[0, :, 0])
                 for key, value in counts.items():
                     if value == sizes[axis]:
-                        self._note_attribute(AttributeTerm(name, key, 1, heads))
+                        self.note_attribute(AttributeTerm(name, key, 1, heads))
                 for key in HEAD_PRODUCTS:
                     if getattr(module, key, None) == sizes[axis] * sizes[-1]:
-                        self._note_attribute(AttributeTerm(name, key, sizes[-1], heads))
+                        self.note_attribute(AttributeTerm(name, key, sizes[-1], heads))
                 return axis
         return None
 
-    def _note_attribute(self, term: AttributeTerm) -> None:
-        """Heads that one attribute counts are the same heads, wherever the module meets them."""
+    def numbers_in_code(self) -> list[Number]:
+        """Numbers of the model's modules that the running code reads and that could count channels; none while torch
+        itself works out where to cut (``chunk``)."""
+        return [] if self.chunking else numbers_in_code(self._module_names)
+
+    def note_attribute(self, term: AttributeTerm) -> None:
+        """Channels that one attribute counts are the same channels, wherever the module meets them."""
         for earlier in self.attributes:
             if (earlier.module, earlier.attribute) == (term.module, term.attribute):
-                self.space.unify(earlier.labels, term.labels)
+                if (earlier.unit, earlier.entries, earlier.labels.size) == (term.unit, term.entries, term.labels.size):
+                    self.space.unify(earlier.labels, term.labels)
+                else:
+                    for labels in (earlier.labels, term.labels):
+                        self.pin(labels, f"'{term.attribute}' counts channels in two ways")
                 return
         self.attributes.append(term)
 
@@ -313,10 +319,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._stack.pop()
 
 
-class _AttentionScale(TorchFunctionMode):
-    """Pins the width of attention heads where it sets the scale of the scores.
+_CHUNKS = (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)
 
-    Below this level the scale may be a number already, when torch takes attention apart into products.
+
+class _TorchCalls(TorchFunctionMode):
+    """Sees what operations do not tell any more.
+
+    The width of attention heads sets the scale of the scores, and is pinned: below, the scale may be a number already,
+    when torch takes attention apart into products. A chunk is a split by a constant size, below.
     """
 
     def __init__(self, tracer: Tracer) -> None:
@@ -332,7 +342,11 @@ class _AttentionScale(TorchFunctionMode):
                 if isinstance(tensor, Tensor):
                     width = self._tracer.labels(tensor)[-1]
                     self._tracer.pin(width, "width of an attention head, which sets its scale")
-        return func(*args, **kwargs)
+        before, self._tracer.chunking = self._tracer.chunking, self._tracer.chunking or func in _CHUNKS
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._tracer.chunking = before
 
 
 def _unresolved(*_: Any) -> None:
@@ -340,17 +354,3 @@ def _unresolved(*_: Any) -> None:
 
 
 _UNRESOLVED: Callable[..., None] = _unresolved
-
-
-def user_location(depth: int) -> str:
-    """The innermost line of code outside torch and this package that is running, ``depth`` frames up or more."""
-    frame = sys._getframe(depth)
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        foreign = not filename.startswith((_TORCH_ROOT, _PACKAGE_ROOT, "<"))
-        if foreign or filename.startswith(_OWN_NETWORKS):
-            return f"{os.path.basename(filename)}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return ""

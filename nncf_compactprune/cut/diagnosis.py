@@ -1,8 +1,8 @@
 """Why a cut model does not run, or computes something else: the first operation that departs from what channel analysis
 predicts, and the groups that it touches.
 
-Analysis takes views and splits at their word; a network that writes a width into its code (``x[:, :64]``,
-``split(x, self.width)``) breaks once that width shrinks. The dense model is run once more with labels recorded, which
+Analysis takes views and splits at their word; a network that writes a width into its code (``x.view(b, 64, -1)``)
+breaks once that width shrinks. The dense model is run once more with labels recorded, which
 predicts the shape of every intermediate result of the cut model (and, from the masked model, what it holds); the cut
 model is run beside that list, and the first operation that differs names module, line and groups.
 """
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from nncf_compactprune.channels import ChannelGraph, Pin, trace
 from nncf_compactprune.channels.labels import DimLabels, LabelSpace
+from nncf_compactprune.channels.running_code import user_location
 from nncf_compactprune.channels.shapes import ValuesNeeded
-from nncf_compactprune.channels.tracer import Tracer, user_location
+from nncf_compactprune.channels.tracer import Tracer
 from nncf_compactprune.cut.masked_model import masked
 from nncf_compactprune.cut.self_check import check_inputs, in_double, prune_in_place, to_double
 from nncf_compactprune.cut.surgery import cut

@@ -100,10 +100,16 @@ def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: 
     for name in plan.kept:
         log.set_data(tensors[name], select(tensors[name].data, plan.selection(name)))
     for name, attributes in plan.attributes.items():
-        updates.append((model.get_submodule(name), dict(attributes)))
+        module = model.get_submodule(name)
+        updates.append((module, {key: _as_kept(getattr(module, key), value) for key, value in attributes.items()}))
     for target, attributes in updates:
         for attribute, value in attributes.items():
             log.set_attribute(target, attribute, value)
+
+
+def _as_kept(old: Any, value: Any) -> Any:
+    """A plan's value as the module keeps it: a list stays a list."""
+    return list(value) if isinstance(old, list) else value
 
 
 def _class_counts(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.channels.groups import ChannelGraph, fingerprint
-from nncf_compactprune.channels.terms import COUNTING_ATTRIBUTES
+from nncf_compactprune.channels.terms import COUNTING_ATTRIBUTES, AttributeValue, width_of
 from nncf_compactprune.errors import PlanError
 from nncf_compactprune.host.tensors import model_tensors, named_modules
 from nncf_compactprune.plan.layers import disagreement
@@ -64,8 +64,8 @@ class PruningPlan:
     :param pinned: (module, channels, reason) of what could not be pruned.
     :param algorithm: what decided it.
     :param approximate: groups whose removal changes a normalisation over channels, with the reason.
-    :param attributes: module name to integer attribute to its value after the cut, for what parameters do not show
-        (``num_heads``).
+    :param attributes: module name to attribute to its value after the cut, for what parameters do not show: a number
+        (``num_heads``), or a tuple of numbers (``splits``).
     :param output_classes: where the classifier was cut: the dense model's class behind each output, ascending; empty
         where it was not. Label ``output_classes[j]`` of the dense model is label j of the pruned one.
     """
@@ -78,7 +78,7 @@ class PruningPlan:
     pinned: tuple[tuple[str, int, str], ...] = ()
     algorithm: str = ""
     approximate: tuple[tuple[str, str], ...] = ()
-    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, AttributeValue]] = field(default_factory=dict)
     output_classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -174,9 +174,10 @@ class PruningPlan:
                 msg = f"plan: {when}: states {cost.params} parameters, but they are {count}. The plan was altered."
                 raise PlanError(msg)
         counts = {
-            (name, attribute): getattr(module, attribute)
+            (name, attribute): number
             for name, module in named_modules(model)
             for attribute in self.attributes.get(name, {})
+            if (number := _number_of(module, attribute)) is not None
         }
         self._validate_counts(tensors.shapes(), counts)
         by_name = tensors.all()
@@ -195,8 +196,12 @@ class PruningPlan:
             msg = f"plan: output_classes: no weight keeps just these {len(self.output_classes)} rows. It was altered."
             raise PlanError(msg)
 
-    def _validate_counts(self, dense: Mapping[str, tuple[int, ...]], counts: Mapping[tuple[str, str], int]) -> None:
-        """A module's count of heads shrinks as one of its parameters does, or the plan was altered."""
+    def _validate_counts(
+        self, dense: Mapping[str, tuple[int, ...]], counts: Mapping[tuple[str, str], AttributeValue]
+    ) -> None:
+        """A module's count of heads shrinks as one of its parameters does, and no other number loses more channels
+        than all parameters do, or the plan was altered."""
+        lost = sum(dense[name][dim] - len(kept) for name, dims in self.kept.items() for dim, kept in dims.items())
         for module, values in self.attributes.items():
             shares = {
                 Fraction(len(positions), dense[name][dim])
@@ -205,10 +210,15 @@ class PruningPlan:
                 for dim, positions in dims.items()
             }
             for attribute, value in values.items():
-                if counts.get((module, attribute)) not in {value / share for share in shares}:
+                old = counts[module, attribute]
+                if isinstance(old, int) and isinstance(value, int) and attribute in COUNTING_ATTRIBUTES:
+                    follows = old in {value / share for share in shares}
+                else:
+                    follows = np.max(np.subtract(old, value)) <= lost
+                if not follows:
                     msg = (
-                        f"plan: attributes.{shown(module)}.{shown(attribute)}: {value} follows from no kept width of "
-                        "the module. The plan was altered."
+                        f"plan: attributes.{shown(module)}.{shown(attribute)}: {value} follows from no kept width. "
+                        "The plan was altered."
                     )
                     raise PlanError(msg)
 
@@ -302,21 +312,36 @@ def _validate_positions(name: str, shape: Sequence[int], dim: int, positions: np
         raise PlanError(msg)
 
 
-def _validate_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, int]]) -> None:
-    """Only integers that channel analysis itself speaks of may be set, and only to less."""
+def _validate_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, AttributeValue]]) -> None:
+    """Only numbers that may count channels can be set, and only to less."""
     modules = dict(named_modules(model)) if attributes else {}
     for name, values in attributes.items():
         if name not in modules:
             msg = f"plan: attributes: module '{shown(name)}' does not exist in {type(model).__name__}."
             raise PlanError(msg)
         for attribute, value in values.items():
-            old = getattr(modules[name], attribute, None) if attribute in COUNTING_ATTRIBUTES else None
-            if type(old) is not int or not 1 <= value <= old:
+            old = _number_of(modules[name], attribute)
+            if old is None or not _is_less(value, old):
                 msg = (
-                    f"plan: attributes.{shown(name)}.{shown(attribute)}: expected an attention module's count of "
-                    f"heads, from 1 to what it is now ({old}), got {value}."
+                    f"plan: attributes.{shown(name)}.{shown(attribute)}: expected a count of heads or of channels, "
+                    f"each from 1 to what it is now ({old}), got {shown(str(value))}."
                 )
                 raise PlanError(msg)
+
+
+def _number_of(module: nn.Module, attribute: str) -> AttributeValue | None:
+    """The present value of an attribute that a plan may set."""
+    if attribute in COUNTING_ATTRIBUTES:
+        value = getattr(module, attribute, None)
+        return value if type(value) is int else None
+    return width_of(module, attribute)
+
+
+def _is_less(new: AttributeValue, old: AttributeValue) -> bool:
+    """Whether no number is larger than before, or below 1."""
+    if isinstance(new, int) or isinstance(old, int):
+        return isinstance(new, int) and isinstance(old, int) and 1 <= new <= old
+    return len(new) == len(old) and all(1 <= a <= b for a, b in zip(new, old, strict=True))
 
 
 def make_plan(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]], *, algorithm: str = "") -> PruningPlan:
@@ -363,11 +388,11 @@ def make_plan(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]], *, alg
     return plan
 
 
-def _attributes(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]]) -> dict[str, dict[str, int]]:
+def _attributes(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]]) -> dict[str, dict[str, AttributeValue]]:
     """New values of the attributes that change."""
-    result: dict[str, dict[str, int]] = {}
+    result: dict[str, dict[str, AttributeValue]] = {}
     for fact in graph.attributes:
         value = fact.value(keep)
-        if value != fact.unit * len(fact.groups):
+        if value != fact.dense:
             result.setdefault(fact.module, {})[fact.attribute] = value
     return result

@@ -36,8 +36,8 @@ def read_plan(text: str | bytes) -> dict[str, Any]:
     """The fields of a plan, with types, ranges and names checked; whether they fit a model is not known here.
 
     :return: ``before`` and ``after`` as ``{"macs", "params"}``, ``groups`` as ``{"name", "before", "after"}``,
-        ``pinned`` and ``approximate`` as tuples, ``attributes`` as module to attribute to value, ``kept`` as name to
-        dimension to positions, ``output_classes`` as a tuple.
+        ``pinned`` and ``approximate`` as tuples, ``attributes`` as module to attribute to a number or a tuple of
+        numbers, ``kept`` as name to dimension to positions, ``output_classes`` as a tuple.
     :raises PlanError: not JSON, not a plan, another version, a field of another type, a name given twice.
     """
     document = _parsed(text)
@@ -60,7 +60,7 @@ def read_plan(text: str | bytes) -> dict[str, Any]:
         "approximate": _each(fields["approximate"], "approximate", _approximate),
         "attributes": {
             name: {
-                key: _count(count, f"attributes.{shown(name)}") for key, count in _names(values, "attributes").items()
+                key: _number(value, f"attributes.{shown(name)}") for key, value in _names(values, "attributes").items()
             }
             for name, values in _names(fields["attributes"], "attributes").items()
         },
@@ -153,6 +153,10 @@ def _count(value: Any, where: str) -> int:
     if type(value) is not int or not 0 <= value <= MAX_COUNT:
         raise _fault(where, f"a whole number from 0 to {MAX_COUNT}", value)
     return value
+
+
+def _number(value: Any, where: str) -> int | tuple[int, ...]:
+    return _each(value, where, _count) if isinstance(value, list) else _count(value, where)
 
 
 def _at_most(value: int, where: str, limit: int) -> None:

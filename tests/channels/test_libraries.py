@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import torch
 from support.places import BENCHMARKS
 
-from nncf_compactprune import export_model, load_pruned, prune, save_pruned
+from nncf_compactprune import analyse, export_model, load_pruned, prune, save_pruned
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError
 from nncf_compactprune.integrations.timm import load_pruned_timm, save_pruned_timm
 
@@ -27,7 +28,10 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 sweep = load_sweep()
 
 TIMM = timm.list_models("test_*")
-EXTRA = ["resnet18", "mobilenetv2_050", "ghostnet_100", "shvit_s1", "res2net50_26w_4s", "swin_tiny_patch4_window7_224"]
+EXTRA = [
+    "resnet18", "mobilenetv2_050", "ghostnet_100", "shvit_s1", "res2net50_26w_4s", "mixnet_s",
+    "swin_tiny_patch4_window7_224",
+]  # fmt: skip
 
 
 def build(library: str, name: str):
@@ -63,7 +67,26 @@ def outputs(model, x):
     return [t for t in torch.utils._pytree.tree_leaves(sweep.call(model.eval(), x)) if isinstance(t, torch.Tensor)]
 
 
-@pytest.mark.parametrize(("library", "name"), [("timm", "test_vit"), ("timm", "test_resnet"), ("transformers", "Swin")])
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [
+        ("mixnet_s", "splits"), ("res2net50_26w_4s", "width"), ("fasternet_t0", "dim_conv3"),
+        ("cs3darknet_s", "expand_chs"), ("rexnet_100", "in_channels"), ("dpn48b", "num_1x1_c"),
+    ],
+)  # fmt: skip
+def test_networks_that_split_by_their_own_numbers_have_no_floor(name, attribute):
+    model = timm.create_model(name, num_classes=5)
+    x = torch.randn(1, 3, 64, 64)
+    graph = analyse(model, x)
+    assert {pinned.reason for pinned in graph.pinned} == {"model output"}
+    assert graph.cost.macs(np.ones(len(graph.groups))) < 0.02 * graph.macs
+    result = prune(model, x, budget={"macs": 0.5}, round_to=1, importance="l1")
+    assert attribute in {key for values in result.plan.attributes.values() for key in values}
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [("timm", "test_vit"), ("timm", "test_resnet"), ("timm", "mixnet_s"), ("transformers", "Swin")]
+)
 def test_exports_with_fewer_heads_and_channels(library, name, tmp_path):
     model, x, _ = pruned(library, name)
     files = export_model(model, x, tmp_path / "model.onnx")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from support.cuts import random_plan
-from support.networks import STRUCTURES, images, trained
+from support.networks import STRUCTURES, Classifier, MixedConvolution, conv_bn, images, trained
+from torch import nn
 
 from nncf_compactprune import PruningPlan, apply_plan
 from nncf_compactprune.channels import trace
@@ -122,3 +124,63 @@ def test_head_counts_are_not_believed(change, words):
     with pytest.raises(PlanError, match=words):
         apply_plan(model, PruningPlan.from_json(json.dumps(document)))
     apply_plan(model, plan)
+
+
+class Odd(MixedConvolution):
+    """Numbers that are not for plans."""
+
+    def __init__(self) -> None:
+        super().__init__([8, 8])
+        self.stride, self._version, self.levels = 2, 2, nn.ModuleList([nn.Identity()])
+
+    @property
+    def computed(self) -> int:
+        pytest.fail("a plan ran a property")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"splits": [4, 0]}, "from 1 to what it is now"),
+        ({"splits": [9, 4]}, "from 1 to what it is now"),
+        ({"splits": [4]}, "from 1 to what it is now"),
+        ({"splits": 4}, "from 1 to what it is now"),
+        ({"splits": []}, "from 1 to what it is now"),
+        ({"splits": [4, True]}, "expected a whole number"),
+        ({"splits": [[4], 4]}, "expected a whole number"),
+        ({"splits": "88"}, "expected a whole number"),
+        ({"training": 1}, "count of heads or of channels"),
+        ({"stride": 1}, "count of heads or of channels"),
+        ({"levels": [1]}, "count of heads or of channels"),
+        ({"_version": 1}, "count of heads or of channels"),
+        ({"computed": 1}, "count of heads or of channels"),
+        ({"forward": 1}, "count of heads or of channels"),
+        ({"absent": 1}, "count of heads or of channels"),
+    ],
+)
+def test_sizes_of_splits_are_not_believed(change, words):
+    def build():
+        torch.manual_seed(0)
+        return Classifier(nn.Sequential(conv_bn(3, 16), Odd(), conv_bn(16, 16)), 16).double().eval()
+
+    plan = random_plan(build(), images())
+    document = json.loads(plan.to_json())
+    document["attributes"]["features.1"].update(change)
+    model = build()
+    with pytest.raises(PlanError, match=words):
+        apply_plan(model, PruningPlan.from_json(json.dumps(document)))
+    apply_plan(model, plan)
+
+
+def test_numbers_of_torchs_own_layers_are_not_for_plans():
+    document = json.loads(random_plan(trained("mixed_convolution"), images()).to_json())
+    document["attributes"]["features.2.0"] = {"out_channels": 1}
+    with pytest.raises(PlanError, match=r"features\.2\.0\.out_channels: expected a count of heads or of channels"):
+        apply_plan(trained("mixed_convolution"), PruningPlan.from_json(json.dumps(document)))
+
+
+def test_a_split_that_loses_more_than_the_plan_removes_is_refused():
+    plan = random_plan(trained("mixed_convolution"), images())
+    altered = dataclasses.replace(plan, kept={}, after=plan.before, attributes={"features.1": {"splits": (1, 8)}})
+    with pytest.raises(PlanError, match="follows from no kept width"):
+        apply_plan(trained("mixed_convolution"), altered)

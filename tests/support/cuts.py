@@ -28,7 +28,8 @@ def random_plan(
 
 def snapshot(model: nn.Module) -> dict:
     facts = {
-        name: {k: v for k, v in vars(m).items() if isinstance(v, (int, tuple))} for name, m in model.named_modules()
+        name: {k: v for k, v in vars(m).items() if isinstance(v, (int, tuple, list))}
+        for name, m in model.named_modules()
     }
     return {"state": {k: v.clone() for k, v in model.state_dict().items()}, "facts": copy.deepcopy(facts)}
 

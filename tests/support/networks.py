@@ -337,13 +337,75 @@ def grouped_query_attention() -> nn.Module:
     return Classifier(Tokens(), 16)
 
 
+class MixedConvolution(nn.Module):
+    """MixNet: a kernel size for each part of the channels, the parts' sizes in a list."""
+
+    def __init__(self, splits: list[int]) -> None:
+        super().__init__()
+        self.splits = splits
+        self.parts = nn.ModuleList(nn.Conv2d(n, n, 2 * i + 1, padding=i, groups=n) for i, n in enumerate(splits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(y) for part, y in zip(self.parts, x.split(self.splits, 1), strict=True)], 1)
+
+
+def mixed_convolution() -> nn.Module:
+    features = nn.Sequential(
+        conv_bn(3, 16), MixedConvolution([8, 8]), conv_bn(16, 20, 1), MixedConvolution([10, 6, 4]), conv_bn(20, 16, 1)
+    )
+    return Classifier(features, 16)
+
+
+class MultiScale(nn.Module):
+    """Res2Net: parts of equal width, each worked on with what became of the one before."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.inner, self.outer = conv_bn(inputs, 4 * width, 1), nn.Conv2d(4 * width, inputs, 1)
+        self.convs = nn.ModuleList(conv_bn(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *parts = self.inner(x).split(self.width, 1)
+        done = [first]
+        for conv, part in zip(self.convs, parts, strict=True):
+            done.append(conv(part + done[-1]))
+        return F.relu(x + self.outer(torch.cat(done, 1)))
+
+
+def multi_scale() -> nn.Module:
+    return Classifier(nn.Sequential(conv_bn(3, 16), MultiScale(16, 6), MultiScale(16, 6)), 16)
+
+
+class PartialConvolution(nn.Module):
+    """FasterNet, GhostNet and the like: slices and splits by one number, by the last channels, by the whole width."""
+
+    def __init__(self, width: int, part: int) -> None:
+        super().__init__()
+        self.width, self.part, self.last = width, part, width // 4
+        self.conv, self.beside = nn.Conv2d(part, part, 3, padding=1), nn.Conv2d(width // 2, width // 2, 1)
+        self.tail = nn.Conv2d(self.last, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.conv(x[:, : self.part]), x[:, self.part :]], 1)
+        worked, rest = x.split([self.part, self.width - self.part], 1)
+        x = torch.cat([F.relu(worked), rest], 1)
+        x = x + self.tail(x[:, -self.last :])
+        left, right = x.split(self.width // 2, 1)
+        return torch.cat([self.beside(left), right], 1)
+
+
+def partial_convolution() -> nn.Module:
+    return Classifier(nn.Sequential(conv_bn(3, 16), PartialConvolution(16, 6), conv_bn(16, 16, 1)), 16)
+
+
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
         plain, residual, option_a, depthwise, grouped, squeeze_excite, dense_concat, shuffle, shuffle_unit,
         transposed, glu,
         flatten, group_norm, layer_norm, pixel_shuffle, weight_norm, tied, attention,
-        grouped_query_attention,
+        grouped_query_attention, mixed_convolution, multi_scale, partial_convolution,
     )
 }  # fmt: skip
 

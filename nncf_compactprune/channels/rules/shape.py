@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from nncf_compactprune.channels.cuts_by_number import follows_slice, follows_split
 from nncf_compactprune.channels.labels import LabelArray
 from nncf_compactprune.channels.rules.base import argument, dims_of, name_of, rule
 from nncf_compactprune.channels.views import reshape_labels
@@ -120,17 +121,20 @@ def stack(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "tensor_split")
 def split(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Sequence[Tensor]) -> None:
-    """Equal parts lose the same positions, so that the cut stays where it is; unequal parts are cut by constants."""
+    """Parts whose sizes the module keeps as numbers go with these; other equal parts lose the same positions, so that
+    the cut stays where it is; other unequal parts are cut by constants."""
     x = args[0]
     dim = argument(args, kwargs, 2, "dim", 0) % x.dim()
     labels = list(tracer.labels(x))
     array = labels[dim]
     sizes = [part.shape[dim] for part in out]
     if array is not None and len(sizes) > 1:
-        if len(set(sizes)) == 1 and "with_sizes" not in name_of(func):
+        listed = "with_sizes" in name_of(func)
+        known = (listed or len(set(sizes)) == 1) and follows_split(tracer, array, sizes)
+        if len(set(sizes)) == 1 and not listed:
             rows = array.reshape(len(sizes), -1)
             tracer.unify(rows[1:], rows[:1])
-        else:
+        elif not known:
             tracer.pin(array, f"split into constant sizes {sizes}")
     offset = 0
     for part, size in zip(out, sizes, strict=True):
@@ -166,10 +170,13 @@ def cut(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
             tracer.set(result, labels)
         return
     if array is not None and out.shape[dim] != x.shape[dim]:
-        start = argument(args, kwargs, 2, "start") or 0
-        tracer.pin(array, f"sliced by constants by aten.{name}")
+        start, end = argument(args, kwargs, 2, "start") or 0, argument(args, kwargs, 3, "end")
+        from_end = start < 0 or (end is not None and end < 0)
         start = max(start + array.size, 0) if start < 0 else start
         step = argument(args, kwargs, 4, "step", 1) if name == "slice" else 1
+        stop = start + out.shape[dim]
+        if step != 1 or not out.shape[dim] or not follows_slice(tracer, array, start, stop, from_end=from_end):
+            tracer.pin(array, f"sliced by constants by aten.{name}")
         labels[dim] = array[start::step][: out.shape[dim]]
     tracer.set(out, labels)
 
