@@ -6,7 +6,7 @@ A message says where, what was expected, what came, and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import nncf
@@ -74,6 +74,34 @@ class PlanError(CompactPruneError):
 
 class SelfCheckError(CompactPruneError):
     """The pruned model did not compute what the masked model computed; the model was restored."""
+
+
+class FixedAttributeError(SelfCheckError):
+    """A module's attribute cannot be set to what it must be after a cut; the model was restored.
+
+    :param module: its name, empty for the model itself.
+    :param attribute: as ``num_heads``.
+    """
+
+    def __init__(self, module: str, attribute: str, message: str) -> None:
+        super().__init__(message)
+        self.module = module
+        self.attribute = attribute
+
+
+class RestoreError(CompactPruneError):
+    """A model could not be put back whole after a change failed.
+
+    :param failures: what is not as before, with the exception that came when it was to be put back.
+    """
+
+    def __init__(self, failures: Sequence[tuple[str, BaseException]]) -> None:
+        self.failures = tuple(failures)
+        shown = "\n  ".join(f"{what}: {type(error).__name__}: {error}" for what, error in self.failures)
+        super().__init__(
+            f"{len(self.failures)} changes could not be undone, all others are. Build the model anew or load it from "
+            f"its file. Not as before:\n  {shown}"
+        )
 
 
 class DistillationError(CompactPruneError):

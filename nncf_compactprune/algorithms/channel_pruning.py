@@ -29,6 +29,7 @@ from nncf_compactprune.decide.budgets import Allocation, Limits, allocate
 from nncf_compactprune.decide.scopes import prunable_groups
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
 from nncf_compactprune.host.distributed import averaged, process_count, require_agreement
+from nncf_compactprune.host.tensors import copy_in
 from nncf_compactprune.plan import PruningPlan, make_plan
 
 Kind = Literal["macs", "params"]
@@ -311,7 +312,7 @@ class ChannelPruning(CompressionAlgorithm):
             raise
         self._masks = None
         if context.ema is not None:
-            drop_masks(getattr(context.ema, "module", context.ema))
+            drop_masks(copy_in(context.ema, context.model))
         self.plan = plan
         self._done = True
 

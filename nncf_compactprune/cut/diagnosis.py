@@ -28,9 +28,10 @@ from nncf_compactprune.channels.tracer import Tracer
 from nncf_compactprune.cut.masked_model import masked
 from nncf_compactprune.cut.self_check import check_inputs, in_double, prune_in_place, to_double
 from nncf_compactprune.cut.surgery import cut
-from nncf_compactprune.cut.transaction import Transaction
-from nncf_compactprune.errors import SelfCheckError, TraceError
+from nncf_compactprune.cut.transaction import for_a_while
+from nncf_compactprune.errors import FixedAttributeError, SelfCheckError, TraceError
 from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.host.torch_internals import TorchDispatchMode, tree_leaves, tree_map
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.plugins import Plugins, default_plugins
@@ -156,6 +157,9 @@ def find_culprit(
     :param model: dense; it is masked and cut on the way, and left as it was.
     :return: the groups to leave whole, or None where the cut model follows the masked one to the end.
     """
+    fixed = _fixed_attribute(model, plan, graph, plugins)
+    if fixed is not None:
+        return fixed
     for inputs in check_inputs(example_inputs):
         try:
             found = _find_culprit(model, plan, graph, inputs, plugins, None)
@@ -166,6 +170,28 @@ def find_culprit(
         except TraceError:  # the network insists on another shape, or on single precision
             continue
     return _find_culprit(model, plan, graph, example_inputs, plugins, SINGLE_TOLERANCE)
+
+
+def _fixed_attribute(
+    model: nn.Module, plan: PruningPlan, graph: ChannelGraph, plugins: Plugins | None
+) -> Culprit | None:
+    """An attribute that does not let itself be set, with all groups that it counts in modules of the same kind."""
+    try:
+        with for_a_while() as log:
+            cut(log, model, plan, plugins=plugins)
+    except FixedAttributeError as error:
+        modules = dict(named_modules(model))
+        kind = type(modules.get(error.module))
+        alike = {name for name, module in modules.items() if type(module) is kind}
+        counted = [f.groups for f in graph.attributes if f.attribute == error.attribute and f.module in alike]
+        groups = {int(g) for groups in counted for g in groups if g >= 0} or {
+            index
+            for index, group in enumerate(graph.groups)
+            if any(member.parameter.rpartition(".")[0] in alike for member in group.members)
+        }
+        reason = f"'{error.attribute}' of {kind.__name__} '{error.module}' cannot be set: {error.__cause__}"
+        return Culprit(tuple(sorted(groups)), reason, "") if groups else None
+    return None
 
 
 def _find_culprit(
@@ -189,16 +215,13 @@ def _find_culprit(
             second.run(example_inputs)
             records = second.records
     follower = _Follower(records, removed, tolerance)
-    log = Transaction()
-    try:
+    with for_a_while() as log:
         cut(log, model, plan, plugins=plugins)
         try:
             with evaluating(model), follower:
                 call_model(model, example_inputs)
         except Exception as error:
             follower.note_failure(error)
-    finally:
-        log.rollback()
     if follower.found is None:
         return None
     at, what = follower.found

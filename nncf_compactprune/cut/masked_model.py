@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_compactprune.cut.transaction import Transaction
+from nncf_compactprune.cut.transaction import for_a_while
 from nncf_compactprune.host.tensors import model_tensors
 from nncf_compactprune.host.torch_internals import TorchDispatchMode
 from nncf_compactprune.plan import PruningPlan
@@ -19,15 +19,12 @@ from nncf_compactprune.plan import PruningPlan
 def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     """The dense model with everything that goes set to zero; its own weights are back afterwards, bit for bit."""
     parameters = model_tensors(model).parameters
-    log = Transaction()
-    try:
+    with for_a_while() as log:
         for name in plan.kept:
             if name in parameters:
                 log.set_data(parameters[name], zero_removed(parameters[name].data, plan.masked_dims(name)))
         with NormOverKept(model, plan):
             yield
-    finally:
-        log.rollback()
 
 
 def zero_removed(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from nncf_compactprune.host.nncf_hooks import (
     unseen_by_nncf,
     unwrap_if_empty,
 )
+from nncf_compactprune.host.tensors import copy_in
 from nncf_compactprune.plan import PruningPlan
 
 
@@ -100,7 +101,7 @@ class Masks:
 
         :param ema: a module with the same parameter names, or a holder with a ``module`` attribute.
         """
-        shadow = None if ema is None else getattr(ema, "module", ema)
+        shadow = None if ema is None else copy_in(ema, self._models[0])
         if shadow is None or any(shadow is model for model in self._models):
             return
         self._models.append(shadow)

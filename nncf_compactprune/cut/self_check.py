@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from nncf_compactprune.cut.masked_model import masked
 from nncf_compactprune.cut.surgery import cut
-from nncf_compactprune.cut.transaction import Transaction, transaction
+from nncf_compactprune.cut.transaction import Transaction, for_a_while, transaction
 from nncf_compactprune.errors import SelfCheckError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import model_tensors
@@ -164,14 +164,11 @@ def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
 @contextmanager
 def in_double(model: nn.Module) -> Iterator[None]:
     """The model in double precision; its own tensors are back afterwards, bit for bit."""
-    log = Transaction()
-    try:
+    with for_a_while() as log:
         for _, tensor in model_tensors(model).named():
             if tensor.is_floating_point():
                 log.set_data(tensor, tensor.data.double())
         yield
-    finally:
-        log.rollback()
 
 
 def to_double(leaf: Any) -> Any:

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from nncf_compactprune.channels.facts import facts_for
 from nncf_compactprune.cut.transaction import Transaction, transaction
-from nncf_compactprune.host.tensors import model_tensors, named_modules, own_tensors
+from nncf_compactprune.errors import FixedAttributeError
+from nncf_compactprune.host.tensors import copy_in, model_tensors, named_modules, own_tensors
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
 
@@ -30,6 +31,9 @@ CONFIG_ATTRIBUTE = "compactprune"  # of a Hugging Face config: what it said of t
 
 
 CLASS_COUNTS = ("num_classes", "num_labels")  # as timm's and Hugging Face's models call them
+
+
+Update = tuple[str, object, dict[str, Any]]  # where, what, and what is set of it
 
 
 def plan_of(model: nn.Module) -> PruningPlan | None:
@@ -56,6 +60,7 @@ def apply_plan(
     :param ema: a module with the same parameter names, or a holder with a ``module`` attribute; cut alike.
     :param plugins: where facts of modules come from; the installed plugins by default.
     :raises PlanError: the plan does not fit; the model is untouched.
+    :raises FixedAttributeError: a module does not let an attribute be set; the model is as before.
     """
     plan.validate(model)
     plan.validate_consistency(model)
@@ -73,7 +78,9 @@ def cut(
     plugins: Plugins | None = None,
 ) -> None:
     """The same inside a running transaction, for a plan that was validated."""
-    shadow = None if ema is None else _matching_module(ema, plan)
+    shadow = None if ema is None else copy_in(ema, model)
+    if shadow is not None:
+        plan.validate(shadow)
     if optimizer is not None:
         _cut_optimizer(log, model, plan, optimizer)
     for module in (model, *(() if shadow is None else (shadow,))):
@@ -82,29 +89,35 @@ def cut(
         log.set_attribute(module, PLAN_ATTRIBUTE, plan if earlier is None else earlier.then(plan))
 
 
-def _matching_module(ema: nn.Module, plan: PruningPlan) -> nn.Module:
-    module = getattr(ema, "module", ema)
-    plan.validate(module)
-    return module
-
-
 def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: Plugins) -> None:
     tensors = model_tensors(model).all()
     dims = {id(tensors[name]): kept for name, kept in plan.kept.items()}
-    updates: list[tuple[object, dict[str, Any]]] = _class_counts(model, plan, tensors) if plan.output_classes else []
-    for _, module in named_modules(model):
+    updates = _class_counts(model, plan, tensors) if plan.output_classes else []
+    for name, module in named_modules(model):
         shapes = _own_shapes(module, dims)
         facts = facts_for(module, plugins.module_facts) if shapes else None
         if facts is not None:
-            updates.append((module, facts(module, shapes)))
+            updates.append((name, module, facts(module, shapes)))
     for name in plan.kept:
         log.set_data(tensors[name], select(tensors[name].data, plan.selection(name)))
     for name, attributes in plan.attributes.items():
         module = model.get_submodule(name)
-        updates.append((module, {key: _as_kept(getattr(module, key), value) for key, value in attributes.items()}))
-    for target, attributes in updates:
-        for attribute, value in attributes.items():
-            log.set_attribute(target, attribute, value)
+        values = {key: _as_kept(getattr(module, key), value) for key, value in attributes.items()}
+        updates.append((name, module, values))
+    for name, target, values in updates:
+        for attribute, value in values.items():
+            _set_attribute(log, name, target, attribute, value)
+
+
+def _set_attribute(log: Transaction, name: str, target: object, attribute: str, value: Any) -> None:
+    try:
+        log.set_attribute(target, attribute, value)
+    except Exception as error:
+        msg = (
+            f"surgery: '{attribute}' of {type(target).__name__} '{name}' cannot be set to {value}: {error}. The model "
+            f"was restored. Make '{attribute}' an attribute that can be set, or leave the layer out by ignored_scopes."
+        )
+        raise FixedAttributeError(name, attribute, msg) from error
 
 
 def _as_kept(old: Any, value: Any) -> Any:
@@ -112,15 +125,13 @@ def _as_kept(old: Any, value: Any) -> Any:
     return list(value) if isinstance(old, list) else value
 
 
-def _class_counts(
-    model: nn.Module, plan: PruningPlan, tensors: Mapping[str, Tensor]
-) -> list[tuple[object, dict[str, Any]]]:
+def _class_counts(model: nn.Module, plan: PruningPlan, tensors: Mapping[str, Tensor]) -> list[Update]:
     """What modules and a Hugging Face config say of the classes: its own loss goes by it."""
     classes = plan.output_classes
     before = {tensors[name].shape[0] for name, dims in plan.kept.items() if dims.get(0) == classes}
-    updates: list[tuple[object, dict[str, Any]]] = [
-        (module, {count: len(classes)})
-        for _, module in named_modules(model)
+    updates: list[Update] = [
+        (name, module, {count: len(classes)})
+        for name, module in named_modules(model)
         for count in CLASS_COUNTS
         if getattr(module, count, None) in before
     ]
@@ -131,7 +142,9 @@ def _class_counts(
         dense = {**said.get("dense", {}), "id2label": dict(labels), "label2id": getattr(config, "label2id", None)}
         names = {at: labels[c] for at, c in enumerate(classes)}
         left = {name: at for at, name in names.items()}
-        updates.append((config, {"id2label": names, "label2id": left, CONFIG_ATTRIBUTE: {**said, "dense": dense}}))
+        updates.append(
+            ("config", config, {"id2label": names, "label2id": left, CONFIG_ATTRIBUTE: {**said, "dense": dense}})
+        )
     return updates
 
 

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Change = Callable[[], object]
+from nncf_compactprune.errors import RestoreError
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change and the way back.
+
+    :param what: what it changes, in words.
+    :param do: makes the change.
+    :param undo: puts back what was there before. It may run twice, and before ``do`` ran to its end.
+    """
+
+    what: str
+    do: Callable[[], object]
+    undo: Callable[[], object]
 
 
 class Transaction:
@@ -19,57 +37,109 @@ class Transaction:
     """
 
     def __init__(self) -> None:
-        self._changes: list[tuple[Change, Change]] = []
-        self._undone: list[tuple[Change, Change]] = []
+        self._changes: list[Change] = []
+        self._undone: list[Change] = []
 
-    def _do(self, change: Change, undo: Change) -> None:
-        self._changes.append((change, undo))
-        change()
+    def _make(self, change: Change) -> None:
+        self._changes.append(change)  # first: an interrupt in the middle of a change leaves half of it
+        run_step(change.do)
 
     def set_data(self, tensor: Tensor, data: Tensor) -> None:
         """Replaces a tensor's data, keeping its identity; its gradient is dropped."""
         old_data, old_grad = tensor.data, tensor.grad
 
-        def change() -> None:
+        def do() -> None:
             tensor.grad = None
             _replace_data(tensor, data)
 
         def undo() -> None:
+            tensor.grad = None  # of another shape, where the change did not get far
             _replace_data(tensor, old_data)
             tensor.grad = old_grad
 
-        self._do(change, undo)
+        self._make(Change(f"the data of a tensor of shape {list(old_data.shape)}", do, undo))
 
     def set_attribute(self, target: object, name: str, value: Any) -> None:
         """Sets an attribute."""
-        if hasattr(target, name):
-            old = getattr(target, name)
-            self._do(lambda: setattr(target, name, value), lambda: setattr(target, name, old))
-        else:
-            self._do(lambda: setattr(target, name, value), lambda: delattr(target, name))
+        old = _own_attribute(target, name)
+
+        def undo() -> None:
+            if old is _MISSING:
+                if name in vars(target):
+                    delattr(target, name)
+                return
+            try:
+                setattr(target, name, old)
+            except Exception:  # what cannot be set was not changed either
+                if getattr(target, name, _MISSING) != old:
+                    raise
+
+        self._make(Change(f"{type(target).__name__}.{name}", lambda: setattr(target, name, value), undo))
 
     def set_item(self, target: dict[Any, Any], key: Any, value: Any) -> None:
         """Sets a dictionary entry that exists."""
         old = target[key]
-        self._do(lambda: target.__setitem__(key, value), lambda: target.__setitem__(key, old))
+        self._make(
+            Change(
+                f"the entry '{key}' of a dictionary",
+                lambda: target.__setitem__(key, value),
+                lambda: target.__setitem__(key, old),
+            )
+        )
 
     def delete_item(self, target: dict[Any, Any], key: Any) -> None:
         """Deletes a dictionary entry."""
-        old = target[key]
-        self._do(lambda: target.__delitem__(key), lambda: target.__setitem__(key, old))
+        old = list(target.items())
+
+        def undo() -> None:
+            target.clear()  # the entry goes back to its old place
+            target.update(old)
+
+        self._make(Change("a deleted entry of a dictionary", lambda: target.pop(key), undo))
 
     def rollback(self) -> None:
-        """Undoes everything."""
-        self._undone = self._changes
-        self._changes = []
-        for _, undo in reversed(self._undone):
-            undo()
+        """Undoes everything. An undo that fails is tried once more, as an interrupt may have come in between.
+
+        :raises RestoreError: some changes could not be undone; the others are.
+        """
+        self._undone, self._changes = self._changes, []
+        interrupt: BaseException | None = None
+        failures: list[tuple[str, BaseException]] = []
+        for change in reversed(self._undone):
+            try:
+                run_step(change.undo)
+            except BaseException as first:
+                interrupt = interrupt if isinstance(first, Exception) else first
+                try:
+                    run_step(change.undo)
+                except BaseException as second:
+                    failures.append((change.what, second))
+        if failures:
+            raise RestoreError(failures) from failures[0][1]
+        if interrupt is not None:
+            raise interrupt
 
     def replay(self) -> None:
         """Does again what :meth:`rollback` undid."""
-        self._changes, self._undone = self._undone, []
-        for change, _ in self._changes:
-            change()
+        changes, self._undone = self._undone, []
+        for change in changes:
+            self._make(change)
+
+
+def run_step(step: Callable[[], object]) -> None:
+    """Every change and every undo passes here."""
+    step()
+
+
+def _own_attribute(target: object, name: str) -> Any:
+    """What must be set again to undo a change; missing where a class or nobody has the attribute."""
+    own = getattr(target, "__dict__", {})
+    if name in own:
+        return own[name]
+    of_class = inspect.getattr_static(type(target), name, _MISSING)
+    if of_class is not _MISSING and not inspect.isdatadescriptor(of_class):
+        return _MISSING
+    return getattr(target, name, _MISSING)
 
 
 def _replace_data(tensor: Tensor, data: Tensor) -> None:
@@ -86,10 +156,31 @@ def _replace_data(tensor: Tensor, data: Tensor) -> None:
 
 @contextmanager
 def transaction() -> Iterator[Transaction]:
-    """All or nothing: an exception inside undoes every recorded change."""
+    """All or nothing: an exception inside undoes every recorded change.
+
+    :raises RestoreError: the changes could not all be undone; its cause is the exception inside.
+    """
     log = Transaction()
     try:
         yield log
-    except BaseException:
-        log.rollback()
+    except BaseException as error:
+        _undo_after(log, error)
         raise
+
+
+@contextmanager
+def for_a_while() -> Iterator[Transaction]:
+    """Changes that are undone at the end in any case.
+
+    :raises RestoreError: the changes could not all be undone; its cause is the exception inside, where there is one.
+    """
+    with transaction() as log:
+        yield log
+        log.rollback()
+
+
+def _undo_after(log: Transaction, error: BaseException) -> None:
+    try:
+        log.rollback()
+    except RestoreError as failed:
+        raise failed from error

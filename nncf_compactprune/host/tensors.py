@@ -113,6 +113,21 @@ def model_tensors(model: nn.Module) -> ModelTensors:
     return ModelTensors(parameters, buffers, tied)
 
 
+def copy_in(ema: nn.Module, model: nn.Module) -> nn.Module:
+    """The copy of a model in an EMA: the EMA itself, or the ``module`` that it holds (as timm's and torch's do).
+
+    A model may have a child of that name too, so the names of the parameters decide.
+
+    :param ema: a copy of the model, or a holder of one.
+    :param model: whose copy it is, cut or not.
+    """
+    held = getattr(ema, "module", None)
+    if not isinstance(held, nn.Module):
+        return ema
+    names = model_tensors(model).parameters.keys()
+    return ema if isinstance(ema, nn.Module) and model_tensors(ema).parameters.keys() == names else held
+
+
 def carries_channels(tensor: Tensor) -> bool:
     """Whether a tensor's dimensions may be channels: floating, not a scalar, of known shape."""
     return (

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.cuts import HardCoded, assert_facts_are_true, random_plan, same, snapshot
-from support.networks import STRUCTURES, images, trained
+from support.networks import STRUCTURES, images, model32, trained
+from torch import nn
 
-from nncf_compactprune import PruningPlan, apply_plan
+from nncf_compactprune import PruningPlan, apply_plan, create_compressed_model
 from nncf_compactprune.channels import trace
 from nncf_compactprune.cut.masks import Masks
 from nncf_compactprune.cut.self_check import prune_in_place
@@ -110,9 +112,13 @@ def test_an_old_graph_that_is_alive_does_not_hold_the_old_shape():
     loss = model(x).square().sum()
     loss.backward()
     prune_in_place(model, random_plan(model, x), x, optimizer=optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.zero_grad()
     model(x).square().sum().backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
     optimizer.step()
-    assert torch.isfinite(loss)
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    del loss
 
 
 def test_state_of_another_shape_starts_anew():
@@ -120,9 +126,14 @@ def test_state_of_another_shape_starts_anew():
     optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
     model(x).sum().backward()
     optimizer.step()
-    prune_in_place(model, random_plan(model, x), x, optimizer=optimizer)
+    plan = random_plan(model, x)
+    prune_in_place(model, plan, x, optimizer=optimizer)
+    factored = [p for n, p in model.named_parameters() if n in plan.kept and p.shape[2:] == (3, 3)]
+    assert factored
+    assert not any(p in optimizer.state for p in factored)
     model(x).sum().backward()
     optimizer.step()
+    assert all(optimizer.state[p]["row_var"].shape[:-1] == p.shape[:-1] for p in factored)
 
 
 def test_channels_last_stays_channels_last():
@@ -190,3 +201,55 @@ def test_plan_of_another_model_changes_nothing():
     with pytest.raises(PlanError, match=r"does not exist|another model"):
         apply_plan(model, plan)
     assert same(before, snapshot(model))
+
+
+class Holder(nn.Module):
+    """A network whose only child is called ``module``, beside a parameter of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.module, self.shift = inner, nn.Parameter(torch.zeros(5))
+
+    def forward(self, x):
+        return self.module(x) + self.shift
+
+
+def averaged_by_torch(model):
+    return torch.optim.swa_utils.AveragedModel(model)
+
+
+def held_by_a_plain_object(model):
+    return SimpleNamespace(module=copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("build", [lambda: model32("plain"), lambda: Holder(model32("plain"))], ids=["plain", "module"])
+@pytest.mark.parametrize("average", [copy.deepcopy, averaged_by_torch, held_by_a_plain_object])
+def test_an_ema_of_any_make_follows(build, average):
+    """Also where the network itself has a child called ``module``."""
+    model, x = build(), images(torch.float32)
+    ema = average(model)
+    shadow = ema if average is copy.deepcopy else ema.module
+    prune_in_place(model, random_plan(model, x), x, ema=ema)
+    assert [p.shape for p in shadow.parameters()] == [p.shape for p in model.parameters()]
+    assert plan_of(shadow) == plan_of(model)
+
+
+@pytest.mark.parametrize("average", [copy.deepcopy, averaged_by_torch])
+def test_masks_and_cut_of_a_schedule_reach_the_ema_of_a_network_with_a_child_called_module(average):
+    model = Holder(model32("plain"))
+    ema = average(model)
+    config = {
+        "input_info": {"sample_size": [1, 3, 12, 12]},
+        "compression": {
+            "algorithm": "fbnet_pruning",
+            "budget": {"macs": 0.6},
+            "params": {"round_to": 1, "pruning_init": 0.3, "pruning_steps": 2},
+        },
+    }
+    ctrl, _ = create_compressed_model(model, config)
+    ctrl.attach(ema=ema)
+    ctrl.scheduler.epoch_step()
+    shadow = ema if average is copy.deepcopy else ema.module
+    torch.testing.assert_close(shadow(images(torch.float32)), model(images(torch.float32)))
+    ctrl.strip()
+    assert [p.shape for p in shadow.parameters()] == [p.shape for p in model.parameters()]

@@ -42,6 +42,31 @@ def same(a: dict, b: dict) -> bool:
     )
 
 
+def marks(*things: nn.Module | torch.optim.Optimizer) -> list:
+    """Everything of models and optimizers that a failed change could leave a mark on, to be compared by ``==``.
+
+    Attributes of every module; identity, bits, dtype, layout and gradient of every tensor; order of every dictionary.
+    """
+    return [_marks_of(thing) for thing in things]
+
+
+def _marks_of(thing) -> list:
+    if isinstance(thing, torch.optim.Optimizer):
+        return [(id(p), [(key, _mark(value)) for key, value in state.items()]) for p, state in thing.state.items()]
+    return [
+        (name, [(key, _mark(value)) for key, value in vars(module).items()]) for name, module in thing.named_modules()
+    ]
+
+
+def _mark(value):
+    if isinstance(value, torch.Tensor):
+        grad = None if value.grad is None else _mark(value.grad)
+        return id(value), value.dtype, value.shape, value.stride(), value.detach().numpy().tobytes(), grad
+    if isinstance(value, dict):
+        return [(key, _mark(entry)) for key, entry in value.items()]
+    return value if isinstance(value, (int, float, str, tuple, list, type(None))) else id(value)
+
+
 def assert_facts_are_true(model: nn.Module) -> None:
     """Rebuilding a layer from what it says of itself gives its shapes."""
     for module in model.modules():

@@ -28,6 +28,7 @@ from nncf_compactprune.algorithms.overparameterization.reparameterization import
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.decide.scopes import operations_by_parameter
 from nncf_compactprune.errors import CompactPruneError, DistillationError
+from nncf_compactprune.host.tensors import copy_in
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
 
@@ -185,7 +186,7 @@ class LinearOverparameterization(CompressionAlgorithm):
     def _shadow(self) -> nn.Module | None:
         """The EMA copy itself, out of its holder."""
         ema = self.context.ema
-        return None if ema is None else getattr(ema, "module", ema)
+        return None if ema is None else copy_in(ema, self.context.model)
 
     def _adopt_optimizer(self) -> None:
         optimizer = self.context.optimizer
