@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Figures of every algorithm, by name."""
+    """Figures of every algorithm, by name; the second entry of one name is ``"name (2)"``."""
 
     algorithms: Mapping[str, Mapping[str, Any]]
 
@@ -135,7 +136,13 @@ class CompressionController:
 
     def statistics(self) -> Statistics:
         """Figures of every algorithm."""
-        return Statistics({algorithm.name: algorithm.statistics() for algorithm in self.algorithms[: self._begun]})
+        figures: dict[str, Mapping[str, Any]] = {}
+        names = Counter[str]()
+        for algorithm in self.algorithms[: self._begun]:
+            names[algorithm.name] += 1
+            at = names[algorithm.name]
+            figures[algorithm.name if at == 1 else f"{algorithm.name} ({at})"] = algorithm.statistics()
+        return Statistics(figures)
 
     def compression_stage(self) -> CompressionStage:
         """The least advanced algorithm's stage; partial as soon as one has begun."""

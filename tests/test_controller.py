@@ -114,6 +114,17 @@ def test_statistics_say_what_is_left():
     assert "49." in text or "50.0%" in text
 
 
+def test_two_entries_of_one_algorithm_have_a_row_each():
+    first = config(schedule="one_shot", budget={"macs": 0.7})["compression"]
+    second = config(schedule="one_shot", budget={"macs": 0.6})["compression"]
+    ctrl, _ = create_compressed_model(model32(), {"input_info": INPUT, "compression": [first, second]})
+    statistics = ctrl.statistics()
+    assert list(statistics.algorithms) == ["fbnet_pruning", "fbnet_pruning (2)"]
+    dense, once = (int(f["MACs"].split()[2].replace(",", "")) for f in statistics.algorithms.values())
+    assert dense > once
+    assert "fbnet_pruning (2)" in statistics.to_str()
+
+
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_state_resumes_masked_and_cut_runs(epochs):
     settings = config(schedule="exponential", pruning_steps=2)

@@ -10,8 +10,17 @@ from nncf.common.logging import nncf_logger
 from torch import Tensor
 
 from nncf_compactprune.errors import DataError
-from nncf_compactprune.host.distributed import reduced
+from nncf_compactprune.host.distributed import summed
 from nncf_compactprune.host.torch_internals import tree_leaves, tree_map
+
+
+def output_classes(classes: Iterable[int]) -> tuple[int, ...]:
+    """The order of the outputs of a model that was cut to some classes: ascending, however they were named.
+
+    >>> output_classes([8, 3])
+    (3, 8)
+    """
+    return tuple(sorted(classes))
 
 
 def class_scores(output: Any) -> Tensor:
@@ -98,7 +107,7 @@ class FewPerClass:
         return torch.tensor(chosen, dtype=torch.int64)
 
     def _check_classes(self) -> None:
-        total = reduced(self.count)
+        (total,) = summed([self.count])
         missing = ((total == 0) & (self._limit > 0)).nonzero().ravel().tolist()
         if int((total > 0).sum()) < 2 or (missing and self._required):
             msg = (

@@ -34,27 +34,17 @@ def averaged(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def summed(values: Sequence[Tensor]) -> list[Tensor]:
-    """The sum over all ranks, in float64 (for statistics that are streamed); in a single process the values."""
-    if process_count() == 1:
+    """The sum over all ranks, in float64 (for statistics that are streamed); in a single process the values.
+
+    :param values: tensors of the same shapes on every rank, on any device: they travel by the backend's own.
+    """
+    if process_count() == 1 or not values:
         return list(values)
     shapes = [value.shape for value in values]
     together = torch.cat([value.detach().double().flatten().to(_device()) for value in values])
     dist.all_reduce(together)
     parts = torch.split(together, [shape.numel() for shape in shapes])
     return [part.view(shape).to(value.device) for part, shape, value in zip(parts, shapes, values, strict=True)]
-
-
-def reduced(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, where there are several; a copy.
-
-    Tensors travel over the backend's own device: NCCL moves no CPU memory.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return tensor.clone()
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    moved = tensor.to(device, copy=True)
-    dist.all_reduce(moved)
-    return moved.cpu()
 
 
 def require_agreement(text: str, what: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from nncf_compactprune.decide.labelled import output_classes
 from nncf_compactprune.errors import ResolveError
 from nncf_compactprune.host.packages import load_function, pick, require_package
 from nncf_compactprune.plugins import Plugins, default_plugins
@@ -212,7 +213,8 @@ def resolve_dataset(
 
 
 def only_classes(dataset: ResolvedDataset, classes: Sequence[int]) -> ResolvedDataset:
-    """The part of a dataset that belongs to some classes, labels counted from 0 in the order given."""
+    """The part of a dataset that belongs to some classes, labels counted from 0 in ascending order of the classes."""
+    classes = output_classes(classes)
     return replace(
         dataset,
         train=_OfClasses(dataset.train, classes),

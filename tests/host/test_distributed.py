@@ -18,6 +18,7 @@ from torch import nn
 
 from nncf_compactprune import create_compressed_model, prune
 from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.host import distributed
 from nncf_compactprune.host.distributed import averaged, require_agreement, summed
 
 
@@ -56,6 +57,11 @@ def test_one_process_has_nothing_to_agree_on() -> None:
     values = [torch.arange(3.0)]
     assert averaged(values)[0] is summed(values)[0] is values[0]
     require_agreement("anything", "a text")
+
+
+def test_nothing_to_reduce_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    assert averaged([]) == summed([]) == []
 
 
 class FullyShardedDataParallel(nn.Module):

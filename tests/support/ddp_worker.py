@@ -62,6 +62,7 @@ def message(action: Any) -> str:
 
 def check_collectives(rank: int) -> None:
     mine = [torch.full((2, 3), float(rank)), torch.tensor([1.0 + 2 * rank], dtype=torch.float64)]
+    assert averaged([]) == summed([]) == []
     mean, total = averaged(mine), summed(mine)
     assert torch.equal(mean[0], torch.full((2, 3), 0.5)), mean
     assert mean[0].dtype == torch.float32

@@ -38,7 +38,7 @@ from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, Channel
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.decide.budgets import Allocation, lazy_greedy, uniform
 from nncf_compactprune.decide.criteria.magnitude import l2
-from nncf_compactprune.decide.labelled import FewPerClass, class_scores
+from nncf_compactprune.decide.labelled import FewPerClass, class_scores, output_classes
 from nncf_compactprune.errors import CompactPruneError, DataError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import model_tensors
@@ -81,7 +81,7 @@ class CatroParams(ChannelPruningParams):
         if value is not None and (len(set(value)) < len(value) or len(value) < 2 or min(value) < 0):
             msg = f"expected at least two different class indices from 0, got {value}."
             raise ValueError(msg)
-        return value if value is None else sorted(value)
+        return value if value is None else list(output_classes(value))
 
     @model_validator(mode="after")
     def _classes_at_once(self) -> CatroParams:

@@ -22,7 +22,7 @@ from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.decide.labelled import class_scores
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.host.calls import call_model, evaluating
-from nncf_compactprune.host.distributed import reduced
+from nncf_compactprune.host.distributed import summed
 
 Key = tuple[int, str]
 HALF_PRECISION_SCALE = 1024.0  # keeps small gradients of float16 networks from vanishing
@@ -68,10 +68,11 @@ class ClassStatistics(ABC):
                         scores = class_scores(call_model(model, inputs))
                     self.end_batch(scores, labels.to(scores.device))
                 self.samples += len(labels)
-        if int(reduced(torch.tensor(int(self.samples == 0)))):
+        empty, samples = summed([(self.samples == 0).double(), self.samples])
+        if int(empty):
             msg = "train_loader: gave no sample to at least one process. Every process needs some of its own."
             raise DataError(msg)
-        self.samples = reduced(self.samples)
+        self.samples = samples
         self.all_reduce()
 
 
@@ -128,7 +129,8 @@ class MarginEffects(ClassStatistics):
         self._batch = {}
 
     def all_reduce(self) -> None:
-        self.effects = {key: reduced(self.effects[key]) for key in sorted(self.effects)}
+        keys = sorted(self.effects)
+        self.effects = dict(zip(keys, summed([self.effects[key] for key in keys]), strict=True))
         for key in sorted(self.contributions):
             self.contributions[key].all_reduce()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nncf_compactprune.host.distributed import reduced
+from nncf_compactprune.host.distributed import summed
 
 
 class ClassMoments:
@@ -44,10 +44,10 @@ class ClassMoments:
     def all_reduce(self) -> None:
         """Merges the moments of all processes of ``torch.distributed``, if it runs: all hold the same afterwards."""
         own_count, own_mean = self.count, self.mean
-        self.count = reduced(own_count)
-        self.mean = reduced(own_mean * own_count[:, None]) / self.count.clamp_min(1)[:, None]
+        self.count, total = summed([own_count, own_mean * own_count[:, None]])
+        self.mean = total / self.count.clamp_min(1)[:, None]
         shift = (own_mean - self.mean).square() * own_count[:, None]
-        self.deviation = reduced(self.deviation + shift)
+        (self.deviation,) = summed([self.deviation + shift])
 
     @property
     def within(self) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nncf_compactprune.algorithms.catro.consumers import Call, Use
-from nncf_compactprune.host.distributed import reduced
+from nncf_compactprune.host.distributed import summed
 
 PATCHES = 4  # output positions looked at in each sample
 SKETCH = 64  # outputs of a consumer, at most; more are mixed down at random
@@ -54,8 +54,9 @@ class Contributions:
 
     def all_reduce(self) -> None:
         """Sums up over all processes."""
-        self.products = reduced(self.products)
-        self.sums, self.rows = [reduced(s) for s in self.sums], [reduced(n) for n in self.rows]
+        blocks = len(self.sums)
+        self.products, *rest = summed([self.products, *self.sums, *self.rows])
+        self.sums, self.rows = rest[:blocks], rest[blocks:]
 
     @property
     def gram(self) -> Tensor:

@@ -14,23 +14,23 @@ from nncf_compactprune.algorithms.base import TARGET_KEYS, model_inputs, targets
 from nncf_compactprune.channels import ChannelGraph, trace
 from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import transaction
-from nncf_compactprune.decide.labelled import checked_labels, taken
+from nncf_compactprune.decide.labelled import checked_labels, output_classes, taken
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.plan import Cost, PruningPlan
 from nncf_compactprune.plugins import Plugins
 
 
 class ClassSubset:
-    """The batches of a loader with only the samples of some classes, labels counted from 0 in the order of the classes:
-    what a model is trained and measured with whose classifier was cut to them.
+    """The batches of a loader with only the samples of some classes, labels counted from 0 in ascending order of the
+    classes: what a model is trained and measured with whose classifier was cut to them.
 
     :param batches: ``(inputs, labels)`` or dicts with a label key; iterated anew each time.
-    :param classes: class indices, ascending, as a plan's ``output_classes``.
+    :param classes: class indices, such as a plan's ``output_classes``.
     """
 
     def __init__(self, batches: Iterable[Any], classes: Sequence[int]) -> None:
         self._batches = batches
-        self._classes = torch.tensor(sorted(classes))
+        self._classes = torch.tensor(output_classes(classes))
 
     def __iter__(self) -> Iterator[Any]:
         """Batches of the same kind; those without a sample of the classes are left out."""
