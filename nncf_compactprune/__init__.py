@@ -26,6 +26,7 @@ from nncf_compactprune.errors import (
     ResolveError,
     ScopeError,
     SelfCheckError,
+    StorageError,
     TraceError,
 )
 from nncf_compactprune.export import ExportedFile, export_model
@@ -59,6 +60,7 @@ __all__ = [
     "ResolveError",
     "ScopeError",
     "SelfCheckError",
+    "StorageError",
     "TraceError",
     "__version__",
     "analyse",

@@ -188,7 +188,8 @@ class CompressionController:
 
         :param path: the file; its suffix says the format.
         :param precisions: ``fp32``, ``fp16``; with both, the second file has ``_fp16`` in its name.
-        :raises ExportError: unknown suffix, unwritable file, or the file computes something else.
+        :raises StorageError: the file cannot be written.
+        :raises ExportError: unknown suffix, or the file computes something else.
         """
         files = export_model(self.strip(), self._context.example_inputs, Path(path), precisions=precisions)
         self._context.plugins.emit("exported", files=files)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import nncf
 
@@ -108,8 +109,21 @@ class DistillationError(CompactPruneError):
     """Teacher and student do not pair up."""
 
 
+class StorageError(CompactPruneError):
+    """A file cannot be written. What was there before is as it was.
+
+    :param path: the file.
+    :param reason: in the system's words, such as ``No space left on device``.
+    :param remedy: what to do, in sentences.
+    """
+
+    def __init__(self, path: Path, reason: str, remedy: str) -> None:
+        self.path, self.reason, self.remedy = path, reason, remedy
+        super().__init__(f"{path}: cannot be written ({reason}). {remedy}")
+
+
 class ExportError(CompactPruneError):
-    """An exported file could not be written, or does not compute what the model computes."""
+    """A model could not be exported, or the file does not compute what the model computes."""
 
 
 class DataFreeError(CompactPruneError):

@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 
 from nncf_compactprune.errors import ExportError, nearest
-from nncf_compactprune.export.files import staged
 from nncf_compactprune.export.onnx import convert_to_fp16, refuse_for_onnx, write_onnx
 from nncf_compactprune.export.openvino import convert_openvino, ir_parts, refuse_for_openvino, write_openvino
 from nncf_compactprune.export.prepared import Prepared, prepared
 from nncf_compactprune.export.runtimes import open_exact
 from nncf_compactprune.export.verify import Verification, compare
+from nncf_compactprune.storage.writing import whole_files
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 PRECISIONS = ("fp32", "fp16")
@@ -76,7 +76,8 @@ def export_model(
     :param dynamic_batch: leave dim 0 of every input open, and verify at two batch sizes.
     :param tolerance: largest accepted error relative to the largest absolute output; default: by precision.
     :return: the files in the order written.
-    :raises ExportError: when a path cannot be written, the model cannot be exported, or a file computes something else.
+    :raises StorageError: when a file cannot be written; nothing was exported then.
+    :raises ExportError: when the model cannot be exported, or a file computes something else.
     """
     paths = _paths(Path(directory_or_file), formats, precisions, name)
     for format_, refuse in (("onnx", refuse_for_onnx), ("openvino", refuse_for_openvino)):
@@ -84,7 +85,7 @@ def export_model(
             refuse(model)
     targets = [part for path in paths.values() for part in _parts(path)]
     with (
-        staged(targets) as stage,
+        whole_files(targets[0].parent, [target.name for target in targets]) as stage,
         prepared(
             model, example_inputs, dynamic_batch=dynamic_batch, input_names=input_names, output_names=output_names
         ) as ready,
@@ -108,6 +109,7 @@ def _write(ready: Prepared, paths: dict[tuple[str, str], Path], stage: Path) -> 
         put: dict[str, Callable[[Path, Path], object]] = {"fp32": shutil.copyfile, "fp16": convert_to_fp16}
         for precision, path in onnx_paths.items():
             put[precision](source, path)
+        source.unlink()
     openvino_paths = {precision: path for (format_, precision), path in paths.items() if format_ == "openvino"}
     if openvino_paths:
         converted = convert_openvino(ready)

@@ -14,8 +14,8 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export.files import staged
 from nncf_compactprune.export.prepared import Prepared, prepared, reason_of, refuse_hooks, refuse_other_dtypes
+from nncf_compactprune.storage.writing import whole_file
 
 # A protobuf message ends at 2 GiB; leave room for the graph.
 _MAX_WEIGHT_BYTES = 2**31 - 2**26
@@ -44,19 +44,20 @@ def export_onnx(
     :param output_names: default: the keys of a dict output, ``output`` or ``output_0``, ``output_1``, ...
     :param dynamic_batch: leave dim 0 of every input open.
     :return: the path written.
-    :raises ExportError: when the path cannot be written, or the model cannot be run or exported.
+    :raises StorageError: when the path cannot be written.
+    :raises ExportError: when the model cannot be run or exported.
     """
     target = Path(path)
     refuse_for_onnx(model)
     with (
-        staged([target]) as stage,
+        whole_file(target) as written,
         prepared(
             model, example_inputs, dynamic_batch=dynamic_batch, input_names=input_names, output_names=output_names
         ) as ready,
     ):
-        write_onnx(ready, stage / target.name)
+        write_onnx(ready, written)
         if fp16:
-            convert_to_fp16(stage / target.name, stage / target.name)
+            convert_to_fp16(written, written)
     return target
 
 

@@ -12,9 +12,9 @@ import openvino
 from torch import nn
 
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export.files import staged
 from nncf_compactprune.export.prepared import Prepared, prepared, reason_of, refuse_hooks, refuse_other_dtypes
 from nncf_compactprune.host.torch_internals import TracerWarning
+from nncf_compactprune.storage.writing import whole_files
 
 
 def export_openvino(
@@ -41,7 +41,8 @@ def export_openvino(
     :param output_names: default: the keys of a dict output, ``output`` or ``output_0``, ``output_1``, ...
     :param dynamic_batch: leave dim 0 of every input open; all other dims are those of the example.
     :return: the path written.
-    :raises ExportError: when the path cannot be written, or the model cannot be run or converted.
+    :raises StorageError: when the path cannot be written.
+    :raises ExportError: when the model cannot be run or converted.
     """
     target = Path(path)
     if target.suffix != ".xml":
@@ -49,7 +50,7 @@ def export_openvino(
         raise ExportError(msg)
     refuse_for_openvino(model)
     with (
-        staged(ir_parts(target)) as stage,
+        whole_files(target.parent, [part.name for part in ir_parts(target)]) as stage,
         prepared(
             model, example_inputs, dynamic_batch=dynamic_batch, input_names=input_names, output_names=output_names
         ) as ready,
@@ -118,5 +119,19 @@ def _tensor_of(port: Any) -> tuple[str, int]:
 
 
 def write_openvino(converted: Any, path: Path, *, fp16: bool) -> None:
-    """Saves an ``openvino.Model``; the precision is always said, because OpenVINO's default is float16."""
-    openvino.save_model(converted, path, compress_to_fp16=fp16)
+    """Saves an ``openvino.Model``; the precision is always said, because OpenVINO's default is float16.
+
+    :param converted: what :func:`convert_openvino` returned.
+    :param path: the ``.xml`` file.
+    :param fp16: whether weights are stored in float16.
+    :raises OSError: when there is no room.
+    :raises ExportError: when OpenVINO cannot write it for another reason.
+    """
+    try:
+        openvino.save_model(converted, path, compress_to_fp16=fp16)
+    except RuntimeError as error:
+        for part in ir_parts(path):  # OpenVINO says "iostream error"; the system says why, when asked to write on
+            with open(part, "ab") as file:
+                file.write(bytes(2**16))
+        msg = f"OpenVINO could not save the model: {reason_of(error)}."
+        raise ExportError(msg) from error

@@ -14,7 +14,6 @@ the end of training, as the ``Trainer`` wraps the model itself; until then the c
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +33,8 @@ from nncf_compactprune.host.huggingface import restore_forward
 from nncf_compactprune.host.packages import require_package
 from nncf_compactprune.integrations.pretrained import describe, fill, write_plan_beside
 from nncf_compactprune.plugins import Plugins, default_plugins
-from nncf_compactprune.storage.checkpoint import write_file
+from nncf_compactprune.storage.digests import file_digest
+from nncf_compactprune.storage.writing import write_whole
 
 logger = logging.getLogger("nncf")
 
@@ -181,9 +181,9 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
             return
         folder = Path(args.output_dir) / f"{PREFIX}{state.global_step}"
         write_plan_beside(self._model, folder)
-        files = {name: _sha256(folder / name) for name in RESUMED_FILES if (folder / name).is_file()}
+        files = {name: file_digest(folder / name) for name in RESUMED_FILES if (folder / name).is_file()}
         document = {"compression": self.controller.get_compression_state(), "sha256": files}
-        write_file(folder / STATE_FILE, json.dumps(document).encode())
+        write_whole(folder / STATE_FILE, json.dumps(document).encode())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cuts what is still masked; afterwards model and config are compact and free of hooks and AMP wrappers."""
@@ -223,7 +223,7 @@ def last_checkpoint(output_dir: str | PathLike[str]) -> str | None:
     for folder in sorted(folders, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True):
         try:
             expected = _read_state(folder)["sha256"]
-            wrong = [name for name, digest in expected.items() if _sha256(folder / name) != digest]
+            wrong = [name for name, digest in expected.items() if file_digest(folder / name) != digest]
         except (CompactPruneError, OSError) as error:
             logger.warning("%s is passed over: %s", folder, error)
             continue
@@ -246,11 +246,3 @@ def _read_state(folder: Path) -> dict[str, Any]:
         msg = f"{path}: damaged ({error})."
     msg = f"{msg} Take an earlier checkpoint, see last_checkpoint."
     raise CompactPruneError(msg)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -33,8 +33,12 @@ from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.packages import require_package
 from nncf_compactprune.host.tensors import NNCF_HOOKS, model_tensors, named_modules
 from nncf_compactprune.plan import PruningPlan
-from nncf_compactprune.storage.checkpoint import CONFIG_FILE, PLAN_FILE, plan_digest, write_file
+from nncf_compactprune.storage.checkpoint import CONFIG_FILE
+from nncf_compactprune.storage.plan_file import PLAN_FILE, plan_digest
+from nncf_compactprune.storage.writing import whole_files, write_whole
 
+# What transformers writes weights to, by their size.
+WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 Place = tuple[str, int | None]  # a field, or one item of a field that is a list
 
@@ -46,11 +50,14 @@ def save_pruned_hf(model: nn.Module, directory: str | PathLike[str]) -> Path:
     :param directory: is created if it does not exist.
     :return: the directory.
     :raises CompactPruneError: the model was not pruned.
+    :raises StorageError: the directory cannot be written. What was saved there before is as it was.
     """
     describe(model)
-    model.save_pretrained(directory)  # type: ignore[operator]
-    write_plan_beside(model, directory)
-    return Path(directory)
+    folder = Path(directory)
+    with whole_files(folder, [PLAN_FILE], stale=WEIGHT_FILES) as new:
+        model.save_pretrained(new)  # type: ignore[operator]
+        (new / PLAN_FILE).write_bytes(_plan_text(model))
+    return folder
 
 
 def load_pruned_hf(
@@ -159,13 +166,19 @@ def describe(model: nn.Module) -> None:
 
 
 def write_plan_beside(model: nn.Module, directory: str | PathLike[str]) -> None:
-    """Writes ``plan.json`` of a pruned model.
+    """Writes ``plan.json`` of a model, if it is pruned.
 
-    :raises CompactPruneError: it cannot be written.
+    :param model: any.
+    :param directory: where its weights are.
+    :raises StorageError: it cannot be written.
     """
+    if plan_of(model) is not None:
+        write_whole(Path(directory) / PLAN_FILE, _plan_text(model))
+
+
+def _plan_text(model: nn.Module) -> bytes:
     plan = plan_of(model)
-    if plan is not None:
-        write_file(Path(directory) / PLAN_FILE, plan.to_json().encode() + b"\n")
+    return b"" if plan is None else plan.to_json().encode() + b"\n"
 
 
 def dense_config(config: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nncf_compactprune.errors import ExportError
+from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.storage.writing import write_whole
 
 
@@ -117,13 +117,14 @@ def write_comparison(comparison: Comparison, path: str | PathLike[str]) -> Path:
     :param comparison: what to write.
     :param path: a ``.md`` or ``.json`` file; replaced whole.
     :return: the path written.
-    :raises ExportError: for another ending, or when the file cannot be written.
+    :raises CompactPruneError: for another ending.
+    :raises StorageError: when the file cannot be written.
     """
     file = Path(path)
     writers = {".md": to_markdown, ".json": to_json}
     if file.suffix not in writers:
         msg = f"{file}: expected a file name that ends in .md or .json, got '{file.name}'."
-        raise ExportError(msg)
+        raise CompactPruneError(msg)
     return write_whole(file, writers[file.suffix](comparison).encode())
 
 

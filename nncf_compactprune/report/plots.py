@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
-from nncf_compactprune.errors import CompactPruneError, ExportError
+from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.storage.writing import write_whole
 
 _FORMATS = (".png", ".svg", ".pdf")
@@ -39,13 +39,13 @@ def plot_widths(groups: Sequence[GroupWidth], path: str | PathLike[str], *, titl
     :param path: a ``.png``, ``.svg`` or ``.pdf`` file.
     :param title: begins the line above the picture.
     :return: the path written.
-    :raises CompactPruneError: when matplotlib is not installed, or there is no group.
-    :raises ExportError: for another ending, or when the file cannot be written.
+    :raises CompactPruneError: for another ending, without matplotlib, or when there is no group.
+    :raises StorageError: when the file cannot be written.
     """
     file = Path(path)
     if file.suffix not in _FORMATS:
         msg = f"{file}: expected a file name that ends in {', '.join(_FORMATS)}, got '{file.name}'."
-        raise ExportError(msg)
+        raise CompactPruneError(msg)
     if not groups:
         msg = f"{file}: there is no channel group to draw."
         raise CompactPruneError(msg)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 
 from nncf_compactprune.errors import ResolveError, nearest
@@ -20,7 +20,8 @@ from nncf_compactprune.host.huggingface import image_classifiers
 from nncf_compactprune.host.packages import load_function, pick, require_package
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.plugins.hookspecs import hookimpl
-from nncf_compactprune.storage.writing import write_whole
+from nncf_compactprune.storage.weights import write_tensors
+from nncf_compactprune.storage.writing import whole_file
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -124,15 +125,20 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> None:
 def save_weights(model: nn.Module, path: str | PathLike[str]) -> Path:
     """Writes a model's parameters and buffers as safetensors, tied tensors once: what :func:`load_weights` reads.
 
-    :raises ExportError: if the file cannot be written.
+    :param model: any.
+    :param path: its directory is created if it does not exist.
+    :return: the path.
+    :raises StorageError: if the file cannot be written.
     """
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict().items():
         if tensor.numel() == 0 or tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
-            tensors[name] = tensor.detach().cpu().contiguous()
-    return write_whole(Path(path), save(tensors))
+            tensors[name] = tensor
+    with whole_file(Path(path)) as temporary:
+        write_tensors(temporary, tensors, {})
+    return Path(path)
 
 
 def timm_model(rest: str, **options: Any) -> ResolvedModel:

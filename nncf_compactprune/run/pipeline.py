@@ -47,7 +47,8 @@ from nncf_compactprune.run.models import (
     save_weights,
 )
 from nncf_compactprune.run.training import EpochRecord, RunConfig, class_scores, evaluate, fit, unread_key_warnings
-from nncf_compactprune.storage.checkpoint import CONFIG_FILE, PLAN_FILE, WEIGHTS_FILE, load_pruned, save_pruned
+from nncf_compactprune.storage.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_pruned, save_pruned
+from nncf_compactprune.storage.plan_file import PLAN_FILE
 from nncf_compactprune.storage.snapshots import Snapshot, Snapshots
 from nncf_compactprune.storage.writing import write_whole
 from nncf_compactprune.version import __version__

@@ -8,7 +8,6 @@ damaged. Nothing in it can run code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -19,12 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.storage.checkpoint import replacing
+from nncf_compactprune.errors import CompactPruneError, StorageError
+from nncf_compactprune.storage.digests import tensors_digest
+from nncf_compactprune.storage.weights import write_tensors
+from nncf_compactprune.storage.writing import remove_leftovers, whole_file
 
 logger = logging.getLogger("nncf")
 
@@ -152,25 +152,21 @@ class Snapshots:
             "compression": compression,
             "history": self.history,
         }
-        path = self.directory / f"{phase}-{epoch:06d}.safetensors"
+        words = json.dumps(facts)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _write(path, tensors, json.dumps(facts))
-        except (OSError, SafetensorError) as error:
-            logger.warning(
-                "%s cannot be written (%s). Training goes on; if it is ended now, it starts again from the snapshot "
-                "before. Make room on the disk.",
-                path,
-                error,
-            )
+            with whole_file(self.directory / f"{phase}-{epoch:06d}.safetensors") as path:
+                write_tensors(path, tensors, {HEADER: words, DIGEST: tensors_digest(tensors, words)})
+        except StorageError as error:
+            logger.warning("%s Training goes on; if it is ended now, it starts again from the snapshot before.", error)
             return
         for old in self._files()[:-KEPT]:
             old.unlink()
 
     def remove(self) -> None:
         """The run is done: the snapshots go."""
-        for path in (*self._files(), *self.directory.glob(".*.tmp")):
+        for path in self._files():
             path.unlink()
+        remove_leftovers(self.directory)
         if self.directory.is_dir() and not any(self.directory.iterdir()):
             self.directory.rmdir()
 
@@ -178,32 +174,15 @@ class Snapshots:
         return sorted(path for path in self.directory.glob("*") if re.fullmatch(r"\d-\d{6}\.safetensors", path.name))
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], facts: str) -> None:
-    # Tensors of a model may share memory or lie across one another, which the format does not take.
-    apart = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(apart, temporary, metadata={HEADER: facts, DIGEST: _digest(apart, facts)})
-
-
 def _read(path: Path) -> Snapshot:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
     facts = json.loads(metadata[HEADER])
-    if _digest(tensors, metadata[HEADER]) != metadata[DIGEST]:
+    if tensors_digest(tensors, metadata[HEADER]) != metadata[DIGEST]:
         msg = "its content is not what was written"
         raise ValueError(msg)
     return Snapshot(path, tensors, facts)
-
-
-def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
-    digest = hashlib.sha256(facts.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        if tensor.numel():
-            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _generators(batches: Iterable[Any]) -> Iterator[tuple[str, torch.Generator]]:

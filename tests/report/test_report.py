@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nncf_compactprune.errors import CompactPruneError, ExportError
+from nncf_compactprune.errors import CompactPruneError, StorageError
 from nncf_compactprune.report import (
     Comparison,
     NetworkFigures,
@@ -86,9 +86,9 @@ def test_comparison_is_written_by_ending(comparison: Comparison, tmp_path: Path)
     assert write_comparison(comparison, str(tmp_path / "report.md")).read_text(encoding="utf-8") == to_markdown(
         comparison
     )
-    with pytest.raises(ExportError, match=r"ends in \.md or \.json, got 'report\.html'"):
+    with pytest.raises(CompactPruneError, match=r"ends in \.md or \.json, got 'report\.html'"):
         write_comparison(comparison, tmp_path / "report.html")
-    with pytest.raises(ExportError, match=r"x\.md: cannot be written .*Choose a directory"):
+    with pytest.raises(StorageError, match=r"x\.md: cannot be written .*Choose a directory"):
         write_comparison(comparison, tmp_path / "report.md" / "x.md")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["new", "report.md"]
 
@@ -125,7 +125,7 @@ def test_bars_are_as_long_as_the_widths(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_drawing_mistakes_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ExportError, match=r"ends in \.png, \.svg, \.pdf, got 'w\.jpg'"):
+    with pytest.raises(CompactPruneError, match=r"ends in \.png, \.svg, \.pdf, got 'w\.jpg'"):
         plot_widths([Group("a", 2, 1)], tmp_path / "w.jpg")
     with pytest.raises(CompactPruneError, match="no channel group to draw"):
         plot_widths([], tmp_path / "w.png")

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from nncf_compactprune import CompactPruneError, PruningPlan, apply_plan
 from nncf_compactprune.cut.self_check import prune_in_place
 from nncf_compactprune.cut.surgery import PLAN_ATTRIBUTE, plan_of
-from nncf_compactprune.errors import PlanError, SelfCheckError
+from nncf_compactprune.errors import PlanError, SelfCheckError, StorageError
 from nncf_compactprune.plan import Cost
 from nncf_compactprune.storage.checkpoint import load_pruned, save_pruned
 
@@ -215,7 +216,7 @@ def test_not_strict(tmp_path):
 # -- whole or not at all ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", range(7))  # fsync and replace of the next plan, weights, plan; unlink
+@pytest.mark.parametrize("step", range(7))  # a flush each, moves of the next plan, weights and plan, the last unlink
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_save_leaves_the_old_or_the_new_checkpoint(step, when, tmp_path, monkeypatch):
     old, new = pruned(seed=1), pruned(seed=2)
@@ -238,12 +239,14 @@ def test_killed_save_leaves_the_old_or_the_new_checkpoint(step, when, tmp_path, 
         return wrapped
 
     with monkeypatch.context() as patch:
+        # A dead process cleans nothing up either.
+        patch.setattr(shutil, "rmtree", lambda *_args, **_kwargs: None)
         for target, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
             patch.setattr(target, name, killing(getattr(target, name)))
         with pytest.raises(SystemExit):
             save_pruned(new, tmp_path)
     result = output(load_pruned(untrained(), tmp_path))
-    weights_replaced = step > 3 or (step == 3 and when == "after")
+    weights_replaced = step > 4 or (step == 4 and when == "after")
     assert torch.equal(result, output(new if weights_replaced else old))
     save_pruned(new, tmp_path)
     assert torch.equal(output(load_pruned(untrained(), tmp_path)), output(new))
@@ -251,24 +254,8 @@ def test_killed_save_leaves_the_old_or_the_new_checkpoint(step, when, tmp_path, 
 
 def test_unwritable_directory(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CompactPruneError, match=r"file: the model cannot be written"):
+    with pytest.raises(StorageError, match=r"file: cannot be written"):
         save_pruned(pruned(), tmp_path / "file")
-
-
-def test_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
-    old = pruned(seed=1)
-    save_pruned(old, tmp_path)
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    new = pruned(seed=2)
-    with monkeypatch.context() as patch:
-        patch.setattr("nncf_compactprune.storage.checkpoint.save_file", full)
-        with pytest.raises(CompactPruneError, match="No space left"):
-            save_pruned(new, tmp_path)
-    assert torch.equal(output(load_pruned(untrained(), tmp_path)), output(old))
-    assert sorted(os.listdir(tmp_path)) == [WEIGHTS, PLAN]
 
 
 class WithExtraState(nn.Linear):

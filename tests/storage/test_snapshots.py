@@ -95,7 +95,7 @@ def test_only_the_last_two_are_kept_and_removed_at_the_end(tmp_path: Path) -> No
     train(tmp_path / "kept", "sgd")
     names = [path.name for path in sorted((tmp_path / "kept").iterdir())]
     assert names == ["0-000004.safetensors", "0-000005.safetensors"]
-    (tmp_path / "kept" / ".0-000006.safetensors.0.tmp").write_bytes(b"half")  # what a kill while writing leaves
+    (tmp_path / "kept" / ".0-000006.safetensors.0.tmp").mkdir()  # what a kill while writing leaves
     Snapshots(tmp_path / "kept", "this run").remove()
     assert not (tmp_path / "kept").exists()
 
@@ -109,7 +109,7 @@ def test_a_damaged_newest_is_reported_and_the_one_before_taken(
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes({"one bit": content, "cut short": content[:-9], "empty": b"", "text": b"x" * 99}[damage])
-    (tmp_path / ".0-000006.safetensors.0.tmp").write_bytes(b"half")  # what a kill while writing leaves
+    (tmp_path / ".0-000006.safetensors.0.tmp").mkdir()  # what a kill while writing leaves
     with caplog.at_level("WARNING", logger="nncf"):
         found = Snapshots(tmp_path, "this run").newest()
     assert found is not None
@@ -120,16 +120,16 @@ def test_a_damaged_newest_is_reported_and_the_one_before_taken(
 def test_a_full_disk_is_reported_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save, calls = snapshots.save_file, []
+    write, calls = snapshots.write_tensors, []
 
-    def full(tensors: Any, path: Path, metadata: Any) -> None:
+    def full(path: Path, tensors: Any, metadata: Any) -> None:
         calls.append(path)
         if len(calls) > 2:
-            Path(path).write_bytes(b"the first part")
+            path.write_bytes(b"the first part")
             raise OSError(28, "No space left on device")
-        save(tensors, path, metadata=metadata)
+        write(path, tensors, metadata)
 
-    monkeypatch.setattr(snapshots, "save_file", full)
+    monkeypatch.setattr(snapshots, "write_tensors", full)
     with caplog.at_level("WARNING", logger="nncf"):
         train(tmp_path, "sgd")
     assert len(calls) == 5

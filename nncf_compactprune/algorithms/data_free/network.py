@@ -3,7 +3,6 @@ weights and statistics are any basis."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import model_tensors, named_modules
 from nncf_compactprune.host.torch_internals import BatchNorm, tree_leaves, tree_map
+from nncf_compactprune.storage.digests import tensors_digest
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -125,10 +125,5 @@ def _is_fresh(norm: BatchNorm) -> bool:
 
 def fingerprint(model: nn.Module, *more: Any) -> str:
     """SHA-256 of all weights and statistics, and of what else a cached result depends on."""
-    digest = hashlib.sha256(repr(more).encode())
-    for name, tensor in model_tensors(model).named():
-        if name.endswith("num_batches_tracked"):
-            continue
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    counted = {name: tensor for name, tensor in model_tensors(model).named() if "num_batches_tracked" not in name}
+    return tensors_digest(counted, repr(more))

@@ -23,7 +23,7 @@ from nncf_compactprune.cut.self_check import prune_in_place
 from nncf_compactprune.cut.surgery import apply_plan, plan_of
 from nncf_compactprune.errors import BudgetError, CompactPruneError, ConfigError, DataError, PlanError, SelfCheckError
 from nncf_compactprune.run.datasets import only_classes, resolve_dataset
-from nncf_compactprune.storage.checkpoint import PLAN_FILE
+from nncf_compactprune.storage.plan_file import PLAN_FILE
 
 
 def loader(n: int = 20) -> list[tuple[Tensor, Tensor]]:
