@@ -32,7 +32,8 @@ def subsets(size: int, width: int) -> list[list[int]]:
 
 def ratio(between: np.ndarray, within: np.ndarray, chosen: list[int]) -> float:
     b, w = between[chosen].sum(), within[chosen].sum()
-    return b / w if w > 0 else (math.inf if b > 0 else 0.0)
+    with np.errstate(over="ignore"):
+        return b / w if w > 0 else (math.inf if b > 0 else 0.0)
 
 
 # -- stage 2: the trace ratio ----------------------------------------------------------------------------------------
