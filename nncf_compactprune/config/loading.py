@@ -151,7 +151,8 @@ def _with_top_level(entry: AlgorithmConfig, top: CompressionConfig) -> Algorithm
     """The entry with what the top level says for all entries: scopes, and the device where the entry names none."""
     targets = entry.target_scopes if entry.target_scopes is not None else top.target_scopes
     ignored = list(dict.fromkeys([*entry.ignored_scopes, *top.ignored_scopes]))
-    update: dict[str, Any] = {"ignored_scopes": ignored, "target_scopes": targets}
+    scopes = {"ignored_scopes": ignored, "target_scopes": targets}
+    update: dict[str, Any] = {key: value for key, value in scopes.items() if key not in entry.unread}
     params = getattr(entry, "params", None)
     if (
         top.target_device is not None

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import core_schema
 
 
@@ -12,9 +21,31 @@ class Section(BaseModel):
     """Base of every section of an entry: frozen, strict about types (no ``"8"`` for 8), closed to unknown keys.
 
     JSON has no tuple and no enum. A field of such a type takes a list or a string by ``Field(strict=False)``.
+
+    A subclass names in ``unread`` the keys that it inherits and has no use for, each with the reason. Such a key is
+    refused, and does not appear in the schema.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    unread: ClassVar[Mapping[str, str]] = {}
+
+    @field_validator("*")
+    @classmethod
+    def _is_read(cls, value: Any, info: ValidationInfo) -> Any:
+        if reason := cls.unread.get(info.field_name or ""):
+            msg = f"this algorithm does not read it: {reason}"
+            raise ValueError(msg)
+        return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        found = handler(schema)
+        properties = handler.resolve_ref_schema(found).get("properties", {})
+        for key in cls.unread:
+            properties.pop(key, None)
+        return found
 
 
 class OneOrMany:

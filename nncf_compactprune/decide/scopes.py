@@ -1,9 +1,14 @@
-"""NNCF's scope grammar on channel groups: node names, ``{re}`` patterns, and torch's module names."""
+"""NNCF's scope grammar, read in one way for groups of channels, parameters and operations.
+
+A scope names an operation as NNCF's graph does (``conv1/conv2d/0``), a module (``layer1.0.conv1``, or ``layer1`` for
+all below it), or ``{re}`` and a pattern that is matched from the start of either.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,8 +17,17 @@ from nncf_compactprune.channels import ChannelGraph, ChannelGroup
 from nncf_compactprune.errors import ScopeError, nearest
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_hooks import operations
+from nncf_compactprune.host.tensors import model_tensors
 
 PATTERN = "{re}"
+
+
+@dataclass
+class Found:
+    """What is behind a name: parameters and buffers by name, and NNCF's names of operations."""
+
+    tensors: set[str] = field(default_factory=set)
+    operations: set[str] = field(default_factory=set)
 
 
 def prunable_groups(
@@ -23,20 +37,19 @@ def prunable_groups(
     ignored: Sequence[str],
     target: Sequence[str] | None,
 ) -> list[bool]:
-    """Which groups the scopes leave to prune.
+    """Which groups of channels the scopes leave to prune.
 
-    A scope names an operation as NNCF's graph does (``conv1/conv2d/0``), a module (``layer1.0.conv1``, or ``layer1``
-    for all below it), or ``{re}`` and a pattern matched from the start of either. An ignored layer keeps its output
-    channels; its input channels may still go with the layer before. A coupled group is ignored when one of its
-    producers is, and targeted when one of them is.
+    An ignored layer keeps its output channels; its input channels may still go with the layer before. A coupled group
+    is ignored when one of its producers is, and targeted when one of them is.
 
+    :param graph: of the model.
+    :param ignored: scopes that are left out; :param target: scopes that are meant, or None for all.
+    :return: one entry for each group of the graph.
     :raises ScopeError: a scope matches nothing, or is no valid pattern.
     """
     if not ignored and target is None:
         return [True] * len(graph.groups)
-    names = _parameters_by_name(model, example_inputs, graph.parameters.keys())
-    left_out = _matched(ignored, names, "ignored_scopes")
-    chosen = None if target is None else _matched(target, names, "target_scopes")
+    left_out, chosen = _tensors(names_of(model, example_inputs), ignored, target)
     return [
         not (left_out & produced) and (chosen is None or bool(chosen & produced))
         for produced in (_produced_by(group) for group in graph.groups)
@@ -50,54 +63,88 @@ def parameters_in_scope(
     ignored: Sequence[str],
     target: Sequence[str] | None,
 ) -> set[str]:
-    """Which of the parameters the scopes leave, in the same grammar.
+    """Which of the parameters the scopes leave.
 
+    :param parameters: names to choose from.
+    :param ignored: scopes that are left out; :param target: scopes that are meant, or None for all.
     :raises ScopeError: a scope matches nothing, or is no valid pattern.
     """
     if not ignored and target is None:
         return set(parameters)
-    every = {name for name, _ in model.named_parameters()}
-    names = _parameters_by_name(model, example_inputs, every)
-    chosen = every if target is None else _matched(target, names, "target_scopes")
-    return (chosen - _matched(ignored, names, "ignored_scopes")) & set(parameters)
+    left_out, chosen = _tensors(names_of(model, example_inputs), ignored, target)
+    return {p for p in parameters if p not in left_out and (chosen is None or p in chosen)}
+
+
+def operations_out_of_scope(
+    model: nn.Module, example_inputs: Any, ignored: Sequence[str], target: Sequence[str] | None
+) -> set[str]:
+    """NNCF's names of the operations that the scopes leave out.
+
+    :param ignored: scopes that are left out; :param target: scopes that are meant, or None for all.
+    :raises ScopeError: a scope matches nothing, or is no valid pattern.
+    """
+    if not ignored and target is None:
+        return set()
+    names = names_of(model, example_inputs)
+    left_out = _matched(ignored, names, "ignored_scopes").operations
+    if target is None:
+        return left_out
+    every = {operation for found in names.values() for operation in found.operations}
+    return left_out | (every - _matched(target, names, "target_scopes").operations)
 
 
 def operations_by_parameter(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
     """Names of the NNCF operations that each parameter goes into, in the order of execution."""
     result: dict[str, list[str]] = {}
-    for node, constants in _nncf_nodes(model, example_inputs):
-        for constant in constants:
-            result.setdefault(constant, []).append(node)
+    for operation, parameters in _nncf_operations(model, example_inputs).items():
+        for parameter in parameters:
+            result.setdefault(parameter, []).append(operation)
     return result
+
+
+def names_of(model: nn.Module, example_inputs: Any) -> dict[str, Found]:
+    """Every name that a scope may match, with what is behind it."""
+    tensors = model_tensors(model)
+    own = {name: name for name, _ in tensors.named()} | tensors.tied
+    names: dict[str, Found] = {}
+    for name, first_name in own.items():
+        for module in _containers(name.rpartition(".")[0]):
+            names.setdefault(module, Found()).tensors.add(first_name)
+    for operation, parameters in _nncf_operations(model, example_inputs).items():
+        names[operation] = Found({own[name] for name in parameters if name in own}, {operation})
+        for module in _containers(".".join(operation.split("/")[:-2])):
+            names.setdefault(module, Found()).operations.add(operation)
+    return names
+
+
+def _containers(module: str) -> list[str]:
+    """A module's name and those of the modules around it, the model itself left out."""
+    parts = module.split(".") if module else []
+    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
 def _produced_by(group: ChannelGroup) -> set[str]:
     return {member.parameter for member in group.members if member.role != "in"}
 
 
-def _parameters_by_name(model: nn.Module, example_inputs: Any, parameters: Set[str]) -> dict[str, set[str]]:
-    """Every name a scope may match, with the parameters behind it."""
-    names: dict[str, set[str]] = {}
-    for parameter in parameters:
-        module = parameter
-        while "." in module:
-            module = module.rpartition(".")[0]
-            names.setdefault(module, set()).add(parameter)
-    for node, constants in _nncf_nodes(model, example_inputs):
-        names.setdefault(node, set()).update(constants & parameters)
-    return names
-
-
-def _nncf_nodes(model: nn.Module, example_inputs: Any) -> Iterator[tuple[str, set[str]]]:
-    """Name and constants of every node of NNCF's graph."""
+def _nncf_operations(model: nn.Module, example_inputs: Any) -> dict[str, set[str]]:
+    """Parameters of each operation in NNCF's graph, in the order of execution."""
     if isinstance(model, nn.Sequential):
-        return  # a bare Sequential would run NNCF's hook storage as a layer; module names match it all the same
+        return {}  # a bare Sequential would run NNCF's hook storage as a layer; module names match it all the same
     with evaluating(model):
-        yield from operations(model, example_inputs)
+        # inputs, outputs and parameters are nodes as well, but only operations have a path
+        return {name: parameters for name, parameters in operations(model, example_inputs) if "/" in name}
 
 
-def _matched(scopes: Sequence[str], names: Mapping[str, set[str]], key: str) -> set[str]:
-    matched: set[str] = set()
+def _tensors(
+    names: Mapping[str, Found], ignored: Sequence[str], target: Sequence[str] | None
+) -> tuple[set[str], set[str] | None]:
+    chosen = None if target is None else _matched(target, names, "target_scopes").tensors
+    return _matched(ignored, names, "ignored_scopes").tensors, chosen
+
+
+def _matched(scopes: Sequence[str], names: Mapping[str, Found], key: str) -> Found:
+    matched = Found()
     for scope in scopes:
         if scope.startswith(PATTERN):
             try:
@@ -105,15 +152,16 @@ def _matched(scopes: Sequence[str], names: Mapping[str, set[str]], key: str) -> 
             except re.error as error:
                 msg = f"{key}: '{scope}' is no valid regular expression: {error}."
                 raise ScopeError(msg) from error
-            found = [name for name in names if pattern.match(name)]
+            hits = [name for name in names if pattern.match(name)]
         else:
-            found = [scope] if scope in names else []
-        if not found:
+            hits = [scope] if scope in names else []
+        if not hits:
             msg = (
                 f"{key}: '{scope}' matches no operation and no module.{nearest(scope, names)} "
                 "`nncf-compactprune inspect` lists the names."
             )
             raise ScopeError(msg)
-        for name in found:
-            matched |= names[name]
+        for name in hits:
+            matched.tensors |= names[name].tensors
+            matched.operations |= names[name].operations
     return matched

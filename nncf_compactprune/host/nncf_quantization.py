@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,16 +17,15 @@ from nncf_compactprune.host.nncf_hooks import Hook, hooks
 
 
 def quantizer_places(
-    model: nn.Module, batches: Sequence[Any], *, target_device: str, ignored: Any = None
+    model: nn.Module, batches: Sequence[Any], *, target_device: str, ignored: Collection[str] = ()
 ) -> list[Hook]:
     """The quantizers that ``nncf.quantize`` puts on a copy of a model.
 
     :param model: stays as it is.
     :param batches: a few of its inputs. NNCF wants them; what it measures on them is not used.
     :param target_device: a name of ``nncf.TargetDevice``.
-    :param ignored: an ``nncf.IgnoredScope``, or None.
+    :param ignored: NNCF's names of operations that are not quantized.
     :return: one hook of the copy for each quantizer.
-    :raises nncf.ValidationError: a scope that matches nothing.
     """
     with _quiet():
         quantized = nncf.quantize(
@@ -36,7 +35,7 @@ def quantizer_places(
             target_device=nncf.TargetDevice[target_device],
             subset_size=len(batches),
             fast_bias_correction=True,
-            ignored_scope=ignored,
+            ignored_scope=nncf.IgnoredScope(names=sorted(ignored), validate=False),
             advanced_parameters=AdvancedQuantizationParameters(disable_bias_correction=True),
         )
     return [hook for hook in hooks(quantized) if isinstance(hook.module, BaseQuantizer)]

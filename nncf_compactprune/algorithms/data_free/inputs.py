@@ -11,6 +11,9 @@ from nncf_compactprune.config import Section
 from nncf_compactprune.host.calls import evaluating
 
 SHARED_KEY = "datafree.inputs"
+FOLLOWS = (
+    "BatchNorm statistics follow the re-fitted layers. Give BatchNorm adaptation to an entry that prunes with data."
+)
 
 
 class GenerationConfig(Section):

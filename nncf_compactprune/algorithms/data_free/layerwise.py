@@ -25,7 +25,7 @@ from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.algorithms.data_free import Reconstruction, Refit, least_squares
 from nncf_compactprune.algorithms.data_free.importance import importance, readers_of
-from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig, check_generation, inputs_for
+from nncf_compactprune.algorithms.data_free.inputs import FOLLOWS, GenerationConfig, check_generation, inputs_for
 from nncf_compactprune.algorithms.data_free.reconstruction import called_once, dense_moments
 from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.config import AlgorithmConfig
@@ -44,6 +44,9 @@ class DataFreeParams(ChannelPruningParams):
     :param ridge: how strongly re-fitted weights are held to what the cut left, relative to the inputs' variance.
     """
 
+    unread: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("num_init_steps", "pruning_init", "pruning_steps"), "everything happens at once."
+    )
     schedule: Literal["one_shot"] = "one_shot"
     allocation: Literal["uniform", "global", "greedy", "least_loss"] = "least_loss"  # type: ignore[assignment]
     ridge: float = Field(default=0.03, gt=0)
@@ -52,6 +55,7 @@ class DataFreeParams(ChannelPruningParams):
 class DataFreeConfig(ChannelPruningConfig):
     """A ``data_free_layerwise`` entry."""
 
+    unread: ClassVar[Mapping[str, str]] = {"initializer": FOLLOWS}
     params: DataFreeParams = DataFreeParams()
     generation: GenerationConfig = GenerationConfig()
 

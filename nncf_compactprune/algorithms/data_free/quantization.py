@@ -12,20 +12,20 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
-import nncf
 from pydantic import Field
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.data_free import Reconstruction, Refit
 from nncf_compactprune.algorithms.data_free.gram import Moments, weight_rows
-from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig, check_generation, inputs_for
+from nncf_compactprune.algorithms.data_free.inputs import FOLLOWS, GenerationConfig, check_generation, inputs_for
 from nncf_compactprune.algorithms.data_free.network import check_weights
 from nncf_compactprune.algorithms.data_free.preconditioning import precondition
 from nncf_compactprune.algorithms.data_free.quantizers import GridQuantizer, install
 from nncf_compactprune.algorithms.data_free.reconstruction import LayerStep, solve, whole_or_nothing
 from nncf_compactprune.algorithms.data_free.rounding import round_in_turn, search_scales
 from nncf_compactprune.config import AlgorithmConfig, Section
+from nncf_compactprune.decide.scopes import operations_out_of_scope
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.tensors import carries_hooks, named_modules
@@ -60,6 +60,7 @@ class QuantizationParams(Section):
 class DataFreeQuantizationConfig(AlgorithmConfig):
     """A ``data_free_quantization`` entry."""
 
+    unread: ClassVar[Mapping[str, str]] = {"initializer": FOLLOWS}
     params: QuantizationParams = QuantizationParams()
     generation: GenerationConfig = GenerationConfig()
 
@@ -86,6 +87,12 @@ class DataFreeQuantization(CompressionAlgorithm):
                 "layer). Put it inside a module of your own."
             )
             raise DataFreeError(msg)
+        self._out_of_scope()  # a wrong scope is told now, not after hours of training
+
+    def _out_of_scope(self) -> set[str]:
+        """NNCF's names of the operations that are not quantized."""
+        scopes = self.config.ignored_scopes, self.config.target_scopes
+        return operations_out_of_scope(self.context.model, self.context.example_inputs, *scopes)
 
     def strip(self) -> None:
         if self._done:
@@ -102,7 +109,7 @@ class DataFreeQuantization(CompressionAlgorithm):
             msg = f"'{self.name}': {type(model).__name__} has no convolution and no linear layer."
             raise DataFreeError(msg)
         bits = {n: params.edge_bits if n in (layers[0], layers[-1]) else params.weight_bits for n in layers}
-        scopes = self.config.ignored_scopes
+        ignored = self._out_of_scope()
         with context.timed("quantization"), evaluating(model), whole_or_nothing(model) as log:
             if params.equalise:
                 precondition(log, model, context.example_inputs)
@@ -116,8 +123,12 @@ class DataFreeQuantization(CompressionAlgorithm):
                 edge_activations=params.edge_bits,
                 per_channel=params.per_channel,
                 target_device=params.target_device,
-                ignored=nncf.IgnoredScope(names=list(scopes)) if scopes else None,
+                ignored=ignored,
             )
+
+            if not weights:
+                msg = f"'{self.name}': no layer is in scope. Widen target_scopes or ignored_scopes."
+                raise DataFreeError(msg)
 
             def delivered(name: str, x: Tensor) -> Tensor:
                 for quantizer in at_input.get(name, ()):

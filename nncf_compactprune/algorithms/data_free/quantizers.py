@@ -7,10 +7,9 @@ torch's; that exchange knows 8 bits only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import nncf
 import torch
 from torch import Tensor, nn
 
@@ -144,14 +143,14 @@ def install(
     edge_activations: int,
     per_channel: bool,
     target_device: str,
-    ignored: Any = None,
+    ignored: Collection[str] = (),
 ) -> tuple[dict[str, GridQuantizer], list[GridQuantizer], dict[str, list[GridQuantizer]]]:
     """Puts quantizers on a model, in place, where NNCF would.
 
     :param weight_bits: by layer name; :param activation_bits: of what layers read.
     :param edge_activations: bits of the model's input, and of what the last layer reads.
     :param per_channel: a scale for every output channel of a weight; else one for each weight.
-    :param ignored: an ``nncf.IgnoredScope``, or None.
+    :param ignored: NNCF's names of operations that are not quantized.
     :return: quantizers of weights by layer, of activations, and those of activations that sit at a layer's own input.
     """
     placed = _placed_by_nncf(model, network, inputs, target_device, ignored)
@@ -190,14 +189,12 @@ def _weight_quantizer(module: nn.Module, bits: int, per_channel: bool) -> GridQu
 
 
 def _placed_by_nncf(
-    model: nn.Module, network: ImageNetwork, inputs: LayerInputs, target_device: str, ignored: Any
+    model: nn.Module, network: ImageNetwork, inputs: LayerInputs, target_device: str, ignored: Collection[str]
 ) -> list[Hook]:
     """Every quantizer that NNCF puts on a copy."""
     batches = [network.wrap(part) for part in inputs.images[: 2 * CHUNK].split(CHUNK)]  # type: ignore[no-untyped-call]
     try:
         return quantizer_places(model, batches, target_device=target_device, ignored=ignored)
-    except nncf.ValidationError:
-        raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         msg = f"NNCF cannot place quantizers on {type(model).__name__}: {type(error).__name__}: {first}"

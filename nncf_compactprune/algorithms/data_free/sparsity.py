@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.data_free import Reconstruction, Refit
 from nncf_compactprune.algorithms.data_free.gram import Moments, is_linear, weight_rows
-from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig, check_generation, inputs_for
+from nncf_compactprune.algorithms.data_free.inputs import FOLLOWS, GenerationConfig, check_generation, inputs_for
 from nncf_compactprune.algorithms.data_free.reconstruction import (
     LayerStep,
     called_once,
@@ -29,6 +29,7 @@ from nncf_compactprune.algorithms.data_free.reconstruction import (
 )
 from nncf_compactprune.algorithms.data_free.thinning import shares, sparsify
 from nncf_compactprune.config import AlgorithmConfig, Section
+from nncf_compactprune.decide.scopes import parameters_in_scope
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.tensors import named_modules
@@ -56,8 +57,9 @@ class SparsityParams(Section):
 
 
 class DataFreeSparsityConfig(AlgorithmConfig):
-    """A ``data_free_sparsity`` entry; ``ignored_scopes`` are names of modules."""
+    """A ``data_free_sparsity`` entry."""
 
+    unread: ClassVar[Mapping[str, str]] = {"initializer": FOLLOWS}
     params: SparsityParams = SparsityParams()
     generation: GenerationConfig = GenerationConfig()
 
@@ -77,6 +79,24 @@ class DataFreeSparsity(CompressionAlgorithm):
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
         check_generation(self.context, self.config.generation)
+        self._in_scope()  # a wrong scope is told now, not after hours of training
+
+    def _in_scope(self) -> set[str]:
+        """Names of the layers that the scopes leave.
+
+        :raises DataFreeError: there are none.
+        """
+        model, config = self.context.model, self.config
+        weights = {f"{name}.weight" for name, module in named_modules(model) if is_linear(module)}
+        scopes = config.ignored_scopes, config.target_scopes
+        found = parameters_in_scope(model, self.context.example_inputs, weights, *scopes)
+        if not found:
+            msg = (
+                f"'{self.name}': none of the {len(weights)} layers of {type(model).__name__} that can be sparsified is "
+                "in scope. Widen target_scopes or ignored_scopes."
+            )
+            raise DataFreeError(msg)
+        return {name.removesuffix(".weight") for name in found}
 
     def strip(self) -> None:
         if self._done:
@@ -84,13 +104,10 @@ class DataFreeSparsity(CompressionAlgorithm):
         model, params = self.context.model, self.config.params
         network, inputs = inputs_for(self.context, self.config.generation)
         modules = dict(named_modules(model))
-        ignored = set(self.config.ignored_scopes)
-        if unknown := sorted(ignored - set(modules)):
-            msg = f"ignored_scopes: '{unknown[0]}' is no module of {type(model).__name__}."
-            raise DataFreeError(msg)
+        in_scope = self._in_scope()
         with self.context.timed("sparsity"), evaluating(model), whole_or_nothing(model):
             once = called_once(model, network, inputs.images[:1])
-            names = [n for n, m in modules.items() if n in once and is_linear(m) and n not in ignored]
+            names = [n for n, m in modules.items() if n in once and is_linear(m) and n in in_scope]
             if params.granularity == "2:4":
                 ratios: dict[str, float] = {}
             else:

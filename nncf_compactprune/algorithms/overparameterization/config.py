@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -69,6 +70,9 @@ class DistillationConfig(Section):
 class OverparameterizationConfig(AlgorithmConfig):
     """A ``linear_overparameterization`` entry."""
 
+    unread: ClassVar[Mapping[str, str]] = {
+        "initializer": "there is nothing to initialize here. Give BatchNorm adaptation to the pruning entry."
+    }
     params: OverparameterizationParams = OverparameterizationParams()
     distillation: DistillationConfig = DistillationConfig()
 
@@ -79,8 +83,5 @@ class OverparameterizationConfig(AlgorithmConfig):
             raise ValueError(msg)
         if self.params.expansion is None and self.params.weight_decay is not None:
             msg = 'params.weight_decay is that of merged weights: expected an "expansion" too.'
-            raise ValueError(msg)
-        if "initializer" in self.model_fields_set:
-            msg = "there is nothing to initialize here. Give BatchNorm adaptation to the pruning entry."
             raise ValueError(msg)
         return self

@@ -17,8 +17,9 @@ from nncf_compactprune.algorithms.data_free import Reconstruction
 from nncf_compactprune.algorithms.data_free.gram import is_linear
 from nncf_compactprune.algorithms.data_free.quantizers import GridQuantizer
 from nncf_compactprune.channels import trace
+from nncf_compactprune.config import json_schema
 from nncf_compactprune.cut.surgery import plan_of
-from nncf_compactprune.errors import ConfigError, DataFreeError
+from nncf_compactprune.errors import ConfigError, DataFreeError, ScopeError
 from nncf_compactprune.export import verify_export
 from nncf_compactprune.host.tensors import named_modules
 
@@ -200,9 +201,61 @@ def test_a_grid_quantizer_rounds_to_its_levels(bits: int) -> None:
     assert torch.equal(again(x), y)
 
 
+SCOPES = [
+    ({"ignored_scopes": ["features.1"]}, lambda name: not name.startswith("features.1.")),
+    ({"ignored_scopes": ["{re}features.1", "head"]}, lambda name: not name.startswith(("features.1.", "head"))),
+    ({"target_scopes": ["features.1"]}, lambda name: name.startswith("features.1.")),
+    (
+        {"target_scopes": ["{re}.*conv2d"], "ignored_scopes": ["features.1.conv1"]},
+        lambda n: n not in ("features.1.conv1", "head"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("scopes", "inside"), SCOPES, ids=str)
+def test_sparsity_and_quantization_keep_to_their_scopes(scopes, inside) -> None:
+    sparse = network()
+    layers = {name for name, module in named_modules(sparse) if is_linear(module)}
+    ctrl, _ = compress(sparse, {"algorithm": "data_free_sparsity", "params": {"sparsity": 0.5}, **scopes})
+    ctrl.strip()
+    with_zeros = {name for name in layers if bool((sparse.get_submodule(name).weight == 0).any())}
+    assert with_zeros == {name for name in layers if inside(name)}
+    quantized = network()
+    ctrl, _ = compress(quantized, {**quantize_entry(4, edge_bits=4), **scopes})
+    ctrl.strip()
+    on_grid = {name for name in layers if len(quantized.get_submodule(name).weight[0].unique()) <= 15}
+    assert on_grid == {name for name in layers if inside(name)}
+
+
+@pytest.mark.parametrize("entry", [prune_entry(), quantize_entry(), {"algorithm": "data_free_sparsity"}])
+def test_a_scope_without_a_match_is_refused_before_any_work(entry) -> None:
+    model = network()
+    before = state(model)
+    for key in ("ignored_scopes", "target_scopes"):
+        with pytest.raises(ScopeError, match=f"{key}: 'features.9' matches no operation and no module"):
+            compress(model, {**entry, key: ["features.9"]})
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("entry", [quantize_entry(), {"algorithm": "data_free_sparsity"}])
+def test_scopes_that_leave_no_layer_are_refused(entry) -> None:
+    model = network()
+    before = state(model)
+    with pytest.raises(DataFreeError, match=r"in scope. Widen target_scopes or ignored_scopes"):
+        compress(model, {**entry, "ignored_scopes": ["{re}.*"]})[0].strip()
+    assert unchanged(model, before)
+
+
 @pytest.mark.parametrize(
     ("entry", "match"),
     [
+        ({**prune_entry(), "initializer": {}}, r"\[0\].initializer: this algorithm does not read it: BatchNorm"),
+        ({**quantize_entry(), "initializer": {}}, r"\[0\].initializer: this algorithm does not read it: BatchNorm"),
+        ({"algorithm": "data_free_sparsity", "initializer": {}}, r"\[0\].initializer: this algorithm does not read it"),
+        (
+            prune_entry(params={"pruning_steps": 3}),
+            r"params.pruning_steps: this algorithm does not read it: everything",
+        ),
         (quantize_entry(3), r"compression\[0\].params.weight_bits"),
         (quantize_entry(9), r"compression\[0\].params.activation_bits"),
         (prune_entry(generation={"source": "dataset", "steps": 5}), r"'steps' belongs to inverted images"),
@@ -214,6 +267,15 @@ def test_a_grid_quantizer_rounds_to_its_levels(bits: int) -> None:
 def test_wrong_config_is_told(entry, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         compress(network(), entry)
+
+
+def test_the_schema_holds_no_key_that_is_not_read() -> None:
+    definitions = json_schema()["$defs"]
+    assert "initializer" in definitions["FBNetConfig"]["properties"]
+    for name in ("DataFreeConfig", "DataFreeQuantizationConfig", "DataFreeSparsityConfig"):
+        assert "target_scopes" in definitions[name]["properties"]
+        assert "initializer" not in definitions[name]["properties"]
+    assert "pruning_steps" not in definitions["DataFreeParams"]["properties"]
 
 
 @pytest.mark.parametrize("entry", [prune_entry(), quantize_entry(), {"algorithm": "data_free_sparsity"}])
