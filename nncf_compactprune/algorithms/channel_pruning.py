@@ -25,7 +25,7 @@ from nncf_compactprune.config import AlgorithmConfig, Budget, Section
 from nncf_compactprune.cut.diagnosis import analyse, culprits
 from nncf_compactprune.cut.masks import Masks, drop_masks
 from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
-from nncf_compactprune.decide.budgets import Allocation, Limits, allocate
+from nncf_compactprune.decide.budgets import AllocationProblem, Limits, allocate
 from nncf_compactprune.decide.scopes import prunable_groups
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
 from nncf_compactprune.host.distributed import averaged, process_count, require_agreement
@@ -72,7 +72,7 @@ class ChannelPruningConfig(AlgorithmConfig):
 
 
 class ChannelPruning(CompressionAlgorithm):
-    """Base of the pruning algorithms. A subclass implements :meth:`scores`.
+    """Base of the pruning algorithms. A subclass implements :meth:`scores` or :meth:`decide`.
 
     :param config: the validated entry of ``"compression"``.
     :param context: the model and what else the algorithm works with.
@@ -87,6 +87,7 @@ class ChannelPruning(CompressionAlgorithm):
         self.self_check: SelfCheck | None = None
         self._graph: ChannelGraph | None = None
         self._masks: Masks | None = None
+        self.prunable: Sequence[bool] = ()  # which groups of the graph may be cut, [groups]
         self._rate = 0.0
         self._done = False
 
@@ -95,6 +96,35 @@ class ChannelPruning(CompressionAlgorithm):
     def scores(self, graph: ChannelGraph) -> Sequence[Tensor]:
         """One score a channel for every group, shape ``[group.size]``, larger kept."""
         raise NotImplementedError
+
+    def decide(self, rate: float) -> PruningPlan:
+        """Decides what goes, without changing the model: :meth:`scores` and the allocation of ``params``, by default.
+
+        It reads :attr:`graph`, :attr:`prunable` and :meth:`problem`. Every process decides; the plans are compared.
+
+        :param rate: share of the cost to remove, up to :attr:`target_rate`.
+        """
+        with self.context.timed("scores"):
+            raw = averaged(self.scores(self.graph))
+            scores = [_checked(s, g.name) for s, g in zip(raw, self.graph.groups, strict=True)]
+        with self.context.timed("allocation"):
+            keep = allocate(self.problem(rate), scores, self.config.params.allocation)
+            return make_plan(self.graph, keep, algorithm=self.name)
+
+    def problem(self, rate: float) -> AllocationProblem:
+        """What is to be shared out on the way to the target: every budget loosened by the same share of its way.
+
+        :param rate: share of the cost to remove, up to :attr:`target_rate`.
+        """
+        target, params = self.target_rate, self.config.params
+        share = 1.0 if target <= 0 else min(rate / target, 1.0)
+        budgets: dict[str, int] = {}
+        for kind in KINDS:
+            dense = self.graph.cost[kind](self.graph.sizes)
+            final = min(self.config.budget.resolve(kind, dense), dense)
+            budgets[kind] = dense - math.floor((dense - final) * share) if share < 1 else final
+        limits = Limits(params.min_channels, params.max_ratio, params.round_to)
+        return AllocationProblem(self.graph, self.prunable, budgets, limits)
 
     def adaptation_context(self) -> Context:
         """Whose training loader re-estimates BatchNorm statistics after the cut."""
@@ -165,7 +195,7 @@ class ChannelPruning(CompressionAlgorithm):
             msg = f"the model is cut already: the compression rate stays at {self._rate:.3f}"
             raise CompactPruneError(msg)
         self._rate = value
-        self.plan = self._decide(value)
+        self.plan = self._agreed(value)
         self._masks.share(self.context.ema)
         self._masks.update(self.plan)
         self.context.plugins.emit("masked", plan=self.plan)
@@ -212,7 +242,7 @@ class ChannelPruning(CompressionAlgorithm):
         pins: list[Pin] = []
         while True:
             self._analyse(trial=False, pins=pins)
-            plan = self._decide(self.target_rate)
+            plan = self._agreed(self.target_rate)
             try:
                 self._prune_now(plan)
                 return
@@ -234,8 +264,8 @@ class ChannelPruning(CompressionAlgorithm):
                 plugins=self.context.plugins,
                 allow_approximate=self.config.params.allow_approximate,
             )
-        self._prunable = self._select_groups(self._graph)
-        self._problem(self.target_rate)  # an impossible budget is told now, not after an hour of training
+        self.prunable = self._select_groups(self._graph)
+        self.problem(self.target_rate)  # an impossible budget is told now, not after an hour of training
         self.context.plugins.emit("traced", graph=self._graph)
 
     def _select_groups(self, graph: ChannelGraph) -> list[bool]:
@@ -254,36 +284,17 @@ class ChannelPruning(CompressionAlgorithm):
         msg = f"nothing can be pruned in {type(self.context.model).__name__}. {scoped}Pinned:\n  {shown or 'nothing'}"
         raise NothingPrunableError(msg)
 
-    def _problem(self, rate: float) -> Allocation:
-        """The allocation on the way to the target: every budget loosened by the same share of its way."""
-        target, params = self.target_rate, self.config.params
-        share = 1.0 if target <= 0 else min(rate / target, 1.0)
-        budgets: dict[str, int] = {}
-        for kind in KINDS:
-            dense = self.graph.cost[kind](self.graph.sizes)
-            final = min(self.config.budget.resolve(kind, dense), dense)
-            budgets[kind] = dense - math.floor((dense - final) * share) if share < 1 else final
-        limits = Limits(params.min_channels, params.max_ratio, params.round_to)
-        return Allocation(self.graph, self._prunable, budgets, limits)
-
-    def _decide(self, rate: float) -> PruningPlan:
-        plan = self._plan(rate)
+    def _agreed(self, rate: float) -> PruningPlan:
+        """What is decided, compared over all processes."""
+        plan = self.decide(rate)
         require_agreement(plan.to_json() if process_count() > 1 else "", f"the plan of '{self.name}'")
         return plan
-
-    def _plan(self, rate: float) -> PruningPlan:
-        with self.context.timed("scores"):
-            raw = averaged(self.scores(self.graph))
-            scores = [_checked(s, g.name) for s, g in zip(raw, self.graph.groups, strict=True)]
-        with self.context.timed("allocation"):
-            keep = allocate(self._problem(rate), scores, self.config.params.allocation)
-            return make_plan(self.graph, keep, algorithm=self.name)
 
     def _prune_now(self, plan: PruningPlan | None = None) -> None:
         """Cuts to a plan, or to the schedule's last decision, or decides for the full budget; adapts BatchNorm."""
         if plan is None:
             decided = self.plan if self._rate >= self.target_rate else None
-            plan = decided or self._decide(self.target_rate)
+            plan = decided or self._agreed(self.target_rate)
         self._cut(plan)
         self._rate = self.target_rate
         self.after_cut(plan)

@@ -51,7 +51,7 @@ def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]
     return np.append(multiples, group.size)
 
 
-class Allocation:
+class AllocationProblem:
     """The problem: groups, their allowed widths, costs and budgets.
 
     :param graph: the dense model's channels.
@@ -97,7 +97,7 @@ class Allocation:
         return int(options[min(int(np.searchsorted(options, width - 1e-9)), len(options) - 1)])
 
 
-def uniform(problem: Allocation, scores: Scores) -> Widths:
+def uniform(problem: AllocationProblem, scores: Scores) -> Widths:
     """The same share of every group: the largest share whose widths fit (bisection; scores play no part)."""
 
     def widths_at(share: float) -> Widths:
@@ -106,7 +106,7 @@ def uniform(problem: Allocation, scores: Scores) -> Widths:
     return _largest(problem, widths_at, 0.0, 1.0)
 
 
-def global_ranking(problem: Allocation, scores: Scores) -> Widths:
+def global_ranking(problem: AllocationProblem, scores: Scores) -> Widths:
     """One threshold for all channels, on scores scaled to mean 1 in each group (as the layers' scales differ)."""
     scaled = [np.sort(s / max(float(np.mean(s)), 1e-12))[::-1] for s in scores]
     thresholds = np.unique(np.concatenate(scaled)) if scaled else np.zeros(0)
@@ -122,7 +122,7 @@ def global_ranking(problem: Allocation, scores: Scores) -> Widths:
     return _largest(problem, widths_at, 0.0, 1.0)
 
 
-def _largest(problem: Allocation, widths_at: Callable[[float], Widths], low: float, high: float) -> Widths:
+def _largest(problem: AllocationProblem, widths_at: Callable[[float], Widths], low: float, high: float) -> Widths:
     """Bisection for the largest argument that fits; ``widths_at`` grows with it and fits at ``low``."""
     if problem.fits(widths_at(high)):
         return widths_at(high)
@@ -135,19 +135,19 @@ def _largest(problem: Allocation, widths_at: Callable[[float], Widths], low: flo
     return widths_at(low)
 
 
-def greedy(problem: Allocation, scores: Scores) -> Widths:
+def greedy(problem: AllocationProblem, scores: Scores) -> Widths:
     """Removes step by step what costs the least score for the most budget: :func:`lazy_greedy` on the scores lost
     (scaled to mean 1 in each group, as in :func:`global_ranking`)."""
     scaled = [np.sort(s / max(float(np.mean(s)), 1e-12)) for s in scores]
     return lazy_greedy(problem, [np.concatenate([[0.0], np.cumsum(s)]) for s in scaled])
 
 
-def least_loss(problem: Allocation, scores: Scores) -> Widths:
+def least_loss(problem: AllocationProblem, scores: Scores) -> Widths:
     """As :func:`greedy`, for scores that are losses in one unit all over the network: nothing is scaled."""
     return lazy_greedy(problem, [np.concatenate([[0.0], np.cumsum(np.sort(s))]) for s in scores])
 
 
-def lazy_greedy(problem: Allocation, curves: Scores) -> Widths:
+def lazy_greedy(problem: AllocationProblem, curves: Scores) -> Widths:
     """Stage 1: widths of all groups under every budget, by the least loss for the most missing budget.
 
     A step takes a group to its next allowed width; its price is the loss over the share that it saves, on exact cost
@@ -192,7 +192,7 @@ def lazy_greedy(problem: Allocation, curves: Scores) -> Widths:
     return _given_back(problem, curves, widths, level)
 
 
-def _saving(problem: Allocation, missing: Mapping[str, int], widths: Widths, group: int, removed: int) -> float:
+def _saving(problem: AllocationProblem, missing: Mapping[str, int], widths: Widths, group: int, removed: int) -> float:
     """The largest share of what a budget missed at first, among the budgets still missed, that a step saves."""
     shares = [0.0]
     for kind, first in missing.items():
@@ -202,7 +202,7 @@ def _saving(problem: Allocation, missing: Mapping[str, int], widths: Widths, gro
     return max(shares)
 
 
-def _given_back(problem: Allocation, curves: Scores, widths: Widths, level: list[int]) -> Widths:
+def _given_back(problem: AllocationProblem, curves: Scores, widths: Widths, level: list[int]) -> Widths:
     """Undoes steps that the last one made needless."""
     while True:
         best, gain = -1, 0.0
@@ -221,7 +221,7 @@ def _given_back(problem: Allocation, curves: Scores, widths: Widths, level: list
         widths[best] = problem.allowed[best][level[best]]
 
 
-ALLOCATIONS: Mapping[str, Callable[[Allocation, Scores], Widths]] = {
+ALLOCATIONS: Mapping[str, Callable[[AllocationProblem, Scores], Widths]] = {
     "uniform": uniform,
     "global": global_ranking,
     "greedy": greedy,
@@ -242,7 +242,7 @@ def choose(widths: Widths, scores: Scores) -> list[npt.NDArray[np.bool_]]:
     return result
 
 
-def allocate(problem: Allocation, scores: Scores, method: str) -> list[npt.NDArray[np.bool_]]:
+def allocate(problem: AllocationProblem, scores: Scores, method: str) -> list[npt.NDArray[np.bool_]]:
     """Solves the problem by a named method.
 
     :param scores: for each group one score a channel, finite, larger kept.

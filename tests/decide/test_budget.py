@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.networks import images, trained
 
 from nncf_compactprune.channels import trace
-from nncf_compactprune.decide.budgets import ALLOCATIONS, Allocation, Limits, allocate, allowed_widths, choose
+from nncf_compactprune.decide.budgets import ALLOCATIONS, AllocationProblem, Limits, allocate, allowed_widths, choose
 from nncf_compactprune.errors import BudgetError
 
 
@@ -27,7 +27,7 @@ def random_scores(graph, seed=0):
 
 def problem(graph, *, macs=1.0, params=1.0, limits=None, prunable=None):
     budgets = {"macs": int(macs * graph.macs), "params": int(params * graph.params)}
-    return Allocation(graph, prunable or [True] * len(graph.groups), budgets, limits or Limits())
+    return AllocationProblem(graph, prunable or [True] * len(graph.groups), budgets, limits or Limits())
 
 
 @pytest.mark.parametrize("method", ALLOCATIONS)
@@ -77,7 +77,7 @@ def test_the_stated_minimum_is_reachable(graph):
     limits = Limits(min_channels=3)
     floor = np.array([3.0] * len(graph.groups))
     least = graph.cost.macs(floor)
-    exact = Allocation(graph, [True] * len(graph.groups), {"macs": least}, limits)
+    exact = AllocationProblem(graph, [True] * len(graph.groups), {"macs": least}, limits)
     for method in ALLOCATIONS.values():
         np.testing.assert_array_equal(method(exact, random_scores(graph)), floor)
 

@@ -36,7 +36,7 @@ from nncf_compactprune.algorithms.catro.subtask import ClassSubset, with_classif
 from nncf_compactprune.algorithms.catro.trace_ratio import RemovalCurve, damped, joint_removal, trace_ratio_curve
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.config import AlgorithmConfig
-from nncf_compactprune.decide.budgets import Allocation, lazy_greedy, uniform
+from nncf_compactprune.decide.budgets import AllocationProblem, lazy_greedy, uniform
 from nncf_compactprune.decide.criteria.magnitude import l2
 from nncf_compactprune.decide.labelled import FewPerClass, class_scores, output_classes
 from nncf_compactprune.errors import CompactPruneError, DataError
@@ -59,21 +59,13 @@ class CatroParams(ChannelPruningParams):
     :param classes: prune for these classes only, and cut the classifier to them; indices, at least two.
     """
 
-    allocation: Literal["uniform", "global", "greedy"] = "greedy"
+    allocation: Literal["greedy", "uniform"] = "greedy"
     form: Literal["margin", "plain"] = "margin"
     samples_per_class: int = Field(default=50, ge=1)
     contribution: float = Field(default=3.0, ge=0)
     feature_size: int = Field(default=4, ge=1)
     damping: float = Field(default=0.5, ge=0, le=1)
     classes: list[int] | None = None
-
-    @field_validator("allocation")
-    @classmethod
-    def _has_losses(cls, value: str) -> str:
-        if value == "global":
-            msg = '\'catro\' has losses instead of scores: expected "greedy" or "uniform".'
-            raise ValueError(msg)
-        return value
 
     @field_validator("classes")
     @classmethod
@@ -105,8 +97,8 @@ class Catro(ChannelPruning):
     Config: ClassVar[type[AlgorithmConfig]] = CatroConfig
     config: CatroConfig
 
-    def _plan(self, rate: float) -> PruningPlan:
-        problem = self._problem(rate)
+    def decide(self, rate: float) -> PruningPlan:
+        problem = self.problem(rate)
         with self.context.timed("scores"):
             curves = self._curves()
         with self.context.timed("allocation"):
@@ -122,7 +114,7 @@ class Catro(ChannelPruning):
             return self.context
         return dataclasses.replace(self.context, train_loader=ClassSubset(loader, classes))
 
-    def _kept(self, problem: Allocation, curves: Sequence[RemovalCurve]) -> list[npt.NDArray[np.bool_]]:
+    def _kept(self, problem: AllocationProblem, curves: Sequence[RemovalCurve]) -> list[npt.NDArray[np.bool_]]:
         losses = [curve.convex for curve in curves]
         widths = (uniform if self.config.params.allocation == "uniform" else lazy_greedy)(problem, losses)
         removed = (self.graph.sizes - widths).astype(int)
@@ -136,7 +128,7 @@ class Catro(ChannelPruning):
         params = self.config.params
         classes = self._class_count()
         samples = FewPerClass(self.context.labelled_batches(), classes, params.samples_per_class, params.classes)
-        groups = [index for index, free in enumerate(self._prunable) if free]
+        groups = [index for index, free in enumerate(self.prunable) if free]
         found: dict[int, RemovalCurve] = {}
         if params.form == "plain":
             scatter = FeatureScatter(self.graph, groups, classes, params.feature_size)
@@ -159,7 +151,7 @@ class Catro(ChannelPruning):
         """A curve for every group. Groups whose consumers were not seen are ranked by the squared L2 norm of their
         filters, scaled so that a channel loses as much as one of the other groups on average."""
         seen = [float(curve.loss[-1]) / len(curve.loss) for curve in found.values()]
-        missing = [g for g, free in enumerate(self._prunable) if free and g not in found]
+        missing = [g for g, free in enumerate(self.prunable) if free and g not in found]
         if not seen:
             kind = type(self.context.model).__name__
             msg = (

@@ -182,7 +182,7 @@ def test_no_loader_at_all() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"allocation": "global"}, "'catro' has losses instead of scores"),
+        ({"allocation": "global"}, 'allocation: expected one of "greedy", "uniform", got "global"'),
         ({"classes": [1]}, r"at least two different class indices from 0, got \[1\]"),
         ({"classes": [1, 1]}, "at least two different class indices"),
         ({"classes": [0, -1]}, "at least two different class indices"),

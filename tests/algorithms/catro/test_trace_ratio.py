@@ -21,7 +21,7 @@ from nncf_compactprune.algorithms.catro.trace_ratio import (
     trace_ratio_curve,
 )
 from nncf_compactprune.channels import trace
-from nncf_compactprune.decide.budgets import Allocation, Limits, lazy_greedy
+from nncf_compactprune.decide.budgets import AllocationProblem, Limits, lazy_greedy
 
 SCATTERS = npst.arrays(np.float64, st.integers(1, 9), elements=st.floats(0, 1e3, allow_subnormal=False))
 
@@ -139,18 +139,18 @@ def test_damping_brings_groups_to_one_scale() -> None:
 # -- stage 1: widths ---------------------------------------------------------------------------------------------------
 
 
-def three_groups(budgets: dict[str, float], **limits: int) -> Allocation:
+def three_groups(budgets: dict[str, float], **limits: int) -> AllocationProblem:
     graph = trace(trained("plain"), images())
     assert len(graph.groups) == 3
     most = {kind: int(graph.cost[kind](graph.sizes) * share) for kind, share in budgets.items()}
-    return Allocation(graph, [True] * 3, most, Limits(**limits))
+    return AllocationProblem(graph, [True] * 3, most, Limits(**limits))
 
 
-def curves(problem: Allocation, seed: int) -> list[np.ndarray]:
+def curves(problem: AllocationProblem, seed: int) -> list[np.ndarray]:
     return [joint_removal(random_effects(int(n), seed + g)).convex for g, n in enumerate(problem.sizes)]
 
 
-def loss_of(problem: Allocation, losses: list[np.ndarray], widths: np.ndarray) -> float:
+def loss_of(problem: AllocationProblem, losses: list[np.ndarray], widths: np.ndarray) -> float:
     return sum(float(c[int(n - w)]) for c, n, w in zip(losses, problem.sizes, widths, strict=True))
 
 
