@@ -32,12 +32,15 @@ class ValuesNeeded(Exception):
     """The network's shapes or control flow depend on values."""
 
 
-def without_arithmetic(func: Any, args: Sequence[Any]) -> Tensor | None:
+def without_arithmetic(func: Any, args: Sequence[Any], *, unchanged: bool = False) -> Tensor | None:
     """The result of a convolution or matrix product as zeros of the right shape; None: run the operation.
 
+    :param func: the operation; :param args: its arguments.
+    :param unchanged: no operand carries channels. Then the operation is run: its result may be a table that the
+        network keeps.
     :raises ValuesNeeded: the operation reads values.
     """
-    shape = _SHAPES.get(func)
+    shape = None if unchanged else _SHAPES.get(func)
     if shape is not None:
         size = shape(args)
         return None if size is None else args[0].new_zeros(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -108,6 +109,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.unsupported: Counter[str] = Counter()
         self._rules = rules
         self._shapes_only = shapes_only
+        self._noted: list[weakref.ref[Tensor]] = []
         self._resolved: dict[Any, Callable[..., None] | None] = {}
         self._constants: dict[int, DimLabels] = {}
         self._module_names = {id(module): name for name, module in named_modules(model)}
@@ -122,16 +124,29 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def run(self, example_inputs: Any) -> None:
         """Runs the model under the mode and pins what leaves it.
 
+        No tensor carries labels afterwards: the model may keep it.
+
         :raises ValuesNeeded: the tracer works by shapes alone, and the network reads values.
         :raises TraceError: the model does not run on the example input.
         """
+        try:
+            for leaf in tree_leaves(self._output(example_inputs)):
+                if isinstance(leaf, Tensor):
+                    self.pin_tensor(leaf, "model output", locate=False)
+        finally:
+            for tensor in (note() for note in self._noted):
+                if tensor is not None:
+                    vars(tensor).pop(_LABELS, None)
+                    vars(tensor).pop(_CONSTANT, None)
+
+    def _output(self, example_inputs: Any) -> Any:
         handles = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
         ]
         try:
-            with evaluating(self.model), _TorchCalls(self), self:
-                output = call_model(self.model, example_inputs)
+            with evaluating(self.model, example_inputs), _TorchCalls(self), self:
+                return call_model(self.model, example_inputs)
         except (TraceError, ValuesNeeded):
             raise
         except Exception as error:
@@ -146,9 +161,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             for handle in handles:
                 handle.remove()
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self.pin_tensor(leaf, "model output", locate=False)
 
     # -- what rules use -----------------------------------------------------------------------------------------
 
@@ -219,10 +231,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         for array in labels:
             if array is not None:
-                setattr(tensor, _LABELS, tuple(labels))
+                self._note(tensor, _LABELS, tuple(labels))
                 return
         if hasattr(tensor, _LABELS):
             delattr(tensor, _LABELS)
+
+    def _note(self, tensor: Tensor, name: str, value: Any) -> None:
+        """Writes a note on a tensor, which :meth:`run` takes off again: the model may keep the tensor."""
+        setattr(tensor, name, value)
+        self._noted.append(weakref.ref(tensor))
 
     def unify(self, left: LabelArray, right: LabelArray) -> None:
         """Declares labels equal position by position."""
@@ -267,19 +284,19 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = without_arithmetic(func, args) if self._shapes_only else None
-        if out is None:
-            out = func(*args, **kwargs)
         labelled, constant = False, True
         for arg in (*args, *kwargs.values()):
             for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if isinstance(tensor, Tensor):
                     labelled = labelled or self.has_labels(tensor)
                     constant = constant and self.is_constant(tensor)
+        out = without_arithmetic(func, args, unchanged=not labelled) if self._shapes_only else None
+        if out is None:
+            out = func(*args, **kwargs)
         if not labelled:
             return out
         if constant and isinstance(out, Tensor):
-            setattr(out, _CONSTANT, True)
+            self._note(out, _CONSTANT, True)
         rule = self._resolved.get(func, _UNRESOLVED)
         if rule is _UNRESOLVED:
             rule = self._resolved[func] = self._resolve(func)

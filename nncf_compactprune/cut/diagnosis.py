@@ -218,7 +218,7 @@ def _find_culprit(
     with for_a_while() as log:
         cut(log, model, plan, plugins=plugins)
         try:
-            with evaluating(model), follower:
+            with evaluating(model, example_inputs), follower:
                 call_model(model, example_inputs)
         except Exception as error:
             follower.note_failure(error)

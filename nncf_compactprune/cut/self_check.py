@@ -149,8 +149,11 @@ def _compared(
 
 def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
     try:
-        with evaluating(model):
+        with evaluating(model, example_inputs):
             output = call_model(model, example_inputs)
+            return [
+                leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            ]
     except Exception as error:
         first = str(error).strip().splitlines()
         msg = (
@@ -158,7 +161,6 @@ def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
             f"{first[0] if first else ''}. The model was restored."
         )
         raise SelfCheckError(msg) from error
-    return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from nncf_compactprune.channels.facts import facts_for
 from nncf_compactprune.cut.transaction import Transaction, transaction
 from nncf_compactprune.errors import FixedAttributeError
+from nncf_compactprune.host.marks import memos
 from nncf_compactprune.host.tensors import copy_in, model_tensors, named_modules, own_tensors
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
@@ -98,6 +99,8 @@ def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: 
         facts = facts_for(module, plugins.module_facts) if shapes else None
         if facts is not None:
             updates.append((name, module, facts(module, shapes)))
+    for live, key in memos(model):
+        log.delete_item(live, key)
     for name in plan.kept:
         log.set_data(tensors[name], select(tensors[name].data, plan.selection(name)))
     for name, attributes in plan.attributes.items():

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from nncf_compactprune.host.marks import Marks
 from nncf_compactprune.host.tensors import named_modules
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
-    """Calls a model with a tensor, a tuple of positional inputs or a dict of keyword inputs."""
+    """Calls a model.
+
+    :param example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+    :return: what the model returns.
+    """
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
     if isinstance(example_inputs, (tuple, list)):
@@ -22,21 +29,59 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no autocast and an untouched random state inside; training flags restored after."""
-    training = [module for _, module in named_modules(model) if module.training]
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    on = device != "meta" and torch.is_autocast_enabled(device)
-    without_autocast = torch.autocast(device, enabled=False) if on else nullcontext()
-    if training:
-        model.eval()
+def evaluating(model: nn.Module, inputs: Any = None, *, changes: bool = False) -> Iterator[None]:
+    """The one way to run a model that leaves no mark: eval mode, no gradients, no autocast.
+
+    Afterwards training flags and random states (torch, numpy, Python) are as before, and so is all that
+    :mod:`~nncf_compactprune.host.marks` lists: a memo that the forward pass fills is gone again.
+
+    :param inputs: what the model runs on; what it writes into these tensors is taken back too.
+    :param changes: the body changes the model on purpose. Then only mode, flags and random states are taken back; put
+        each run in an :func:`unmarked` of its own.
+    """
+    with nullcontext() if changes else unmarked(model, inputs):
+        training = [module for _, module in named_modules(model) if module.training]
+        if training:
+            model.eval()
+        try:
+            with torch.no_grad(), _without_autocast(model), _same_random_states(model):
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextmanager
+def unmarked(model: nn.Module, inputs: Any = None, *, contents: bool = True) -> Iterator[None]:
+    """Takes back what runs inside leave in a model (see :mod:`~nncf_compactprune.host.marks`), in whatever mode.
+
+    :param inputs: what the model runs on; what it writes into these tensors is taken back too.
+    :param contents: take back what is written into tensors. Without it, a hook may change weights while the model runs.
+    """
+    marks = Marks(model, inputs, contents=contents)
     try:
-        with torch.no_grad(), without_autocast, torch.random.fork_rng(devices=_cuda_devices(model)):
+        with marks.writes:
             yield
     finally:
-        for module in training:
-            module.training = True
+        marks.undo()
 
 
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if on else nullcontext():
+        yield
+    torch.clear_autocast_cache()  # the model may have used autocast itself, on masked weights
+
+
+@contextmanager
+def _same_random_states(model: nn.Module) -> Iterator[None]:
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)

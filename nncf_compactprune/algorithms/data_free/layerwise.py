@@ -95,7 +95,7 @@ class DataFreeLayerwise(ChannelPruning):
         network, inputs = inputs_for(self.context, self.config.generation)
         kept = {name: plan.selection(name) for name in plan.kept}
         step = least_squares(self.config.params.ridge)
-        with self.context.timed("reconstruction"), evaluating(model), evaluating(dense):
+        with self.context.timed("reconstruction"), evaluating(model, changes=True), evaluating(dense):
             self.refits = Reconstruction(dense, model, inputs, network, kept, step).run(progress="Re-fitting layers")
         self._dense = None
 

@@ -146,7 +146,7 @@ def precondition(log: Transaction, model: nn.Module, example_inputs: Any) -> lis
     :param log: undoes everything if what follows fails.
     :return: the pairs found.
     """
-    with evaluating(model):
+    with evaluating(model, changes=True):
         pairs = find_pairs(model, example_inputs)
         absorb_biases(log, model, pairs)
         fold_batch_norms(log, model, pairs)

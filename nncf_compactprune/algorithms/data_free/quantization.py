@@ -110,7 +110,7 @@ class DataFreeQuantization(CompressionAlgorithm):
             raise DataFreeError(msg)
         bits = {n: params.edge_bits if n in (layers[0], layers[-1]) else params.weight_bits for n in layers}
         ignored = self._out_of_scope()
-        with context.timed("quantization"), evaluating(model), whole_or_nothing(model) as log:
+        with context.timed("quantization"), evaluating(model, changes=True), whole_or_nothing(model) as log:
             if params.equalise:
                 precondition(log, model, context.example_inputs)
             dense = copy.deepcopy(model)  # what the layers are compared with, scaled alike

@@ -35,6 +35,7 @@ from nncf_compactprune.algorithms.data_free.pacing import Met, Reference
 from nncf_compactprune.algorithms.data_free.resampling import resampling
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.cut.transaction import Transaction, transaction
+from nncf_compactprune.host.calls import unmarked
 from nncf_compactprune.host.nncf_hooks import remove_hooks
 from nncf_compactprune.host.tensors import model_tensors, named_modules
 from nncf_compactprune.host.torch_internals import BatchNorm
@@ -142,7 +143,8 @@ class Reconstruction:
                 work = self._layer if name in layers else self._norm
                 handle = modules[name].register_forward_pre_hook(partial(visit, name=name, work=work))
                 stack.callback(handle.remove)
-            self.network.call(self.compressed, self.inputs.images)
+            with unmarked(self.compressed, contents=False):
+                self.network.call(self.compressed, self.inputs.images)
         next(bar, None)
         return self.refits
 
@@ -203,7 +205,8 @@ def called_once(model: nn.Module, network: ImageNetwork, images: Tensor) -> set[
         for name, module in named_modules(model)
     ]
     try:
-        network.call(model, images)
+        with unmarked(model):
+            network.call(model, images)
     finally:
         for handle in handles:
             handle.remove()
@@ -229,5 +232,6 @@ def dense_moments(
         stack.enter_context(resampling(model, inputs.resampled, {}))
         for name in names:
             stack.callback(modules[name].register_forward_hook(partial(collect, name=name)).remove)
-        network.call(model, inputs.images)
+        with unmarked(model):
+            network.call(model, inputs.images)
     return found

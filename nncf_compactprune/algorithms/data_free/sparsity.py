@@ -105,7 +105,7 @@ class DataFreeSparsity(CompressionAlgorithm):
         network, inputs = inputs_for(self.context, self.config.generation)
         modules = dict(named_modules(model))
         in_scope = self._in_scope()
-        with self.context.timed("sparsity"), evaluating(model), whole_or_nothing(model):
+        with self.context.timed("sparsity"), evaluating(model, changes=True), whole_or_nothing(model):
             once = called_once(model, network, inputs.images[:1])
             names = [n for n, m in modules.items() if n in once and is_linear(m) and n in in_scope]
             if params.granularity == "2:4":

@@ -73,7 +73,7 @@ def select_layers(
 def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """What the model computes in eval mode, every tensor of it."""
     with evaluating(model):
-        return [leaf for leaf in tree_leaves(call_model(model, example_inputs)) if isinstance(leaf, Tensor)]
+        return [leaf.clone() for leaf in tree_leaves(call_model(model, example_inputs)) if isinstance(leaf, Tensor)]
 
 
 def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
