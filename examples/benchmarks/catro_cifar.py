@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cifar_packs import packed_cifar10
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nncf_compactprune.run.datasets import crop_and_flip, resolve_dataset
+from nncf_compactprune.run.datasets import crop_and_flip
 from nncf_compactprune.run.networks.cifar_resnet import resnet20, resnet56
 
 DATA = Path("../shared/data")
@@ -35,7 +36,7 @@ class Cifar:
 
     @classmethod
     def load(cls, folder: Path, train_images: int | None = TRAIN_IMAGES) -> Cifar:
-        data = resolve_dataset(f"cifar10:{folder}", {"train_samples": train_images})
+        data = packed_cifar10(folder, train_images)
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.mean, data.std))
         parts: Any = (data.train, data.test)
         (x, y), (u, v) = (((p.images.float() / 255 - mean) / std, p.labels) for p in parts)

@@ -22,6 +22,7 @@ from typing import Any
 
 import nncf
 import torch
+from cifar_packs import packed_cifar10
 from torch import nn
 
 from nncf_compactprune import analyse, create_compressed_model, prune
@@ -31,7 +32,6 @@ from nncf_compactprune.algorithms.data_free.quantizers import install
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.plan import PruningPlan
-from nncf_compactprune.run.datasets import resolve_dataset
 from nncf_compactprune.run.models import resolve_model
 from nncf_compactprune.run.networks.cifar_resnet import resnet20, resnet56
 
@@ -61,7 +61,7 @@ class Bench:
 
     def __init__(self, data: Path, name: str) -> None:
         self.name, self.data = name, data
-        self.dataset = resolve_dataset(f"cifar10:{data}", {"train_samples": REAL})
+        self.dataset = packed_cifar10(data, REAL)
         self.test = list(self.dataset.test_loader(500))
         self.real = torch.cat([x for x, _ in self.dataset.train_loader(500, augment=False)])
         self.cache = HERE / f"data_free_{name}.safetensors"

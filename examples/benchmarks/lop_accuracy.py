@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 import typer
+from cifar_packs import packed_cifar10
 from torch.utils.data import Subset
 
 from nncf_compactprune import create_compressed_model
-from nncf_compactprune.run.datasets import ResolvedDataset, resolve_dataset
+from nncf_compactprune.run.datasets import ResolvedDataset
 from nncf_compactprune.run.models import load_weights
 from nncf_compactprune.run.networks.cifar_resnet import resnet20
 from nncf_compactprune.run.training import OptimizerConfig, evaluate
@@ -88,7 +89,7 @@ class Data:
     """The images, read once: training, validation and test part."""
 
     def __init__(self, folder: Path) -> None:
-        whole = resolve_dataset(f"cifar10:{folder}", {"train_samples": TRAIN_IMAGES + VALIDATION_IMAGES})
+        whole = packed_cifar10(folder, TRAIN_IMAGES + VALIDATION_IMAGES)
         end = TRAIN_IMAGES + VALIDATION_IMAGES
         self.weights = folder / "resnet20_cifar10.safetensors"
         self.train = dataclasses.replace(whole, train=Subset(whole.train, range(TRAIN_IMAGES)))

@@ -5,6 +5,7 @@ Models are built from code or a config file, never downloaded, and come with exa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,11 +39,15 @@ class ResolvedModel:
     :param name: the name it was resolved from.
     :param model: the model, on the CPU, in evaluation mode.
     :param example_inputs: one float32 batch: a tensor, a tuple of tensors, or keyword arguments by name.
+    :param mean: what the network wants subtracted from each image channel, for pixels in [0, 1]; None: it does not say.
+    :param std: what it wants each channel divided by after that.
     """
 
     name: str
     model: nn.Module
     example_inputs: ExampleInputs
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 def resolve_model(
@@ -150,7 +155,8 @@ def timm_model(rest: str, **options: Any) -> ResolvedModel:
     model = _build(f"timm:{rest}", lambda: timm.create_model(rest, **options))
     shape = _image_shape(model.pretrained_cfg.get("input_size", IMAGENET_SHAPE))
     shape = (options.get("in_chans", shape[0]), *_pair(options.get("img_size", shape[1:])))
-    return ResolvedModel(f"timm:{rest}", model, _image(shape))
+    mean, std = (_numbers(model.pretrained_cfg.get(key)) for key in ("mean", "std"))
+    return ResolvedModel(f"timm:{rest}", model, _image(shape), mean, std)
 
 
 def hf_model(rest: str, **options: Any) -> ResolvedModel:
@@ -175,7 +181,8 @@ def hf_model(rest: str, **options: Any) -> ResolvedModel:
     model = _build(name, lambda: transformers.AutoModelForImageClassification.from_config(config))
     channels = getattr(config, "num_channels", None) or IMAGENET_SHAPE[0]
     size = _pair(getattr(config, "image_size", None) or IMAGENET_SHAPE[1:])
-    return ResolvedModel(name, model, {model.main_input_name: _image((channels, *size))})
+    mean, std = _processor(path.parent / "preprocessor_config.json")
+    return ResolvedModel(name, model, {model.main_input_name: _image((channels, *size))}, mean, std)
 
 
 def torchvision_model(rest: str, **options: Any) -> ResolvedModel:
@@ -203,6 +210,24 @@ def python_model(rest: str, **options: Any) -> ResolvedModel:
     if example_inputs is None:
         example_inputs = _image(_image_shape(getattr(model, "input_size", IMAGENET_SHAPE)))
     return ResolvedModel(f"python:{rest}", model, example_inputs)
+
+
+def _processor(path: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and std that the image processor beside a Hugging Face config applies."""
+    if not path.is_file():
+        return None, None
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path} is no JSON file: {error}"
+        raise ResolveError(msg) from error
+    if not stated.get("do_normalize", True):
+        return None, None
+    return _numbers(stated.get("image_mean")), _numbers(stated.get("image_std"))
+
+
+def _numbers(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values)
 
 
 def _build(name: str, build: Callable[[], Any]) -> Any:

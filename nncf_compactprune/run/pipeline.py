@@ -141,6 +141,7 @@ def run(
     )
     example = resolved.example_inputs
     if dataset is not None:
+        dataset = _normalised_for(resolved, dataset)
         example = _real_example(resolved, dataset)
         _check_classes(resolved, example, dataset)
     # The first file written also tells whether the directory can be written, before hours of training.
@@ -287,6 +288,13 @@ def _with_input_info(settings: Settings, dataset: ResolvedDataset) -> Settings:
         document={**settings.document, "input_info": {"sample_size": sample_size}},
         compression=settings.compression.model_copy(update={"input_info": [InputInfo(sample_size=sample_size)]}),
     )
+
+
+def _normalised_for(resolved: ResolvedModel, dataset: ResolvedDataset) -> ResolvedDataset:
+    """The dataset with the mean and std that the model states, where the dataset leaves them to it."""
+    if not dataset.model_normalises or resolved.mean is None or resolved.std is None:
+        return dataset
+    return replace(dataset, mean=resolved.mean, std=resolved.std)
 
 
 def _real_example(resolved: ResolvedModel, dataset: ResolvedDataset) -> ExampleInputs:

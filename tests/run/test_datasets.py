@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,6 @@ from nncf_compactprune.run.datasets import (
     resized_crop_and_flip,
     resolve_dataset,
 )
-
-IMAGES_PER_SHEET = 1000
 
 
 @pytest.fixture(scope="module")
@@ -113,71 +110,6 @@ def test_crop_and_flip_only_moves_pixels() -> None:
     assert any(mirrored for _, mirrored in matches)
 
 
-def write_cifar10(path: Path, tiles: np.ndarray, labels: np.ndarray) -> None:
-    """Packs ``tiles`` ``[n, 32, 32, 3]`` as the project's benchmark data is packed: sheets of 25 rows of 40."""
-    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
-    blobs = []
-    for start in range(0, len(tiles), IMAGES_PER_SHEET):
-        sheet = tiles[start : start + IMAGES_PER_SHEET].reshape(25, 40, 32, 32, 3).transpose(0, 2, 1, 3, 4)
-        buffer = io.BytesIO()
-        image.fromarray(sheet.reshape(800, 1280, 3)).save(buffer, "webp", lossless=True)
-        blobs.append(np.frombuffer(buffer.getvalue(), dtype=np.uint8))
-    np.savez(path, blob=np.concatenate(blobs), off=np.cumsum([0, *map(len, blobs)]), y=labels.astype(np.uint8))
-
-
-@pytest.fixture(scope="module")
-def cifar10(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, np.ndarray]:
-    folder = tmp_path_factory.mktemp("cifar10")
-    rng = np.random.default_rng(0)
-    tiles = rng.integers(0, 256, (2 * IMAGES_PER_SHEET, 32, 32, 3), dtype=np.uint8)
-    labels = rng.integers(0, 10, len(tiles))
-    write_cifar10(folder / "cifar10_train_0.npz", tiles, labels)
-    write_cifar10(folder / "cifar10_test.npz", tiles[:IMAGES_PER_SHEET], labels[:IMAGES_PER_SHEET])
-    return folder, tiles, labels
-
-
-def test_cifar10_reads_back_what_was_packed(plugins: Plugins, cifar10: tuple[Path, np.ndarray, np.ndarray]) -> None:
-    folder, tiles, labels = cifar10
-    for name in (folder, folder / "cifar10_train_0.npz"):
-        dataset = resolve_dataset(f"cifar10:{name}", plugins=plugins)
-        assert isinstance(dataset.train, ArrayImages)
-        np.testing.assert_array_equal(dataset.train.images.permute(0, 2, 3, 1).numpy(), tiles)
-        np.testing.assert_array_equal(labels_of(dataset, "train").numpy(), labels)
-        assert len(labels_of(dataset, "test")) == IMAGES_PER_SHEET
-    images, _ = next(iter(dataset.test_loader(4)))
-    expected = (tiles[:4].transpose(0, 3, 1, 2) / 255 - np.reshape(datasets.IMAGENET_MEAN, (3, 1, 1))) / np.reshape(
-        datasets.IMAGENET_STD, (3, 1, 1)
-    )
-    np.testing.assert_allclose(images.numpy(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_cifar10_takes_leading_images(plugins: Plugins, cifar10: tuple[Path, np.ndarray, np.ndarray]) -> None:
-    folder, _, labels = cifar10
-    options = {"train_samples": 1500, "test_samples": 10}
-    dataset = resolve_dataset(f"cifar10:{folder}", options, plugins)
-    np.testing.assert_array_equal(labels_of(dataset, "train").numpy(), labels[:1500])
-    assert len(labels_of(dataset, "test")) == 10
-
-
-def test_cifar10_refuses_pickles(plugins: Plugins, tmp_path: Path) -> None:
-    (tmp_path / "data_batch_1").write_bytes(b"\x80\x04.")
-    with pytest.raises(ResolveError, match="pickled batches there are not read"):
-        resolve_dataset(f"cifar10:{tmp_path}", plugins=plugins)
-    pickled = np.empty(1, dtype=object)
-    np.savez(tmp_path / "cifar10_train_0.npz", blob=pickled, off=pickled, y=pickled)
-    (tmp_path / "cifar10_test.npz").write_bytes(b"")
-    with pytest.raises(ResolveError, match=r"cifar10_train_0\.npz is not a packed archive.*allow_pickle"):
-        resolve_dataset(f"cifar10:{tmp_path}", plugins=plugins)
-
-
-def test_cifar10_counts_labels(plugins: Plugins, tmp_path: Path) -> None:
-    tiles = np.zeros((IMAGES_PER_SHEET, 32, 32, 3), dtype=np.uint8)
-    write_cifar10(tmp_path / "cifar10_train_0.npz", tiles, np.zeros(999))
-    write_cifar10(tmp_path / "cifar10_test.npz", tiles, np.zeros(1000))
-    with pytest.raises(ResolveError, match=r"must hold 1000 labels in 0\.\.9 for each of its 1 sheets"):
-        resolve_dataset(f"cifar10:{tmp_path}", plugins=plugins)
-
-
 def write_image(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (48, 32)) -> None:
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,8 +168,6 @@ def test_broken_image_is_named(plugins: Plugins, tmp_path: Path) -> None:
         ("digit", {}, r"Unknown dataset 'digit'\. Did you mean 'digits'\?"),
         ("digits:here", {}, "takes no path, got 'here'"),
         ("digits", {"size": 8}, "unexpected keyword argument 'size'"),
-        ("cifar10", {}, "no such file or folder: ''"),
-        ("cifar10:no/such", {}, "no such file or folder: 'no/such'"),
         ("python:json:dumps", {"obj": 1}, "expected a ResolvedDataset, got str"),
     ],
 )
@@ -259,3 +189,15 @@ def test_python_function_gives_a_dataset(plugins: Plugins, tmp_path: Path) -> No
     images, labels = next(iter(dataset.train_loader(8)))
     assert images.shape == (3, 1, 2, 2)
     assert labels.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("options", "asks_the_model"), [({}, True), ({"mean": [0.5] * 3, "std": [0.25] * 3}, False)])
+def test_image_folders_are_normalised_as_told_or_leave_it_to_the_model(
+    plugins: Plugins, tmp_path: Path, options: dict[str, list[float]], asks_the_model: bool
+) -> None:
+    for part in ("train", "val"):
+        write_image(tmp_path / part / "red" / "0.png", (255, 0, 0))
+    dataset = resolve_dataset(f"imagefolder:{tmp_path}", options, plugins)
+    assert dataset.model_normalises is asks_the_model
+    assert dataset.mean == tuple(options.get("mean", datasets.IMAGENET_MEAN))
+    assert dataset.std == tuple(options.get("std", datasets.IMAGENET_STD))

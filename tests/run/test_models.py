@@ -112,6 +112,26 @@ def test_hf_example_takes_the_config_s_image_size_and_channels(plugins: Plugins,
     assert run(resolved).shape == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("processor", "mean", "std"),
+    [
+        ({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)),
+        ({"image_mean": [0.5] * 3, "image_std": [0.1] * 3, "do_normalize": False}, None, None),
+        (None, None, None),
+    ],
+)
+def test_hf_normalisation_is_that_of_the_processor_beside_the_config(
+    plugins: Plugins, tmp_path: Path, processor: object, mean: object, std: object
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    config = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if processor is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    resolved = resolve_model(f"hf:{tmp_path}", plugins=plugins)
+    assert (resolved.mean, resolved.std) == (mean, std)
+
+
 def test_hf_name_is_corrected_and_nothing_is_downloaded(plugins: Plugins) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     with pytest.raises(ResolveError, match=r"Did you mean 'regnet'\?.*Nothing is downloaded"):
