@@ -68,8 +68,9 @@ def follows_slice(tracer: Tracer, labels: LabelArray, start: int, stop: int, *, 
                 break
         else:
             return False
-    rest = labels[start:stop]  # narrow counts these, and slices may
-    noted.append(([number for number in numbers if number.value == rest.size], rest))
+    places = [number for found, _ in noted for number in found]
+    taken = labels[start:stop]  # narrow counts these
+    noted.append(([n for n in numbers if n.value == taken.size and n not in places], taken))
     for found, run in noted:
         _note(tracer, found, run)
     return True

@@ -47,6 +47,18 @@ def by_halves(self, x):
     return x.split(self.whole // 2, 1)
 
 
+def by_one_number_for_both(self, x):
+    return x.split((self.a, self.a), 1)
+
+
+def by_the_last_half(self, x):
+    return x[:, : -self.b], x[:, -self.b :]
+
+
+def by_every_other(self, x):
+    return x[:, ::2], x[:, 1::2]
+
+
 def by_narrow(self, x):
     return x.narrow(1, 0, self.a), x.narrow(1, self.a, self.b)
 
@@ -74,13 +86,19 @@ CASES = {
     by_the_last: {"b": 10},
     by_halves: {"whole": 16},
     by_narrow: {"a": 6, "b": 10},
+    by_one_number_for_both: {"a": 8},
+    by_the_last_half: {"b": 8},
+    by_every_other: {},
 }
+
+
+HALVES = (by_halves, by_one_number_for_both, by_the_last_half, by_every_other)
 
 
 @pytest.mark.parametrize("where", CASES, ids=lambda where: where.__name__)
 def test_numbers_follow_the_cut(where):
     numbers = CASES[where]
-    model = stems(TwoParts(where, 8 if where is by_halves else 6, **numbers))
+    model = stems(TwoParts(where, 8 if where in HALVES else 6, **numbers))
     graph = analyse(model, images(torch.float32))
     assert {pinned.reason for pinned in graph.pinned} == {"model output"}
     result = prune(model, images(torch.float32), budget={"macs": 0.5}, round_to=1, importance="l1")
@@ -98,6 +116,12 @@ def test_a_list_leaves_its_parts_free_of_each_other_and_a_number_does_not():
     ]:
         groups = trace(trained(name), images()).groups
         assert sorted(g.size for g in groups if g.name == group) == sizes
+
+
+@pytest.mark.parametrize(("where", "number"), [(by_slices, "a"), (by_the_last_half, "b")])
+def test_halves_that_one_number_tells_apart_are_free_of_each_other(where, number):
+    groups = trace(stems(TwoParts(where, 8, **{number: 8})), images(torch.float32)).groups
+    assert [g.size for g in groups if g.name == "features.0.0"] == [8, 8]
 
 
 def test_a_number_never_comes_down_to_nothing():
@@ -136,13 +160,12 @@ def test_what_the_running_code_does_not_read_is_left_alone():
     class Bystander(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.splits, self.levels = [6, 10], 6
+            self.first, self.second, self.levels = 6, 10, 6
 
         def forward(self, x):
-            first, second = x.split(self.splits, 1)
-            return torch.cat([second, first], 1)
+            return torch.cat(x.split([self.first, self.second], 1)[::-1], 1)
 
-    assert attributes(stems(Bystander())) == {("features.1", "splits"): (6, 10)}
+    assert attributes(stems(Bystander())) == {("features.1", "first"): 6, ("features.1", "second"): 10}
 
 
 def by_literals(self, x):

@@ -157,7 +157,8 @@ def glu(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
 
 @rule("slice", "narrow", "select", "unbind")
 def cut(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-    """Picks a range or one position; picking among channels is done by constants, so they stay."""
+    """Picks a range, every n-th or one position. Numbers that the module keeps may say where a range is; blocks of n
+    go as one for every n-th; other picking among channels is done by constants, so they stay."""
     x = args[0]
     name = name_of(func).removeprefix("aten.")
     dim = argument(args, kwargs, 1, "dim", 0) % x.dim()
@@ -175,7 +176,10 @@ def cut(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
         start = max(start + array.size, 0) if start < 0 else start
         step = argument(args, kwargs, 4, "step", 1) if name == "slice" else 1
         stop = start + out.shape[dim]
-        if step != 1 or not out.shape[dim] or not follows_slice(tracer, array, start, stop, from_end=from_end):
+        if 0 <= start < step and step > 1 and array.size == step * out.shape[dim]:
+            blocks = array.reshape(-1, step)
+            tracer.unify(blocks[:, 1:], blocks[:, :1])
+        elif step != 1 or not out.shape[dim] or not follows_slice(tracer, array, start, stop, from_end=from_end):
             tracer.pin(array, f"sliced by constants by aten.{name}")
         labels[dim] = array[start::step][: out.shape[dim]]
     tracer.set(out, labels)
