@@ -41,7 +41,7 @@ clean:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(PIP) -e ".[report]"
 	touch $@
 
 # Without dependencies: torchvision, which timm imports, must not bring a CUDA build of torch.

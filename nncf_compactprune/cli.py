@@ -14,7 +14,7 @@ import nncf
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from nncf_compactprune.config import json_schema
 from nncf_compactprune.errors import CompactPruneError
@@ -116,7 +116,7 @@ def export_command(
     pruned = load_run(directory)
     target = output if output is not None else directory / "pruned"
     files = export_model(pruned.model, pruned.example_inputs, target, formats or None, precisions or None)
-    table = Table("File", "Format", "Bytes", "Runtime", "Error", "Tolerance")
+    table = Table(Column("File", overflow="fold"), "Format", "Bytes", "Runtime", "Error", "Tolerance")
     for file in files:
         check = file.verification
         figures = (f"{file.bytes:,}", check.runtime, f"{check.max_rel_error:.1e}", f"{check.tolerance:.0e}")

@@ -27,12 +27,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from nncf_compactprune.algorithms import ChannelPruningConfig
 from nncf_compactprune.channels import trace
 from nncf_compactprune.config import CompressionConfig, InputInfo, load_config, read_document
 from nncf_compactprune.controller import CompressionController, create_compressed_model
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import ConfigError, Problem, ResolveError
 from nncf_compactprune.export import ExportedFile, export_model, measure_latency
+from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.packages import require_package
 from nncf_compactprune.host.tensors import carries_hooks
 from nncf_compactprune.plan import PruningPlan, make_plan
@@ -57,6 +59,7 @@ Say = Callable[[str], None]
 
 DENSE_FILE = "dense.safetensors"
 SNAPSHOTS = "snapshots"
+RESULTS = (DENSE_FILE, PLAN_FILE, WEIGHTS_FILE, "report.json", "report.md", "widths.png")
 DENSE, FINE_TUNING = 0, 1  # the phases of a run
 
 
@@ -144,15 +147,18 @@ def run(
         dataset = _normalised_for(resolved, dataset)
         example = _real_example(resolved, dataset)
         _check_classes(resolved, example, dataset)
-    # The first file written also tells whether the directory can be written, before hours of training.
-    write_whole(directory / CONFIG_FILE, (json.dumps(settings.document, indent=2) + "\n").encode())
-
+    for warning in _late_schedules(settings):
+        say(f"Warning: {warning}")
     history: list[dict[str, Any]] = []
     snapshots = Snapshots(directory / SNAPSHOTS, _identity(settings), history)
     found = snapshots.newest()
     if found is not None:
         say(f"Going on from {found.path}")
         history += found.facts["history"]
+    else:
+        _remove_old_results(directory, say)
+    # The first file written also tells whether the directory can be written, before hours of training.
+    write_whole(directory / CONFIG_FILE, (json.dumps(settings.document, indent=2) + "\n").encode())
     if found is None or found.phase == DENSE:
         _pretrain(resolved.model, dataset, settings, example, plugins, say, snapshots, found)
         save_weights(resolved.model, directory / DENSE_FILE)
@@ -195,6 +201,35 @@ def run(
     _write_report(directory, settings, comparison, plan, files, history)
     snapshots.remove()
     return RunOutcome(comparison, plan, directory)
+
+
+def _late_schedules(settings: Settings) -> list[str]:
+    """One sentence for every pruning schedule that leaves no epoch to fine-tune the network it ends with."""
+    epochs, warnings = settings.run.epochs, []
+    for entry in settings.compression.compression:
+        if settings.run.dataset is None or not isinstance(entry, ChannelPruningConfig):
+            continue
+        params = entry.params
+        steps = 0 if params.schedule == "one_shot" else params.pruning_steps
+        needed = params.num_init_steps + steps + 1
+        if (steps or params.num_init_steps) and epochs < needed:
+            warnings.append(
+                f"'{entry.algorithm}' cuts to its budget in epoch {needed}, but training ends after epoch {epochs}. "
+                f"What is left is then cut without fine-tuning. Set epochs to {needed} or more, or lower pruning_steps "
+                "or num_init_steps."
+            )
+    return warnings
+
+
+def _remove_old_results(directory: Path, say: Say) -> None:
+    """Removes what an earlier run wrote here, so that no old file stands beside a new one. Other files stay."""
+    exported = (path for network in ("dense", "pruned") for path in sorted((directory / network).glob("model*")))
+    files = [directory / name for name in RESULTS]
+    old = [path for path in (*files, *exported) if path.is_file()]
+    if old:
+        say(f"Removing {len(old)} files of an earlier run from {directory}")
+    for path in old:
+        path.unlink()
 
 
 def _subtask(model: nn.Module) -> tuple[int, ...]:
@@ -305,15 +340,10 @@ def _real_example(resolved: ResolvedModel, dataset: ResolvedDataset) -> ExampleI
     return images if isinstance(resolved.example_inputs, torch.Tensor) else (images,)
 
 
-@torch.no_grad()
 def _check_classes(resolved: ResolvedModel, example: ExampleInputs, dataset: ResolvedDataset) -> None:
-    model = resolved.model.eval()
     try:
-        if isinstance(example, dict):
-            output = model(**example)
-        else:
-            output = model(*example) if isinstance(example, tuple) else model(example)
-        scores = class_scores(output)
+        with evaluating(resolved.model):
+            scores = class_scores(call_model(resolved.model, example))
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
         msg = (
             f"Model '{resolved.name}' does not run on images of '{dataset.name}', {list(dataset.input_shape)}: {error}"
@@ -415,9 +445,8 @@ def _tell(
     compression_rate: float | None = None,
 ) -> None:
     history.append({"phase": phase, **vars(record)})
-    line = (
-        f"  epoch {record.epoch:>{len(str(epochs))}}/{epochs}  loss {record.loss:.4f}  accuracy {record.accuracy:.2%}"
-    )
+    line = f"  epoch {record.epoch:>{len(str(epochs))}}/{epochs}"
+    line += f"  loss {record.loss:.4f}  training accuracy {record.accuracy:.2%}"
     if compression_rate is not None:
         history[-1]["compression_rate"] = compression_rate
         line += f"  removed {compression_rate:.0%}"

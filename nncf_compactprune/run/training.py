@@ -17,6 +17,7 @@ from torch import nn
 
 from nncf_compactprune.config import CompressionConfig, Document, Section, load_section
 from nncf_compactprune.decide.labelled import class_scores as class_scores  # also for those who import it from here
+from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.storage.snapshots import Snapshot, Snapshots
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -195,21 +196,20 @@ def train_epoch(
     return loss_sum / max(images, 1), correct / max(images, 1)
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches) -> float:
-    """Returns top-1 accuracy in [0, 1] in evaluation mode. The model's training flags are as before afterwards."""
+    """Measures a classifier in evaluation mode; its training flags and torch's random state are as before afterwards.
+
+    :param model: gives scores ``[n, classes]``.
+    :param batches: inputs and labels ``[n]``.
+    :return: top-1 accuracy in [0, 1].
+    """
     device = _device(model)
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        correct, images = 0, 0
+    correct, images = 0, 0
+    with evaluating(model):
         for inputs, labels in batches:
             scores = class_scores(model(inputs.to(device)))
             correct += int((scores.argmax(1) == labels.to(device)).sum())
             images += len(labels)
-    finally:
-        for module, training in flags.items():
-            module.training = training
     return correct / max(images, 1)
 
 

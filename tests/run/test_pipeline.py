@@ -1,0 +1,84 @@
+"""What a run says and does before it trains: modes stay, old results go, late schedules are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.user_files import NET_SOURCE
+
+from nncf_compactprune.errors import ConfigError
+from nncf_compactprune.run import pipeline
+from nncf_compactprune.run.datasets import resolve_dataset
+from nncf_compactprune.run.models import resolve_model
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    (folder / "net.py").write_text(NET_SOURCE)
+    compression = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "params": {"pruning_steps": 3}}
+    config = {"model": f"python:{folder / 'net.py'}:build", "dataset": "digits", "compression": compression}
+    path = folder / "config.json"
+    path.write_text(json.dumps({**config, "output_dir": str(folder / "out"), **changes}))
+    return path
+
+
+def test_class_check_leaves_training_flags_and_random_state_alone(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    resolved = resolve_model(f"python:{tmp_path / 'net.py'}:build", sample_size=(1, 1, 16, 16))
+    resolved.model.train()
+    next(resolved.model.children()).eval()
+    before, state = [m.training for m in resolved.model.modules()], torch.get_rng_state()
+    pipeline._check_classes(resolved, resolved.example_inputs, resolve_dataset("digits"))
+    assert [m.training for m in resolved.model.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "params", "needed"),
+    [
+        (3, {"pruning_steps": 3}, 4),
+        (4, {"pruning_steps": 3}, None),
+        (4, {"pruning_steps": 3, "num_init_steps": 2}, 6),
+        (1, {"schedule": "one_shot", "num_init_steps": 1}, 2),
+        (0, {"schedule": "one_shot"}, None),
+    ],
+)
+def test_schedule_that_outlasts_the_epochs_is_told(
+    tmp_path: Path, epochs: int, params: dict[str, Any], needed: int | None
+) -> None:
+    compression = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "params": params}
+    settings = pipeline.read_settings(write_config(tmp_path, epochs=epochs, compression=compression))
+    warnings = pipeline._late_schedules(settings)
+    if needed is None:
+        assert warnings == []
+    else:
+        (warning,) = warnings
+        assert f"in epoch {needed}, but training ends after epoch {epochs}" in warning
+        assert f"Set epochs to {needed} or more" in warning
+
+
+def test_results_of_an_earlier_run_are_removed_aloud_and_other_files_stay(tmp_path: Path) -> None:
+    said: list[str] = []
+    old = ["plan.json", "widths.png", "dense.safetensors", "pruned/model.fp16.onnx"]
+    for name in [*old, "images.safetensors", "pruned/notes.txt"]:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("old")
+    pipeline._remove_old_results(tmp_path, said.append)
+    assert said == [f"Removing 4 files of an earlier run from {tmp_path}"]
+    assert not any((tmp_path / name).exists() for name in old)
+    assert (tmp_path / "images.safetensors").exists()
+    assert (tmp_path / "pruned" / "notes.txt").exists()
+    pipeline._remove_old_results(tmp_path, said.append)
+    assert len(said) == 1
+
+
+def test_refused_config_removes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.json").write_text("old")
+    with pytest.raises(ConfigError):
+        pipeline.run(write_config(tmp_path, epochs=-1))
+    assert (tmp_path / "out" / "plan.json").read_text() == "old"
