@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nncf_compactprune import CompressionStage, create_compressed_model, prune
 from nncf_compactprune.channels import trace
+from nncf_compactprune.decide.budgets import uniform
 from nncf_compactprune.errors import (
     BudgetError,
     CompactPruneError,
     ConfigError,
     NothingPrunableError,
-    PluginError,
     ScopeError,
 )
+from nncf_compactprune.plugins import default_plugins
 
 INPUT = {"sample_size": [2, 3, 12, 12]}
 
@@ -227,8 +229,48 @@ def test_latency_budgets_are_refused_and_not_ignored():
 
 
 def test_unknown_criterion_names_the_nearest():
-    with pytest.raises(PluginError, match="Did you mean 'geometric_median'"):
+    with pytest.raises(ConfigError, match=r"prune: params\.importance: unknown .* Did you mean 'geometric_median'"):
         prune(model32(), images(torch.float32), budget={"macs": 0.5}, importance="geometric_medain")
+
+
+def by_l1(context):
+    return context.rows(context.group.with_role("out")[0]).abs().sum(1)
+
+
+def halves(problem, scores):
+    return np.array([problem.round_up(g, size // 2) for g, size in enumerate(problem.sizes)], float)
+
+
+def test_callables_stand_for_names():
+    x = images(torch.float32)
+    named = prune(model32(), x, budget={"macs": 0.5}, importance="l1", allocation="uniform")
+    given = prune(model32(), x, budget={"macs": 0.5}, importance=default_plugins().importance["l1"], allocation=uniform)
+    assert given.plan == named.plan
+    assert prune(model32(), x, budget={"macs": 0.6}, round_to=1, importance=by_l1, allocation=halves).plan.groups
+
+
+def test_a_state_names_the_callables_of_its_run():
+    settings = config(
+        importance=by_l1, allocation=halves, budget={"macs": 0.6},
+        schedule=lambda epoch, *, initial, target, steps: min(target, 0.1 * epoch),
+    )  # fmt: skip
+    ctrl, _ = create_compressed_model(model32(), settings)
+    for _ in range(3):
+        ctrl.scheduler.epoch_step()
+    assert ctrl.compression_rate == pytest.approx(0.2)
+    state = json.loads(json.dumps(ctrl.get_compression_state()))
+    params = state["algorithms"][0]["state"]["params"]
+    assert params["importance"] == f"{__name__}:by_l1"
+    assert params["allocation"] == f"{__name__}:halves"
+    again, _ = create_compressed_model(model32(), settings, compression_state=state)
+    assert again.compression_rate == ctrl.compression_rate
+    with pytest.raises(ConfigError, match=r"unknown importance criterion .*by_l1"):
+        create_compressed_model(model32(), config(importance=params["importance"]))
+
+
+def test_a_callable_is_no_value_outside_the_entries():
+    with pytest.raises(ConfigError, match="model: expected a JSON value, got function"):
+        create_compressed_model(model32(), {**config(), "model": by_l1})
 
 
 def test_unknown_argument_names_the_nearest():

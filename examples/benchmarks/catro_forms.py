@@ -29,6 +29,7 @@ from nncf_compactprune.algorithms.catro.consumers import Call
 from nncf_compactprune.algorithms.catro.contributions import Contributions
 from nncf_compactprune.algorithms.catro.trace_ratio import joint_removal, trace_ratio
 from nncf_compactprune.cut.self_check import prune_in_place
+from nncf_compactprune.decide.criteria import criterion_contexts
 from nncf_compactprune.decide.criteria.magnitude import l1
 from nncf_compactprune.plan import make_plan
 
@@ -95,6 +96,7 @@ def forms(data: Cifar, depth: int) -> dict[str, Form]:
     graph = analyse(model, data.test[:2], trial=False)
     groups = [g for g, group in enumerate(graph.groups) if group.name.startswith("layer")]
     tensors = dict(model.named_parameters())
+    contexts = list(criterion_contexts(model, graph))
     batches = data.few(50)
     consumer = {g: next(m for m in graph.groups[g].members if m.role == "in").parameter for g in groups}
     found = {kind: Effects(graph, groups, kind) for kind in ("margin", "cross-entropy")}
@@ -122,7 +124,7 @@ def forms(data: Cifar, depth: int) -> dict[str, Form]:
         return margin.energy[g].sqrt() * tensors[consumer[g]].detach().double().square().sum((0, 2, 3)).sqrt()
 
     result: dict[str, Form] = {
-        "L1": top(lambda g: l1(graph.groups[g], tensors).double()),
+        "L1": top(lambda g: l1(contexts[g]).double()),
         "energy": top(energy),
     }
     for name in scatters:

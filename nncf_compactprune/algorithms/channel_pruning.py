@@ -7,9 +7,9 @@ BatchNorm statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import nncf
 import numpy as np
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
-from nncf_compactprune.algorithms.schedules import SCHEDULES
 from nncf_compactprune.channels import ChannelGraph, Pin, trace
-from nncf_compactprune.config import AlgorithmConfig, Budget, Section
+from nncf_compactprune.config import AlgorithmConfig, Budget, Registered, Section
 from nncf_compactprune.cut.diagnosis import analyse, culprits
 from nncf_compactprune.cut.masks import Masks, drop_masks
 from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
@@ -43,18 +42,19 @@ class ChannelPruningParams(Section):
     :param num_init_steps: epochs before pruning starts.
     :param pruning_init: share of the budgeted cost removed when it starts, in [0, 1).
     :param pruning_steps: epochs from there to the full budget.
-    :param allocation: how many channels each group loses: ``"uniform"``, ``"global"`` or ``"greedy"``.
+    :param allocation: how many channels each group loses: ``"uniform"``, ``"global"``, ``"greedy"``, ``"least_loss"``
+        or a plugin's. In Python, it and ``schedule`` may be a callable of the plugin's kind.
     :param round_to: widths are multiples of this (vector units like 8); groups may also stay whole.
     :param min_channels: least channels kept in any group.
     :param max_ratio: largest share removed from any group, in [0, 1].
     :param allow_approximate: also prune channels that a LayerNorm normalises over.
     """
 
-    schedule: Literal["one_shot", "exponential"] = "exponential"
+    schedule: Annotated[str | Callable[..., float], Registered("schedules")] = "exponential"
     num_init_steps: int = Field(default=0, ge=0)
     pruning_init: float = Field(default=0.0, ge=0, lt=1)
     pruning_steps: int = Field(default=10, ge=1)
-    allocation: Literal["uniform", "global", "greedy"] = "global"
+    allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "global"
     round_to: int = Field(default=8, ge=1)
     min_channels: int = Field(default=1, ge=1)
     max_ratio: float = Field(default=0.9, ge=0, le=1)
@@ -108,7 +108,8 @@ class ChannelPruning(CompressionAlgorithm):
             raw = averaged(self.scores(self.graph))
             scores = [_checked(s, g.name) for s, g in zip(raw, self.graph.groups, strict=True)]
         with self.context.timed("allocation"):
-            keep = allocate(self.problem(rate), scores, self.config.params.allocation)
+            allocation = self.context.plugins.resolve("allocations", self.config.params.allocation)
+            keep = allocate(self.problem(rate), scores, allocation)
             return make_plan(self.graph, keep, algorithm=self.name)
 
     def problem(self, rate: float) -> AllocationProblem:
@@ -156,7 +157,7 @@ class ChannelPruning(CompressionAlgorithm):
         if self._done or epoch < params.num_init_steps:
             return
         at = epoch - params.num_init_steps
-        schedule = SCHEDULES[params.schedule]
+        schedule = self.context.plugins.resolve("schedules", params.schedule)
         rate = schedule(at, initial=params.pruning_init, target=self.target_rate, steps=params.pruning_steps)
         if rate >= self.target_rate and self.context.optimizer is not None:
             self._prune_now()
@@ -221,6 +222,7 @@ class ChannelPruning(CompressionAlgorithm):
             "plan": None if self.plan is None else self.plan.to_json(),
             "rate": self._rate,
             "cut": self._done,
+            "params": self.config.params.model_dump(mode="json"),
         }
 
     def statistics(self) -> Mapping[str, Any]:

@@ -10,29 +10,27 @@ global.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.channels import ChannelGraph
-from nncf_compactprune.config import AlgorithmConfig
-from nncf_compactprune.decide.criteria.taylor import needs_gradients, with_gradients
-from nncf_compactprune.errors import PluginError, nearest
-from nncf_compactprune.host.tensors import model_tensors
-from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
+from nncf_compactprune.config import AlgorithmConfig, Registered
+from nncf_compactprune.decide.criteria import criterion_contexts
+from nncf_compactprune.plugins.hookspecs import Algorithm, Importance, hookimpl
 
 
 class FBNetParams(ChannelPruningParams):
     """Parameters of ``fbnet_pruning``.
 
     :param importance: the criterion: ``"l1"``, ``"l2"``, ``"geometric_median"``, ``"batch_norm_scale"``, ``"taylor"``
-        (by gradients, so it needs labelled batches) or a plugin's.
+        (by gradients, so it needs labelled batches) or a plugin's; in Python also a callable of the same kind.
     """
 
-    importance: str = "l2"
+    importance: Annotated[str | Callable[..., Tensor], Registered("importance")] = "l2"
 
 
 class FBNetConfig(ChannelPruningConfig):
@@ -50,20 +48,11 @@ class FBNetPruning(ChannelPruning):
 
     def __init__(self, config: FBNetConfig, context: Context) -> None:
         super().__init__(config, context)
-        criteria = context.plugins.importance
-        if config.params.importance not in criteria:
-            msg = (
-                f"params.importance: unknown criterion '{config.params.importance}'."
-                f"{nearest(config.params.importance, criteria)} Known: {', '.join(sorted(criteria))}."
-            )
-            raise PluginError(msg)
-        self._criterion = criteria[config.params.importance]
+        self._criterion: Importance = context.plugins.resolve("importance", config.params.importance)
 
     def scores(self, graph: ChannelGraph) -> Sequence[Tensor]:
-        tensors: Mapping[str, Tensor] = model_tensors(self.context.model).all()
-        if needs_gradients(self._criterion):
-            tensors = with_gradients(self.context.model, self.context.labelled_batches())
-        return [self._criterion(group, tensors) for group in graph.groups]
+        contexts = criterion_contexts(self.context.model, graph, self.context.labelled_batches)
+        return [self._criterion(context) for context in contexts]
 
 
 @hookimpl

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from nncf_compactprune.host.nncf_schedules import exponential_ratio_scheduler
+from nncf_compactprune.plugins.hookspecs import Schedule, hookimpl
 
 
 def one_shot(epoch: int, *, initial: float, target: float, steps: int) -> float:
@@ -20,4 +23,7 @@ def exponential(epoch: int, *, initial: float, target: float, steps: int) -> flo
     return float(exponential_ratio_scheduler(epoch, initial_ratio=initial, target_ratio=target, target_epoch=steps))
 
 
-SCHEDULES = {"one_shot": one_shot, "exponential": exponential}
+@hookimpl
+def compactprune_schedules() -> Mapping[str, Schedule]:
+    """Offers the built-in schedules."""
+    return {"one_shot": one_shot, "exponential": exponential}

@@ -4,6 +4,7 @@ from nncf_compactprune.config.budget import Budget
 from nncf_compactprune.config.inputs import InputInfo
 from nncf_compactprune.config.loading import CompressionConfig, load_algorithm, load_config, load_section
 from nncf_compactprune.config.reading import Document, read_document
+from nncf_compactprune.config.registered import Registered
 from nncf_compactprune.config.schema import json_schema
 from nncf_compactprune.config.sections import AlgorithmConfig, Section
 
@@ -13,6 +14,7 @@ __all__ = [
     "CompressionConfig",
     "Document",
     "InputInfo",
+    "Registered",
     "Section",
     "json_schema",
     "load_algorithm",

@@ -139,7 +139,7 @@ def load_algorithm(
     :param source: what to call it in messages.
     :raises ConfigError: as :func:`load_config`, with paths inside the entry.
     """
-    document = plain_object(source, entry)
+    document = plain_object(source, entry, callables_under="")
     findings: list[Finding] = []
     config = _entry(document, (), plugins if plugins is not None else default_plugins(), findings)
     if config is None:
@@ -198,5 +198,5 @@ def _entry(entry: Any, path: JsonPath, plugins: Plugins, findings: list[Finding]
         except PluginError as error:
             findings.append((at, str(error)))
         else:
-            return validated(algorithm.Config, entry, path, findings)
+            return validated(algorithm.Config, entry, path, findings, {"plugins": plugins})
     return None

@@ -22,16 +22,23 @@ _Branches = tuple[tuple[JsonPath, Any], ...]
 _Located = tuple[JsonPath, _Branches, ErrorDetails]
 
 
-def validated(model: type[ModelT], data: dict[str, Any], path: JsonPath, findings: list[Finding]) -> ModelT | None:
+def validated(
+    model: type[ModelT],
+    data: dict[str, Any],
+    path: JsonPath,
+    findings: list[Finding],
+    context: Any = None,
+) -> ModelT | None:
     """Validates plain data; where that fails, adds to the findings and returns None.
 
     :param model: says what is valid.
     :param data: plain objects, lists and scalars.
     :param path: where the data sits in the whole document.
     :param findings: is added to.
+    :param context: what validators of the model look things up in.
     """
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context=context)
     except ValidationError as error:
         translator = _Translator(data, model.model_json_schema())
         findings.extend(((*path, *at), message) for at, message in translator(error.errors(include_url=False)))

@@ -145,16 +145,17 @@ def _parse_int(digits: str) -> int | float:
     return int(digits) if len(digits) < 100 else math.inf
 
 
-def plain_object(name: str, value: Any) -> dict[str, Any]:
+def plain_object(name: str, value: Any, callables_under: str = "compression") -> dict[str, Any]:
     """Copies a document into plain dictionaries, lists and scalars.
 
     :param name: of the document, for messages.
     :param value: what :func:`read` returned, or a mapping from Python, in which tuples stand for lists.
+    :param callables_under: the top-level key below which a Python function may stand for a name; everywhere if empty.
     :raises ConfigError: on repeated keys, numbers out of range, invalid Unicode, other types, or deep nesting.
     """
     findings: list[Finding] = []
     try:
-        plain = _plain(value, (), findings)
+        plain = _plain(value, (), findings, callables_under)
     except RecursionError:
         raise _refusal(name, f"nested deeper than {_MAX_DEPTH} levels.") from None
     if not isinstance(plain, dict):
@@ -165,7 +166,7 @@ def plain_object(name: str, value: Any) -> dict[str, Any]:
     return result
 
 
-def _plain(value: Any, path: JsonPath, findings: list[Finding]) -> Any:
+def _plain(value: Any, path: JsonPath, findings: list[Finding], callables_under: str) -> Any:
     if len(path) > _MAX_DEPTH:
         # As Python itself says of a mapping that holds itself, which is what may come here from code.
         raise RecursionError
@@ -174,9 +175,9 @@ def _plain(value: Any, path: JsonPath, findings: list[Finding]) -> Any:
         keys = [key for key in value if isinstance(key, str) and printable(key) == key]
         if len(keys) < len(value):
             findings.append((path, "expected keys that are valid text."))
-        return {key: _plain(value[key], (*path, key), findings) for key in keys}
+        return {key: _plain(value[key], (*path, key), findings, callables_under) for key in keys}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, (*path, index), findings) for index, item in enumerate(value)]
+        return [_plain(item, (*path, index), findings, callables_under) for index, item in enumerate(value)]
     if isinstance(value, (int, float)):
         if not -(2**63) <= value < 2**63:
             findings.append((path, "expected a finite number of ordinary size."))
@@ -184,7 +185,7 @@ def _plain(value: Any, path: JsonPath, findings: list[Finding]) -> Any:
     elif isinstance(value, str):
         if printable(value) != value:
             findings.append((path, f"expected valid Unicode text, got {show(value)}."))
-    elif value is not None:
+    elif value is not None and not (callable(value) and path and callables_under in ("", path[0])):
         findings.append((path, f"expected a JSON value, got {printable(type(value).__name__)}."))
     return value
 

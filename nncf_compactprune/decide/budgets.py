@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nncf_compactprune.channels import ChannelGraph, ChannelGroup
-from nncf_compactprune.errors import BudgetError, nearest
+from nncf_compactprune.config.registered import qualified_name
+from nncf_compactprune.errors import BudgetError
+from nncf_compactprune.plugins.hookspecs import Allocation, hookimpl
 
 RESOLUTION = 1e-6  # of the bisections: finer than one channel in any group
 
@@ -221,14 +223,6 @@ def _given_back(problem: AllocationProblem, curves: Scores, widths: Widths, leve
         widths[best] = problem.allowed[best][level[best]]
 
 
-ALLOCATIONS: Mapping[str, Callable[[AllocationProblem, Scores], Widths]] = {
-    "uniform": uniform,
-    "global": global_ranking,
-    "greedy": greedy,
-    "least_loss": least_loss,
-}
-
-
 def choose(widths: Widths, scores: Scores) -> list[npt.NDArray[np.bool_]]:
     """Keeps the highest scores of every group; among equals the earlier channel.
 
@@ -242,14 +236,27 @@ def choose(widths: Widths, scores: Scores) -> list[npt.NDArray[np.bool_]]:
     return result
 
 
-def allocate(problem: AllocationProblem, scores: Scores, method: str) -> list[npt.NDArray[np.bool_]]:
-    """Solves the problem by a named method.
+def allocate(problem: AllocationProblem, scores: Scores, allocation: Allocation) -> list[npt.NDArray[np.bool_]]:
+    """Solves the problem.
 
+    :param problem: allowed widths, costs and budgets.
     :param scores: for each group one score a channel, finite, larger kept.
-    :param method: ``"uniform"``, ``"global"``, ``"greedy"`` or ``"least_loss"``.
-    :return: for each group which channels stay.
+    :param allocation: says how wide each group stays.
+    :return: for each group which channels stay, ``[group.size]``.
+    :raises BudgetError: the widths are not allowed ones, or exceed a budget: a mistake of the allocation.
     """
-    if method not in ALLOCATIONS:
-        msg = f"allocation: expected one of {', '.join(ALLOCATIONS)}, got '{method}'.{nearest(method, ALLOCATIONS)}"
+    widths = np.asarray(allocation(problem, scores), np.float64)
+    allowed = widths.shape == problem.sizes.shape and all(
+        width in options for width, options in zip(widths, problem.allowed, strict=True)
+    )
+    if not allowed or not problem.fits(widths):
+        fault = "exceed a budget" if allowed else "are not one allowed width for every group"
+        msg = f"allocation {qualified_name(allocation)}: its widths {fault}: {widths.tolist()}. Use problem.allowed."
         raise BudgetError(msg)
-    return choose(ALLOCATIONS[method](problem, scores), scores)
+    return choose(widths, scores)
+
+
+@hookimpl
+def compactprune_allocations() -> Mapping[str, Allocation]:
+    """Offers the built-in allocations."""
+    return {"uniform": uniform, "global": global_ranking, "greedy": greedy, "least_loss": least_loss}

@@ -9,7 +9,7 @@ A plugin is any module or object with functions marked ``@hookimpl``, named by a
 
     @hookimpl
     def compactprune_importance():
-        return {"l3": lambda group, parameters: ...}
+        return {"l3": lambda context: ...}
 
 Built-in parts enter by the same door. This module imports no other room of the package, so the graph and model types
 that hooks exchange are :data:`~typing.Any` here and named in the docstrings.
@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import pluggy
 
 if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 PROJECT_NAME = "nncf_compactprune"
@@ -50,11 +52,34 @@ class Algorithm(Protocol):
 class Importance(Protocol):
     """Scores the channels of one group; channels with larger scores are kept."""
 
-    def __call__(self, group: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, context: Any, /) -> Tensor:
         """
-        :param group: a :class:`nncf_compactprune.channels.ChannelGroup`.
-        :param parameters: the model's parameters and buffers by name.
-        :return: scores, ``[group.size]``.
+        :param context: a :class:`nncf_compactprune.decide.criteria.CriterionContext`: group, tensors, data, gradients.
+        :return: scores, ``[group.size]``, finite.
+        """
+
+
+class Allocation(Protocol):
+    """Says how many channels each group keeps."""
+
+    def __call__(self, problem: Any, scores: Any, /) -> NDArray[float64]:
+        """
+        :param problem: a :class:`nncf_compactprune.decide.budgets.AllocationProblem`: allowed widths, costs, budgets.
+        :param scores: for each group one score a channel, an array ``[group.size]``, larger kept.
+        :return: widths, ``[groups]``, each an allowed one; all budgets hold.
+        """
+
+
+class Schedule(Protocol):
+    """Says how much is removed at each epoch."""
+
+    def __call__(self, epoch: int, *, initial: float, target: float, steps: int) -> float:
+        """
+        :param epoch: counted from 0, where pruning starts.
+        :param initial: share of the cost removed at epoch 0, in [0, 1).
+        :param target: share removed in the end, in [0, 1). The channels are cut as soon as it is reached.
+        :param steps: epochs from start to target.
+        :return: share removed at this epoch.
         """
 
 
@@ -127,6 +152,16 @@ def compactprune_algorithms() -> Iterable[type[Algorithm]]:  # type: ignore[empt
 @hookspec
 def compactprune_importance() -> Mapping[str, Importance]:  # type: ignore[empty-body]
     """Returns importance criteria by name."""
+
+
+@hookspec
+def compactprune_allocations() -> Mapping[str, Allocation]:  # type: ignore[empty-body]
+    """Returns allocations by name."""
+
+
+@hookspec
+def compactprune_schedules() -> Mapping[str, Schedule]:  # type: ignore[empty-body]
+    """Returns schedules by name."""
 
 
 @hookspec

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
     from nncf_compactprune.plugins.hookspecs import (
         Algorithm,
+        Allocation,
         DatasetResolver,
         FactsFn,
         Importance,
         ModelResolver,
         OpRule,
+        Schedule,
     )
 
 _PREFIX = "compactprune_"
@@ -35,6 +37,8 @@ _EVENT_HOOK = "compactprune_event"
 _NOUNS = {
     "algorithms": "algorithm",
     "importance": "importance criterion",
+    "allocations": "allocation",
+    "schedules": "schedule",
     "op_rules": "rule for the operator",
     "module_facts": "facts function for the module class",
     "models": "model scheme",
@@ -54,6 +58,8 @@ class Plugins:
         self._owners: dict[tuple[str, Any], str] = {}
         self.algorithms: dict[str, type[Algorithm]] = {}
         self.importance: dict[str, Importance] = {}
+        self.allocations: dict[str, Allocation] = {}
+        self.schedules: dict[str, Schedule] = {}
         self.op_rules: dict[str, OpRule] = {}
         self.module_facts: dict[type[nn.Module], FactsFn] = {}
         self.models: dict[str, ModelResolver] = {}
@@ -116,6 +122,22 @@ class Plugins:
         if not hint:
             hint = " No algorithm is registered at all: install the package, so that its entry points are found."
         msg = f"unknown algorithm {name!r}.{hint}"
+        raise PluginError(msg)
+
+    def resolve(self, registry: str, given: Any) -> Any:
+        """
+        :param registry: ``"importance"``, ``"allocations"`` or ``"schedules"``.
+        :param given: a name in it, or a callable, which stands for itself.
+        :return: the callable.
+        :raises PluginError: with the nearest known name, or all of them.
+        """
+        if callable(given):
+            return given
+        known = getattr(self, registry)
+        if given in known:
+            return known[given]
+        names = ", ".join(repr(key) for key in sorted(known)) or "none"
+        msg = f"unknown {_NOUNS[registry]} {given!r}.{nearest(given, known)} Known here: {names}."
         raise PluginError(msg)
 
     def emit(self, kind: str, /, **payload: Any) -> None:

@@ -627,5 +627,23 @@ def test_json_schema_has_one_branch_per_algorithm() -> None:
     json.dumps(schema)
 
 
+def test_names_of_plugins_are_checked_with_everything_else_and_are_in_the_schema() -> None:
+    entry = {**ENTRY, "params": {"importance": "l3", "allocation": "globl", "schedule": 1, "round_to": 0}}
+    with pytest.raises(ConfigError) as caught:
+        load_config({"compression": [entry, {"algorithm": "catroo"}]})
+    assert [problem.path.removeprefix("compression[0].params.") for problem in caught.value.problems] == [
+        "importance", "allocation", "schedule", "round_to", "compression[1].algorithm",
+    ]  # fmt: skip
+    assert "unknown importance criterion 'l3'. Known here: 'batch_norm_scale', 'geometric_median'" in str(caught.value)
+    assert "unknown allocation 'globl'. Did you mean 'global'? Known here: 'global', 'greedy'" in str(caught.value)
+    properties = json_schema()["$defs"]["FBNetParams"]["properties"]
+    assert properties["importance"]["enum"] == [
+        "batch_norm_scale", "geometric_median", "l1", "l2", "taylor",
+    ]  # fmt: skip
+    assert properties["schedule"] == {"enum": ["exponential", "one_shot"], **properties["schedule"]}
+    assert properties["schedule"]["default"] == "exponential"
+    assert "x-registry" not in json.dumps(json_schema())
+
+
 def test_json_schema_without_algorithms() -> None:
     assert "oneOf" not in json_schema(Plugins())["properties"]["compression"]["anyOf"][0]

@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 from support.networks import images, trained
 
 from nncf_compactprune.channels import trace
-from nncf_compactprune.decide.budgets import ALLOCATIONS, AllocationProblem, Limits, allocate, allowed_widths, choose
+from nncf_compactprune.decide.budgets import (
+    AllocationProblem,
+    Limits,
+    allocate,
+    allowed_widths,
+    choose,
+    compactprune_allocations,
+)
 from nncf_compactprune.errors import BudgetError
+
+ALLOCATIONS = compactprune_allocations()
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +143,14 @@ def test_choice_follows_a_permutation_of_the_scores(graph, order):
     np.testing.assert_array_equal(permuted, kept[list(order)])
 
 
-def test_unknown_method_names_the_nearest(graph):
-    with pytest.raises(BudgetError, match="Did you mean 'global'"):
-        allocate(problem(graph), random_scores(graph), "globl")
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda problem, scores: problem.sizes, "its widths exceed a budget"),
+        (lambda problem, scores: problem.floor[:-1], "are not one allowed width for every group"),
+        (lambda problem, scores: problem.floor + 0.5, "are not one allowed width for every group"),
+    ],
+)
+def test_a_wrong_allocation_is_refused(graph, wrong, words):
+    with pytest.raises(BudgetError, match=rf"test_budget:<lambda>: .*{words}|{words}"):
+        allocate(problem(graph, macs=0.5), random_scores(graph), wrong)

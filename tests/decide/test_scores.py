@@ -8,6 +8,7 @@ from support.networks import STRUCTURES, images, trained
 from torch import nn
 
 from nncf_compactprune.channels import trace
+from nncf_compactprune.decide.criteria import criterion_contexts
 from nncf_compactprune.decide.criteria.magnitude import batch_norm_scale, geometric_median, l1, l2
 from nncf_compactprune.plugins import default_plugins
 
@@ -23,10 +24,12 @@ class Small(nn.Module):
         return self.head(self.norm(self.conv(x)))
 
 
+def context_of(model, graph, name=None):
+    return next(c for c in criterion_contexts(model, graph) if name in (None, c.group.name))
+
+
 def scored(model, criterion):
-    graph = trace(model, torch.randn(1, 1, 3, 3))
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return criterion(graph.groups[0], tensors)
+    return criterion(context_of(model, trace(model, torch.randn(1, 1, 3, 3))))
 
 
 def test_by_hand():
@@ -49,27 +52,24 @@ def test_without_a_norm_batch_norm_scale_falls_back_on_l1():
 def test_coupled_groups_sum_over_their_producers():
     model = trained("residual", dtype=torch.float32)
     graph = trace(model, images(torch.float32))
-    stage = graph.groups[0]
     stem, block = model.features[0][0].weight, model.features[1].conv2.weight
     expected = stem.detach().abs().sum((1, 2, 3)) + block.detach().abs().sum((1, 2, 3))
-    torch.testing.assert_close(l1(stage, dict(model.named_parameters())), expected)
+    torch.testing.assert_close(l1(context_of(model, graph)), expected)
 
 
 def test_grouped_channels_sum_over_their_positions():
     model = trained("grouped", dtype=torch.float32)
     graph = trace(model, images(torch.float32))
-    group = next(g for g in graph.groups if g.name == "features.1.0")
     expected = model.features[1][0].weight.detach().abs().sum((1, 2, 3)).reshape(4, 8).sum(0)
-    torch.testing.assert_close(l1(group, dict(model.named_parameters())), expected)
+    torch.testing.assert_close(l1(context_of(model, graph, "features.1.0")), expected)
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize("criterion", ["l1", "l2", "geometric_median", "batch_norm_scale"])
 def test_every_structure_scores(name, criterion):
     model = trained(name)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for group in trace(model, images()).groups:
-        scores = default_plugins().importance[criterion](group, tensors)
-        assert scores.shape == (group.size,)
+    for context in criterion_contexts(model, trace(model, images())):
+        scores = default_plugins().importance[criterion](context)
+        assert scores.shape == (context.group.size,)
         assert torch.isfinite(scores).all()
         assert (scores >= 0).all()

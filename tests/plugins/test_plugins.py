@@ -12,12 +12,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.places import TESTS
 from torch import nn
 
 from nncf_compactprune.config import AlgorithmConfig, load_config
+from nncf_compactprune.decide.criteria import CriterionContext
 from nncf_compactprune.errors import PluginError
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.plugins import registry as plugins_module
@@ -54,6 +56,8 @@ def test_each_registry_holds_what_its_hook_returns() -> None:
         fake_plugin(
             compactprune_algorithms=lambda: [algorithm],
             compactprune_importance=lambda: {"l1": rule},
+            compactprune_allocations=lambda: {"half": rule},
+            compactprune_schedules=lambda: {"linear": rule},
             compactprune_op_rules=lambda: {"aten.add": rule},
             compactprune_module_facts=lambda: {nn.Conv2d: rule},
             compactprune_models=lambda: {"timm": rule},
@@ -63,6 +67,11 @@ def test_each_registry_holds_what_its_hook_returns() -> None:
     assert name == "fake"
     assert plugins.algorithms == {"catro": algorithm}
     assert plugins.importance == {"l1": rule}
+    assert plugins.allocations == {"half": rule}
+    assert plugins.schedules == {"linear": rule}
+    assert plugins.resolve("schedules", "linear") is plugins.resolve("importance", rule) is rule
+    with pytest.raises(PluginError, match=r"unknown schedule 'liner'\. Did you mean 'linear'"):
+        plugins.resolve("schedules", "liner")
     assert plugins.op_rules == {"aten.add": rule}
     assert plugins.module_facts == {nn.Conv2d: rule}
     assert plugins.models == {"timm": rule}
@@ -240,9 +249,12 @@ def test_an_installed_third_party_plugin_is_found(third_party: Path, monkeypatch
     assert config.compression[0].params.offset == 1  # type: ignore[attr-defined]
 
     weight = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
-    member = SimpleNamespace(parameter="w", dim=0, indices=torch.tensor([[1], [0]]), role="out")
-    scores = plugins.importance["l3"](SimpleNamespace(size=2, members=[member]), {"w": weight})
-    assert scores.tolist() == [27.0, 9.0]
+    member = SimpleNamespace(parameter="w", dim=0, indices=np.array([[0], [1]]))
+    group: Any = SimpleNamespace(size=2, with_role=lambda role: [member] * (role == "out"))
+    nothing: Any = None
+    context = CriterionContext(group, nothing, nothing, {"w": weight}, tuple, dict)
+    scores = plugins.importance["l3"](context)
+    assert scores.tolist() == [9.0, 27.0]
 
 
 def test_a_third_party_algorithm_runs_from_a_configuration(third_party: Path, tmp_path: Path) -> None:

@@ -37,11 +37,11 @@ from nncf_compactprune.algorithms.catro.trace_ratio import RemovalCurve, damped,
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.decide.budgets import AllocationProblem, lazy_greedy, uniform
+from nncf_compactprune.decide.criteria import criterion_contexts
 from nncf_compactprune.decide.criteria.magnitude import l2
 from nncf_compactprune.decide.labelled import FewPerClass, class_scores, output_classes
 from nncf_compactprune.errors import CompactPruneError, DataError
 from nncf_compactprune.host.calls import call_model, evaluating
-from nncf_compactprune.host.tensors import model_tensors
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
@@ -162,10 +162,9 @@ class Catro(ChannelPruning):
         if missing:
             names = ", ".join(self.graph.groups[g].name for g in missing)
             nncf_logger.warning("catro: ranked by filter norms, as no consumer was seen: %s.", names)
-        tensors = model_tensors(self.context.model).all()
         curves = []
-        for index, group in enumerate(self.graph.groups):
-            norms = l2(group, tensors).double().cpu().square() if index in missing else torch.zeros(group.size)
+        for index, context in enumerate(criterion_contexts(self.context.model, self.graph)):
+            norms = l2(context).double().cpu().square() if index in missing else torch.zeros(context.group.size)
             scale = float(np.mean(seen)) / max(float(norms.mean()), 1e-30)
             curves.append(found[index] if index in found else joint_removal(torch.diag(norms * scale).double().numpy()))
         return curves

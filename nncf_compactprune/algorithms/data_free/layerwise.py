@@ -14,8 +14,8 @@ hand, so the parts are ours; each says so where it is:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,7 +28,7 @@ from nncf_compactprune.algorithms.data_free.importance import importance, reader
 from nncf_compactprune.algorithms.data_free.inputs import FOLLOWS, GenerationConfig, check_generation, inputs_for
 from nncf_compactprune.algorithms.data_free.reconstruction import called_once, dense_moments
 from nncf_compactprune.channels import ChannelGraph
-from nncf_compactprune.config import AlgorithmConfig
+from nncf_compactprune.config import AlgorithmConfig, Registered
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.plan import PruningPlan
@@ -48,7 +48,7 @@ class DataFreeParams(ChannelPruningParams):
         ("num_init_steps", "pruning_init", "pruning_steps"), "everything happens at once."
     )
     schedule: Literal["one_shot"] = "one_shot"
-    allocation: Literal["uniform", "global", "greedy", "least_loss"] = "least_loss"  # type: ignore[assignment]
+    allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "least_loss"
     ridge: float = Field(default=0.03, gt=0)
 
 

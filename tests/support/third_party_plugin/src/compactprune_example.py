@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from nncf_compactprune.algorithms import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.channels import ChannelGraph
+from nncf_compactprune.decide.criteria import CriterionContext
 from nncf_compactprune.plugins.hookspecs import Algorithm, Importance, hookimpl
 
 
@@ -39,20 +39,14 @@ class EveryOther(ChannelPruning):
         return [0.5 + 0.5 * ((torch.arange(group.size) + offset) % 2 == 0) for group in graph.groups]
 
 
-def l3_importance(group: Any, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Scores channels by the 3-norm of what produces them.
+def l3_importance(context: CriterionContext) -> Tensor:
+    """Scores channels by the sum of cubes of what produces them.
 
-    :param group: the channel group.
-    :param parameters: the model's parameters by name.
+    :param context: the group, and the network that it is scored in.
     :return: scores, ``[group.size]``; larger ones are kept.
     """
-    total = torch.zeros(group.size)
-    for member in group.members:
-        if member.role == "out":
-            weight = parameters[member.parameter].detach().abs() ** 3
-            per_index = weight.movedim(member.dim, 0).flatten(1).sum(1)
-            total += per_index[torch.as_tensor(member.indices)].sum(1)
-    return total
+    cubes = [context.rows(member).abs().pow(3).sum(1) for member in context.group.with_role("out")]
+    return sum(cubes, torch.zeros(context.group.size))
 
 
 @hookimpl
