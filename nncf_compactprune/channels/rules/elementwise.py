@@ -69,7 +69,7 @@ def copy_into(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
 @rule(
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros",
     "new_ones", "new_empty", "new_full", "bernoulli", "clone", "detach", "alias", "_to_copy", "lift_fresh",
-    "contiguous", "native_dropout", "nan_to_num", "as_strided", "as_strided_", "resolve_conj", "resolve_neg",
+    "native_dropout", "nan_to_num", "as_strided", "as_strided_",
     "_conj", "fill", "zero_", "fill_", "normal_", "uniform_", "bernoulli_", "set_", "resize_", "squeeze_copy",
 )  # fmt: skip
 def passed_on(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -83,7 +83,7 @@ def passed_on(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
         tracer.pin_tensor(source, "re-strided to another shape by aten.as_strided")
 
 
-@rule("_local_scalar_dense", "item", "equal", "is_same_size", "_is_all_true", "_is_any_true")
+@rule("_local_scalar_dense", "equal", "is_same_size", "_is_all_true", "_is_any_true")
 def read_out(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """A value leaves the graph: its channels decide control flow."""
     for tensor in args:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nncf_compactprune.channels.rules.base import argument, name_of, rule
+from nncf_compactprune.channels.rules.base import name_of, rule
 
 if TYPE_CHECKING:
     from nncf_compactprune.channels.tracer import Tracer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @rule(
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-    "miopen_batch_norm", "batch_norm", "_batch_norm_with_update", "_batch_norm_no_update",
+    "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update",
     "_native_batch_norm_legit_functional",
 )  # fmt: skip
 def batch_norm(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -37,7 +37,7 @@ def batch_norm(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[s
     tracer.set(out[0] if isinstance(out, (tuple, list)) else out, [labels[0], channel, *labels[2:]])
 
 
-@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("native_layer_norm", "_fused_rms_norm")
 def layer_norm(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Statistics over the channels themselves: removal changes them, so it is offered only by consent."""
     x, shape = args[0], args[1]
@@ -60,14 +60,11 @@ def layer_norm(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[s
     tracer.set(out[0] if isinstance(out, (tuple, list)) else out, labels)
 
 
-@rule("native_group_norm", "group_norm")
+@rule("native_group_norm")
 def group_norm(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Statistics per group: a whole group goes or stays, which is exact; one group over all channels is approximate."""
     x = args[0]
-    if name_of(func) == "aten.group_norm":
-        groups, weight, bias = int(args[1]), argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias")
-    else:
-        weight, bias, groups = args[1], args[2], int(args[6])
+    weight, bias, groups = args[1], args[2], int(args[6])
     labels = list(tracer.labels(x))
     channel = labels[1]
     for tensor in (weight, bias):
@@ -87,7 +84,7 @@ def group_norm(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[s
     tracer.set(out[0] if isinstance(out, (tuple, list)) else out, labels)
 
 
-@rule("_weight_norm_interface", "_weight_norm")
+@rule("_weight_norm_interface")
 def weight_norm(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Weight normalisation: the magnitude's long dimension is the direction's."""
     direction, magnitude = args[0], args[1]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nncf_compactprune.channels.tracer import Tracer
 
 
-@rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "convolution_overrideable")
+@rule("convolution", "_convolution")
 def convolution(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """Convolutions of any dimensionality, grouped, depthwise and transposed.
 
@@ -24,11 +24,7 @@ def convolution(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[
     output channel is the input channel.
     """
     x, weight, bias = args[0], args[1], args[2]
-    if name_of(func) == "aten.convolution" or name_of(func) == "aten._convolution":
-        transposed, groups = bool(args[6]), int(args[8])
-    else:
-        tracer.no_rule(func, args, kwargs, "no rule for this use of the operation")
-        return
+    transposed, groups = bool(args[6]), int(args[8])
     batched = x.dim() == weight.dim()
     labels_in = tracer.labels(x)[1 if batched else 0]
     labels_weight = tracer.labels(weight)
@@ -103,13 +99,10 @@ def _grouped(
     return full
 
 
-@rule("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv", "dot", "_addmm_activation")
+@rule("mm", "addmm", "bmm", "baddbmm", "linear", "_addmm_activation")
 def matrix_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """Matrix products: the contracted dimensions are the same channels, the outer ones pass on."""
     name = name_of(func).removeprefix("aten.")
-    if name in ("mv", "addmv", "dot") or (name == "matmul" and min(args[0].dim(), args[1].dim()) < 2):
-        tracer.no_rule(func, args, kwargs, "no rule for this use of the operation")
-        return
     bias, a, b = (args[0], args[1], args[2]) if "add" in name else (None, args[0], args[1])
     labels_a, labels_b = tracer.labels(a), tracer.labels(b)
     if name == "linear":
@@ -152,8 +145,8 @@ def embedding(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
 
 @rule(
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math",
-    "scaled_dot_product_attention", "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
 )  # fmt: skip
 def attention(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Fused attention: two matrix products, head by head.

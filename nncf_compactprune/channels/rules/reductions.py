@@ -39,7 +39,7 @@ def reduce(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 @rule(
-    "_softmax", "softmax", "_log_softmax", "log_softmax", "cumsum", "sort", "argsort", "topk", "logcumsumexp",
+    "_softmax", "softmax", "_log_softmax", "log_softmax", "cumsum", "sort", "topk", "logcumsumexp",
     "kthvalue",
 )  # fmt: skip
 def along(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @rule(
-    "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool2d", "max_pool1d", "avg_pool1d", "avg_pool2d",
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d",
     "avg_pool3d",
     "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d",
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
@@ -42,7 +42,7 @@ def spatial(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str,
         tracer.set(result, passed)
 
 
-@rule("constant_pad_nd", "pad")
+@rule("constant_pad_nd")
 def constant_pad(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """Padding a channel dimension inserts channels that must stay (their count is written in the code)."""
     x, pad = args[0], args[1]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nncf_compactprune.channels.tracer import Tracer
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", "view_copy")
+@rule("view", "_unsafe_view", "_reshape_alias", "view_copy")
 def reshape(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """Reshape: see :mod:`nncf_compactprune.channels.views`."""
     x = args[0]
@@ -28,7 +28,7 @@ def reshape(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     tracer.set(out, labels)
 
 
-@rule("permute", "transpose", "t", "movedim", "numpy_T", "swapaxes")
+@rule("permute", "transpose", "t")
 def permute(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """Dimensions change places and take their labels along."""
     labels = list(tracer.labels(args[0]))
@@ -37,12 +37,9 @@ def permute(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str,
         labels = [labels[d] for d in dims_of(args[1], len(labels))] if args[1] else labels
     elif name == "aten.t":
         labels = labels[::-1]
-    elif name in ("aten.transpose", "aten.swapaxes"):
+    else:
         a, b = args[1] % len(labels), args[2] % len(labels)
         labels[a], labels[b] = labels[b], labels[a]
-    else:
-        tracer.no_rule(func, args, kwargs, "no rule for this use of the operation")
-        return
     tracer.set(out, labels)
 
 
@@ -61,7 +58,7 @@ def squeeze(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     tracer.set(out, labels)
 
 
-@rule("expand", "repeat", "tile")
+@rule("expand", "repeat")
 def expand(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """Repeats whole dimensions; a repeated channel is one channel."""
     x = args[0]
@@ -80,7 +77,7 @@ def expand(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
     tracer.set(out, result)
 
 
-@rule("cat", "concat")
+@rule("cat")
 def concatenate(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """Channels side by side; a part without channels is fixed."""
     tensors = [t for t in args[0] if t.dim() == out.dim()]
@@ -119,7 +116,7 @@ def stack(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
     tracer.set(out, labels)
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "tensor_split")
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 def split(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Sequence[Tensor]) -> None:
     """Parts whose sizes the module keeps as numbers go with these; other equal parts lose the same positions, so that
     the cut stays where it is; other unequal parts are cut by constants."""
@@ -155,7 +152,7 @@ def glu(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     tracer.set(out, labels)
 
 
-@rule("slice", "narrow", "select", "unbind")
+@rule("slice", "select", "unbind")
 def cut(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Picks a range, every n-th or one position. Numbers that the module keeps may say where a range is; blocks of n
     go as one for every n-th; other picking among channels is done by constants, so they stay."""
@@ -185,7 +182,7 @@ def cut(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     tracer.set(out, labels)
 
 
-@rule("index", "index_select", "gather", "index_put", "scatter", "scatter_add", "take_along_dim", "_unsafe_index")
+@rule("index", "index_select", "_unsafe_index")
 def pick(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """Picks by index tensors: dimensions that are indexed must not carry channels, the others pass."""
     x = args[0]
@@ -207,12 +204,10 @@ def pick(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
             return
         at = len(rest_before)
         tracer.set(out, [*rest[:at], *[None] * width, *rest[at:]])
-    elif name == "index_select":
+    else:
         dim = args[1] % x.dim()
         tracer.pin(labels[dim], "picked by an index tensor")
         tracer.set(out, [None if d == dim else array for d, array in enumerate(labels)])
-    else:
-        tracer.no_rule(func, args, kwargs, "no rule for this use of the operation")
 
 
 @rule("roll", "flip", "rot90", "tril", "triu", "unfold")
