@@ -15,14 +15,20 @@ export NNCF_EXTENSION_LOAD_TIMEOUT := 0
 # the demo took 20 to 90 s that way, and 5 to 12 s with threads that sleep.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all lint bench-deps clean
+.PHONY: demo test test-main test-floors test-all lint bench-deps clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed ## Trains, prunes, fine-tunes and exports a network for handwritten digits: a few minutes.
 	$(BIN)/nncf-compactprune run configs/digits_fbnet.json
 
-test: lint ## The checks every change must pass.
+test: lint test-floors test-main ## The checks every change must pass.
+
+test-main: $(VENV)/.installed-dev ## The tests, with the versions of constraints.txt.
 	$(BIN)/python -m pytest -n 2
+
+# Old packages meet a newer Python and newer packages of their own: their warnings are no errors here.
+test-floors: $(VENV)-floors/.installed ## The tests of what needs no optional package, with the oldest versions allowed.
+	$(VENV)-floors/bin/python -m pytest -n 2 -o filterwarnings=default --ignore tests/test_examples.py tests
 
 test-all: lint ## The same with the slow tests.
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
@@ -37,7 +43,7 @@ bench-deps: $(VENV)/.installed-dev ## What only the benchmarks need.
 	$(PIP) --no-deps torch-pruning
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-floors build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,4 +55,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e ".[dev]"
 	$(PIP) --no-deps timm torchvision
 	$(PIP) huggingface_hub pyyaml pillow
+	touch $@
+
+$(VENV)-floors/.installed: pyproject.toml constraints-floors.txt
+	$(PYTHON) -m venv $(VENV)-floors
+	$(VENV)-floors/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints-floors.txt \
+		-e . pytest pytest-xdist hypothesis
 	touch $@

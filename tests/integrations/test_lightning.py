@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from support.regularizer import with_pull
@@ -15,9 +14,12 @@ from torch import nn
 from nncf_compactprune.algorithms import CompressionStage
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.tensors import carries_hooks
-from nncf_compactprune.integrations.lightning import CompressionCallback
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.run.datasets import resolve_dataset
+
+pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+
+from nncf_compactprune.integrations.lightning import CompressionCallback  # noqa: E402
 
 DOCUMENT = {
     "input_info": {"sample_size": [1, 1, 16, 16]},

@@ -212,7 +212,7 @@ SCOPES = [
 ]
 
 
-@pytest.mark.parametrize(("scopes", "inside"), SCOPES, ids=str)
+@pytest.mark.parametrize(("scopes", "inside"), SCOPES, ids=lambda value: str(value) if isinstance(value, dict) else "")
 def test_sparsity_and_quantization_keep_to_their_scopes(scopes, inside) -> None:
     sparse = network()
     layers = {name for name, module in named_modules(sparse) if is_linear(module)}

@@ -1,0 +1,20 @@
+"""The oldest versions that are tested are the oldest that are allowed."""
+
+from __future__ import annotations
+
+import re
+
+from support.places import ROOT
+
+
+def test_every_floor_is_tested() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    floors = dict(re.findall(r'"([a-z-]+)>=([0-9.]+)"', listed[1]))
+    lines = (ROOT / "constraints-floors.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if "==" in line)
+    assert len(floors) == listed[1].count('"') // 2, "a dependency without a floor"
+    assert floors.keys() == tested.keys()
+    for name, floor in floors.items():
+        assert (tested[name] + ".").startswith(floor + "."), f"{name}: {tested[name]} is tested, {floor} is allowed"
