@@ -247,7 +247,7 @@ def test_reconstructing_what_was_not_compressed_changes_nothing(name: str, resam
     dense = trained(name, dtype=torch.float32)
     model, network = copy.deepcopy(dense), ImageNetwork.of(dense, X)
     inputs = LayerInputs(randn(32, 3, 12, 12), resampled)
-    with evaluating(model), evaluating(dense):
+    with evaluating(model, changes=True), evaluating(dense):
         refits = Reconstruction(dense, model, inputs, network, step=least_squares(0.01)).run()
         assert refits
         assert max(r.after for r in refits) < 1e-6
@@ -262,7 +262,7 @@ def test_batch_norm_statistics_follow_a_change_of_the_layer_before() -> None:
     scale = torch.linspace(0.5, 2, 16)
     conv.weight.data *= scale.view(-1, 1, 1, 1)
     network = ImageNetwork.of(dense, X)
-    with evaluating(model), evaluating(dense):
+    with evaluating(model, changes=True), evaluating(dense):
         Reconstruction(dense, model, LayerInputs(randn(64, 3, 12, 12)), network).run()
         assert torch.allclose(dense(X), model(X), atol=2e-3)
     assert torch.allclose(model.features[0][1].running_var, dense.features[0][1].running_var * scale**2, rtol=1e-3)
