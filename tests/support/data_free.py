@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nncf_compactprune.algorithms.data_free.network import batch_norms
+from nncf_compactprune.algorithms.data_free.operations import Call, Calls
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -29,3 +30,16 @@ def with_statistics_of(model: nn.Module, x: torch.Tensor) -> nn.Module:
     with torch.no_grad():
         model.train()(x)
     return model.eval()
+
+
+def calls_of(model: nn.Module, x: torch.Tensor) -> list[Call]:
+    """What the convolutions and linear maps of a model get, in the order in which they run."""
+    found: list[Call] = []
+
+    def note(name: str, call: Call) -> torch.Tensor:
+        found.append(call)
+        return call.run(call.weight, call.bias)
+
+    with torch.no_grad(), Calls({id(p): name for name, p in model.named_parameters()}, note):
+        model(x)
+    return found

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms.data_free.gram import Moments, is_linear, weight_rows
+from nncf_compactprune.algorithms.data_free.gram import Moments, damped
+from nncf_compactprune.algorithms.data_free.operations import Operation
 from nncf_compactprune.channels.groups import ChannelGraph, ChannelGroup, Member, owner
 from nncf_compactprune.host.tensors import named_modules
 
@@ -66,30 +67,35 @@ def importance(
         return list(pool.map(score, graph.groups))
 
 
-def readers_of(graph: ChannelGraph, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Names of the layers that read any group's channels and that least squares can re-fit."""
-    names = {owner(member.parameter) for group in graph.groups for member in group.with_role("in")}
-    return {name for name in names if name in modules and is_linear(modules[name])}
+def readers_of(graph: ChannelGraph) -> set[str]:
+    """Names of the modules that read any group's channels."""
+    return {owner(member.parameter) for group in graph.groups for member in group.with_role("in")}
 
 
 def consumers(group: ChannelGroup, modules: Mapping[str, nn.Module], found: Mapping[str, Moments]) -> list[Consumer]:
-    """The layers that read a group's channels."""
+    """The layers with moments that read a group's channels.
+
+    :param modules: the model's, by name; :param found: moments by layer.
+    """
     members = [member for member in group.with_role("in") if owner(member.parameter) in found]
+    # in a grouped transposed convolution, a channel has columns of its own group only
+    grouped = {name for name, m in found.items() if m.operation.transposed and m.operation.groups > 1}
+    members = [member for member in members if owner(member.parameter) not in grouped]
     worth = SHARED_WORTH if len(members) > 1 else 1.0
     result = []
     for member in members:
         name = owner(member.parameter)
         energy = max(float(found[name].energy.sum()), 1e-30)
-        columns = _columns(modules[name], member)
-        result.append(Consumer(weight_rows(modules[name]), found[name].inputs, columns, worth / energy))
+        rows = found[name].operation.rows(modules[name].get_parameter("weight"))
+        columns = _columns(found[name].operation, member)
+        result.append(Consumer(rows, found[name].inputs, columns, worth / energy))
     return result
 
 
-def _columns(module: nn.Module, member: Member) -> npt.NDArray[np.int64]:
+def _columns(operation: Operation, member: Member) -> npt.NDArray[np.int64]:
     """Columns of a patch that belong to each channel, ``[channels, r]``; in a grouped convolution a channel is the same
     position of every group."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    taps = weight[0, 0].numel()
+    taps = operation.taps
     return (member.indices[:, :, None] * taps + np.arange(taps)).reshape(len(member.indices), -1)
 
 
@@ -132,12 +138,9 @@ class _State:
     """A consumer with some channels gone and the rest re-fitted."""
 
     def __init__(self, consumer: Consumer, ridge: float) -> None:
-        h = consumer.inputs
-        scale = h.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-        eye = torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
-        self.inverse = torch.linalg.inv(h + ridge * scale[:, None, None] * eye)
+        self.inverse = torch.linalg.inv(damped(consumer.inputs, ridge))
         self.weight = consumer.weight.clone()
-        self.columns = torch.as_tensor(consumer.columns, device=h.device)
+        self.columns = torch.as_tensor(consumer.columns, device=consumer.inputs.device)
         self.worth = consumer.worth
 
     def costs(self, channels: list[int]) -> Tensor:

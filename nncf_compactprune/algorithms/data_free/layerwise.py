@@ -3,12 +3,12 @@
 The paper compresses a trained network without data, layer by layer, on generated layer inputs. Only its abstract was at
 hand, so the parts are ours; each says so where it is:
 
-1. *Inputs*: images inverted from BatchNorm statistics, drawn BatchNorm outputs, or both (``datafree/sources.py``).
+1. *Inputs*: images inverted from BatchNorm statistics, drawn BatchNorm outputs, or both (``sources.py``).
 2. *Which channels*: optimal brain surgery on whole channels, on the second moments of what their readers see
-   (``datafree/importance.py``); losses are shares of each reader's output variance, and comparable.
+   (``importance.py``); losses are shares of each reader's output variance, and comparable.
 3. *The cut* is exact with respect to the masks, as for every pruning algorithm here.
 4. *Making up for it*: each layer is re-fitted by ridge least squares to what the dense layer gives, in network order,
-   on what the compressed prefix delivers; BatchNorm statistics follow (``datafree/reconstruction.py``).
+   on what the compressed prefix delivers; BatchNorm statistics follow (``reconstruction.py``).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, Channel
 from nncf_compactprune.algorithms.data_free import Reconstruction, Refit, least_squares
 from nncf_compactprune.algorithms.data_free.importance import importance, readers_of
 from nncf_compactprune.algorithms.data_free.inputs import FOLLOWS, GenerationConfig, check_generation, inputs_for
-from nncf_compactprune.algorithms.data_free.reconstruction import called_once, dense_moments
+from nncf_compactprune.algorithms.data_free.operations import refittable
+from nncf_compactprune.algorithms.data_free.reconstruction import dense_moments
 from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.config import AlgorithmConfig, Registered
 from nncf_compactprune.host.calls import evaluating
-from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
@@ -71,6 +71,7 @@ class DataFreeLayerwise(ChannelPruning):
     def __init__(self, config: DataFreeConfig, context: Context) -> None:
         super().__init__(config, context)
         self.refits: list[Refit] = []
+        self.left: Mapping[str, str] = {}
         self._dense: nn.Module | None = None
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
@@ -83,7 +84,7 @@ class DataFreeLayerwise(ChannelPruning):
         model = self.context.model
         network, inputs = inputs_for(self.context, self.config.generation)
         with evaluating(model):
-            names = readers_of(graph, dict(named_modules(model))) & called_once(model, network, inputs.images[:1])
+            names = readers_of(graph) & set(refittable(model, network.wrap(inputs.images[:1])).found)
             found = dense_moments(model, network, inputs, names)
         self._dense = copy.deepcopy(model)
         return importance(model, graph, found, SCORE_RIDGE, torch.get_num_threads())
@@ -96,16 +97,19 @@ class DataFreeLayerwise(ChannelPruning):
         kept = {name: plan.selection(name) for name in plan.kept}
         step = least_squares(self.config.params.ridge)
         with self.context.timed("reconstruction"), evaluating(model, changes=True), evaluating(dense):
-            self.refits = Reconstruction(dense, model, inputs, network, kept, step).run(progress="Re-fitting layers")
+            run = Reconstruction(dense, model, inputs, network, kept, step)
+            self.refits, self.left = run.run(progress="Re-fitting layers"), run.left
         self._dense = None
 
     def statistics(self) -> Mapping[str, Any]:
-        refits = {"layers re-fitted": len(self.refits)}
+        refits: dict[str, Any] = {"layers re-fitted": len(self.refits)}
+        if self.left:
+            refits["layers left"] = ", ".join(self.left)
         if self.refits:
             before, after = (
                 sum(getattr(r, when) for r in self.refits) / len(self.refits) for when in ("before", "after")
             )
-            refits["mean layer error"] = f"{before:.3f} -> {after:.3f}"  # type: ignore[assignment]
+            refits["mean layer error"] = f"{before:.3f} -> {after:.3f}"
         seconds = {f"seconds of {what}": f"{s:.1f}" for what, s in self.context.seconds.items()}
         return {**super().statistics(), **refits, **seconds}
 

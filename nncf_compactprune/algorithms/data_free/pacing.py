@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nncf_compactprune.algorithms.data_free.operations import Call, Calls, Operation
 from nncf_compactprune.host.tensors import named_modules
 
 
@@ -28,11 +29,13 @@ class Met:
 
     :param name: the module.
     :param inputs: its first input; :param output: its output.
+    :param operation: what goes from one to the other, of a layer that can be re-fitted.
     """
 
     name: str
     inputs: Tensor
     output: Tensor
+    operation: Operation | None = None
 
 
 class _Stopped(Exception):
@@ -46,10 +49,17 @@ class Reference:
 
     :param model: in eval mode; it is only run.
     :param call: runs the model on the inputs.
-    :param watched: names of modules; their calls are handed out by :meth:`meet` in the order they happen.
+    :param layers: names of layers whose operations are handed out by :meth:`meet`, in the order they happen.
+    :param modules: names of other modules whose calls are.
     """
 
-    def __init__(self, model: nn.Module, call: Callable[[nn.Module], Any], watched: Collection[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        call: Callable[[nn.Module], Any],
+        layers: Collection[str] = (),
+        modules: Collection[str] = (),
+    ) -> None:
         self._met: queue.Queue[Met | BaseException] = queue.Queue()
         self._go_on = threading.Semaphore(0)
         self._stopped = self._waiting = False
@@ -57,8 +67,9 @@ class Reference:
         self._handles = [
             module.register_forward_hook(lambda m, args, out, name=name: self._deliver(Met(name, args[0], out)))
             for name, module in named_modules(model)
-            if name in watched
+            if name in modules
         ]
+        self._weights = {id(model.get_parameter(f"{name}.weight")): name for name in layers}
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Reference:
@@ -93,13 +104,18 @@ class Reference:
 
     def _run(self) -> None:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), Calls(self._weights, self._operation):
                 self._call(self._model)
             self._met.put(RuntimeError("the reference has ended, the compressed model has not"))
         except _Stopped:
             pass
         except BaseException as error:
             self._met.put(error)
+
+    def _operation(self, name: str, call: Call) -> Tensor:
+        output = call.run(call.weight, call.bias)
+        self._deliver(Met(name, call.input, output, call.operation))
+        return output
 
     def _deliver(self, met: Met) -> None:
         if not self._stopped:

@@ -2,7 +2,7 @@
 
 Quantizers sit where NNCF would put them. Then, in one pass in network order, on what the quantized prefix delivers:
 ranges of activations are searched, weights are re-fitted to what the float layer gives, scaled and rounded column by
-column (``datafree/rounding.py``), and biases and BatchNorm statistics follow. Ours, as only the paper's abstract was
+column (``rounding.py``), and biases and BatchNorm statistics follow. Ours, as only the paper's abstract was
 at hand.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.data_free import Reconstruction, Refit
-from nncf_compactprune.algorithms.data_free.gram import Moments, weight_rows
+from nncf_compactprune.algorithms.data_free.gram import Moments
 from nncf_compactprune.algorithms.data_free.inputs import FOLLOWS, GenerationConfig, check_generation, inputs_for
 from nncf_compactprune.algorithms.data_free.network import check_weights
 from nncf_compactprune.algorithms.data_free.preconditioning import precondition
@@ -76,6 +76,7 @@ class DataFreeQuantization(CompressionAlgorithm):
     def __init__(self, config: DataFreeQuantizationConfig, context: Context) -> None:
         super().__init__(config, context)
         self.refits: list[Refit] = []
+        self.left: Mapping[str, str] = {}
         self.quantizers = 0
         self._done = False
 
@@ -114,7 +115,7 @@ class DataFreeQuantization(CompressionAlgorithm):
             if params.equalise:
                 precondition(log, model, context.example_inputs)
             dense = copy.deepcopy(model)  # what the layers are compared with, scaled alike
-            weights, activations, at_input = install(
+            weights, activations = install(
                 model,
                 network,
                 inputs,
@@ -130,14 +131,13 @@ class DataFreeQuantization(CompressionAlgorithm):
                 msg = f"'{self.name}': no layer is in scope. Widen target_scopes or ignored_scopes."
                 raise DataFreeError(msg)
 
-            def delivered(name: str, x: Tensor) -> Tensor:
-                for quantizer in at_input.get(name, ()):
-                    x = quantizer(x)
-                return x
+            def used(name: str, weight: Tensor) -> Tensor:
+                quantized: Tensor = weights[name](weight) if name in weights else weight
+                return quantized
 
             step = rounding_step(weights, params.ridge, per_channel=params.per_channel)
-            run = Reconstruction(dense, model, inputs, network, step=step, delivered=delivered)
-            self.refits = run.run(progress="Quantizing layers")
+            run = Reconstruction(dense, model, inputs, network, step=step, used=used)
+            self.refits, self.left = run.run(progress="Quantizing layers"), run.left
         self.quantizers = len(weights) + len(activations)
         self._done = True
 
@@ -155,6 +155,7 @@ class DataFreeQuantization(CompressionAlgorithm):
             "bits": f"W{params.weight_bits}A{params.activation_bits}, edges {params.edge_bits}",
             "quantizers": self.quantizers,
             "mean layer error": f"{error:.4f}",
+            **({"layers left": ", ".join(self.left)} if self.left else {}),
         }
 
 
@@ -164,8 +165,8 @@ def rounding_step(weights: Mapping[str, GridQuantizer], ridge: float, *, per_cha
     :param weights: quantizers by layer; a layer without one is re-fitted only.
     """
 
-    def step(name: str, module: nn.Module, found: Moments) -> Tensor:
-        refitted = solve(weight_rows(module), found, ridge)
+    def step(name: str, rows: Tensor, found: Moments) -> Tensor:
+        refitted = solve(rows, found, ridge)
         quantizer = weights.get(name)
         if quantizer is None:
             return refitted

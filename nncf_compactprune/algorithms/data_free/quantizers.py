@@ -74,8 +74,7 @@ class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantizes. While ``pending``, the range is first searched on what comes."""
         if self.pending:
-            self.set(*search_range(x, self.high))
-            self.pending = False
+            self._search(x)
         low, high = (-128, 127) if self.signed else (0, 255)
         per_channel = self.scale.numel() > 1
         if not self.signed and self.bits < 8:
@@ -85,6 +84,16 @@ class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
         if per_channel:
             return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, self.axis, low, high)
         return torch.fake_quantize_per_tensor_affine(x, self._step, self._zero, low, high)
+
+    def _search(self, x: Tensor) -> None:
+        """Sets the range of what comes: a weight's largest value, or what :func:`search_range` finds."""
+        if self.signed:
+            rows = x.detach().abs().movedim(self.axis, 0).flatten(1)
+            largest = rows.amax(1) if self.scale.numel() > 1 else rows.amax()
+            self.set(largest.clamp_min(1e-12) / self.high)
+        else:
+            self.set(*search_range(x, self.high))
+        self.pending = False
 
     def _as_onnx(self, x: Tensor, per_channel: bool) -> Tensor:
         """ONNX's pair of operations: torch.export cannot trace torch's fake quantization, which has no meta kernel."""
@@ -144,20 +153,19 @@ def install(
     per_channel: bool,
     target_device: str,
     ignored: Collection[str] = (),
-) -> tuple[dict[str, GridQuantizer], list[GridQuantizer], dict[str, list[GridQuantizer]]]:
+) -> tuple[dict[str, GridQuantizer], list[GridQuantizer]]:
     """Puts quantizers on a model, in place, where NNCF would.
 
     :param weight_bits: by layer name; :param activation_bits: of what layers read.
     :param edge_activations: bits of the model's input, and of what the last layer reads.
     :param per_channel: a scale for every output channel of a weight; else one for each weight.
     :param ignored: NNCF's names of operations that are not quantized.
-    :return: quantizers of weights by layer, of activations, and those of activations that sit at a layer's own input.
+    :return: quantizers of weights by layer, and of activations. Each finds its range on what comes first.
     """
     placed = _placed_by_nncf(model, network, inputs, target_device, ignored)
     modules = dict(named_modules(model))
     weights: dict[str, GridQuantizer] = {}
     activations: list[GridQuantizer] = []
-    at_input: dict[str, list[GridQuantizer]] = {}
     last = list(weight_bits)[-1]
     for place in placed:
         layer = ".".join(place.operation.split("/")[:-2])
@@ -168,24 +176,18 @@ def install(
         else:
             edge = "/" not in place.operation or (place.before and layer == last)
             hook = GridQuantizer(edge_activations if edge else activation_bits, signed=False)
-            hook.pending = True
             activations.append(hook)
-            if place.before:
-                at_input.setdefault(layer, []).append(hook)
+        hook.pending = True
         register = hook_input if place.before else hook_output
         register(model, place.operation, place.port, hook.to(inputs.images.device))
-    return weights, activations, at_input
+    return weights, activations
 
 
 def _weight_quantizer(module: nn.Module, bits: int, per_channel: bool) -> GridQuantizer:
     weight: Tensor = module.weight  # type: ignore[assignment]
     transposed = isinstance(module, TransposedConvolution)
     axis = 1 if transposed else 0
-    hook = GridQuantizer(bits, signed=True, size=weight.shape[axis] if per_channel else 1, axis=axis)
-    largest = weight.detach().abs()
-    largest = largest.movedim(axis, 0).flatten(1).amax(1) if per_channel else largest.amax()
-    hook.set(largest.clamp_min(1e-12) / hook.high)
-    return hook
+    return GridQuantizer(bits, signed=True, size=weight.shape[axis] if per_channel else 1, axis=axis)
 
 
 def _placed_by_nncf(

@@ -19,18 +19,20 @@ form, the prior and the relative statistics are ours (only the abstract was at h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from nncf.common.logging import nncf_logger
 from nncf.common.logging.track_progress import track
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms.data_free.gram import Moments, as_weight, is_linear, moments, weight_rows
+from nncf_compactprune.algorithms.data_free.gram import Moments, damped, moments
 from nncf_compactprune.algorithms.data_free.network import ImageNetwork, batch_norms, statistics
+from nncf_compactprune.algorithms.data_free.operations import Call, Calls, refittable
 from nncf_compactprune.algorithms.data_free.pacing import Met, Reference
 from nncf_compactprune.algorithms.data_free.resampling import resampling
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
@@ -64,11 +66,8 @@ def solve(weight: Tensor, found: Moments, ridge: float) -> Tensor:
     :param ridge: strength relative to the inputs' mean variance.
     :return: the weights, same shape.
     """
-    scale = found.inputs.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    eye = torch.eye(found.inputs.shape[1], dtype=found.inputs.dtype, device=found.inputs.device)
-    left = found.inputs + ridge * scale[:, None, None] * eye
     right = found.cross - found.inputs @ weight.transpose(1, 2)
-    moved: Tensor = torch.linalg.solve(left, right).transpose(1, 2)
+    moved: Tensor = torch.linalg.solve(damped(found.inputs, ridge), right).transpose(1, 2)
     return weight + moved
 
 
@@ -79,18 +78,18 @@ def relative_error(weight: Tensor, found: Moments) -> float:
     return float(fit.sum() / found.energy.sum().clamp_min(1e-30))
 
 
-LayerStep = Callable[[str, nn.Module, Moments], Tensor]
-"""Name, layer and moments to the layer's new weight as matrices ``[groups, out/groups, d]``."""
+LayerStep = Callable[[str, Tensor, Moments], Tensor]
+"""Name, weight as matrices ``[groups, out/groups, d]``, and moments to the layer's new weight, same shape."""
 
 
 def least_squares(ridge: float) -> LayerStep:
     """The step that re-fits each layer around the weights that it has."""
-    return lambda name, module, found: solve(weight_rows(module), found, ridge)
+    return lambda name, rows, found: solve(rows, found, ridge)
 
 
-def as_they_are(name: str, module: nn.Module, found: Moments) -> Tensor:
+def as_they_are(name: str, rows: Tensor, found: Moments) -> Tensor:
     """The step that leaves weights alone: biases and BatchNorm statistics are corrected, nothing else."""
-    return weight_rows(module)
+    return rows
 
 
 @dataclass
@@ -103,7 +102,8 @@ class Reconstruction:
     :param network: how to run them.
     :param kept: parameter name to dimension to kept positions, of what was cut; empty where nothing was.
     :param step: how a layer's weights are chosen.
-    :param delivered: layer and its input to what really enters it, where a hook inside the layer works on that.
+    :param used: layer and its weight to what its operation uses, where a hook works on that.
+    :param left: the layers that were not re-fitted, with the reason; filled by :meth:`run`.
     """
 
     dense: nn.Module
@@ -112,60 +112,73 @@ class Reconstruction:
     network: ImageNetwork
     kept: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     step: LayerStep = as_they_are
-    delivered: Callable[[str, Tensor], Tensor] = lambda name, x: x
+    used: Callable[[str, Tensor], Tensor] = lambda name, weight: weight
     refits: list[Refit] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
 
     @torch.no_grad()
     def run(self, *, progress: str = "") -> list[Refit]:
-        """Goes through the model once. A module that is called several times keeps its weights.
+        """Goes through the model once. Layers that cannot be re-fitted keep their weights, with a warning.
 
         :param progress: description of a progress bar; none where empty.
         :return: one entry a layer, in network order.
         """
         modules = dict(named_modules(self.compressed))
-        once = called_once(self.dense, self.network, self.inputs.images[:1])
-        layers = [name for name in modules if name in once and is_linear(modules[name])]
+        first = self.inputs.images[:1]
+        layers = refittable(self.dense, self.network.wrap(first))
+        self.left = layers.left
+        warn_of_left(self.left)
+        once = called_once(self.dense, self.network, first)
         norms = [name for name in batch_norms(self.compressed) if name in once]
-        bar = iter(track(range(len(layers)), description=progress)) if progress else iter(())
+        bar = iter(track(range(len(layers.found)), description=progress)) if progress else iter(())
         with ExitStack() as stack:
             stack.enter_context(resampling(self.dense, self.inputs.resampled, {}))
             stack.enter_context(resampling(self.compressed, self.inputs.resampled, self.kept))
             reference = stack.enter_context(
-                Reference(self.dense, lambda m: self.network.call(m, self.inputs.images), {*layers, *norms})
+                Reference(self.dense, lambda m: self.network.call(m, self.inputs.images), layers.found, norms)
             )
 
-            def visit(module: nn.Module, args: Any, name: str, work: Callable[..., None]) -> None:
-                work(module, args[0], reference.meet(name))
-                if work == self._layer:
-                    next(bar, None)
+            def visit_norm(module: BatchNorm, args: Any, name: str) -> None:
+                self._norm(module, args[0], reference.meet(name))
 
-            for name in (*layers, *norms):
-                work = self._layer if name in layers else self._norm
-                handle = modules[name].register_forward_pre_hook(partial(visit, name=name, work=work))
-                stack.callback(handle.remove)
+            def visit_layer(name: str, call: Call) -> Tensor:
+                self._layer(modules[name], call, reference.meet(name))
+                next(bar, None)
+                return call.run(self.used(name, modules[name].get_parameter("weight")), _bias(modules[name]))
+
+            for name in norms:
+                stack.callback(modules[name].register_forward_pre_hook(partial(visit_norm, name=name)).remove)
+            stack.enter_context(Calls(_weights(self.compressed, layers.found), visit_layer))
             with unmarked(self.compressed, contents=False):
                 self.network.call(self.compressed, self.inputs.images)
         next(bar, None)
         return self.refits
 
-    def _layer(self, module: nn.Module, x: Tensor, met: Met) -> None:
-        found = moments(module, self.delivered(met.name, x), self._kept_of(met.output, f"{met.name}.weight", module))
-        old = weight_rows(module)
+    def _layer(self, module: nn.Module, call: Call, met: Met) -> None:
+        operation, weight, bias = call.operation, module.get_parameter("weight"), _bias(module)
+        wanted = met.output
+        if met.operation is not None:
+            positions = met.operation.outputs_kept(self.kept.get(f"{met.name}.weight", {}))
+            if positions is not None:
+                wanted = wanted.index_select(operation.channel_dim, positions.to(wanted.device))
+        found = moments(operation, call.input, wanted)
+        old = operation.rows(weight)
         try:
-            new = self.step(met.name, module, found)
+            new = self.step(met.name, old, found)
         except RuntimeError:  # inputs that are all zero, say: nothing to learn from
             new = old
         if bool(torch.isfinite(new).all()):
-            module.weight.copy_(as_weight(module, new))  # type: ignore[operator]
-        rows = weight_rows(module)
-        if module.bias is not None:
+            weight.copy_(operation.weight(new))
+        rows = operation.rows(weight)
+        if bias is not None:
             offset = found.mean_out - (rows @ found.mean_in.unsqueeze(2)).squeeze(2)
-            module.bias.copy_(offset.reshape(-1))  # type: ignore[operator]
+            bias.copy_(offset.reshape(-1))
         self.refits.append(Refit(met.name, relative_error(old, found), relative_error(rows, found)))
 
     def _norm(self, module: BatchNorm, x: Tensor, met: Met) -> None:
         rows = len(x) - self.inputs.resampled or len(x)  # drawn rows count only where there are no others
-        y = self._kept_of(met.inputs, f"{met.name}.running_mean", module)
+        positions = self.kept.get(f"{met.name}.running_mean", {}).get(0)
+        y = met.inputs if positions is None else met.inputs.index_select(1, positions.to(x.device))
         dims = [0, *range(2, x.dim())]
         var, mean = torch.var_mean(x[:rows].double(), dims, unbiased=False)
         dense_var, dense_mean = torch.var_mean(y[:rows].double(), dims, unbiased=False)
@@ -174,13 +187,23 @@ class Reconstruction:
         stored_mean.copy_(mean - (dense_mean - stored_mean) * ratio.sqrt())
         stored_var.mul_(ratio)
 
-    def _kept_of(self, tensor: Tensor, parameter: str, module: nn.Module) -> Tensor:
-        """The channels of a dense tensor that the compressed model still has."""
-        positions = self.kept.get(parameter, {}).get(0)
-        if positions is None:
-            return tensor
-        dim = tensor.dim() - 1 if isinstance(module, nn.Linear) else 1
-        return tensor.index_select(dim, positions.to(tensor.device))
+
+def warn_of_left(left: Mapping[str, str]) -> None:
+    """Names the layers that are not re-fitted.
+
+    :param left: the reason of each, by name.
+    """
+    if left:
+        lines = "".join(f"\n  '{name}': {reason}" for name, reason in left.items())
+        nncf_logger.warning("%d layers are not re-fitted and keep their weights:%s", len(left), lines)
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return module._parameters.get("bias")
+
+
+def _weights(model: nn.Module, layers: Iterable[str]) -> dict[int, str]:
+    return {id(model.get_parameter(f"{name}.weight")): name for name in layers}
 
 
 @contextmanager
@@ -220,18 +243,16 @@ def dense_moments(
     """Moments of layers on a model's own inputs and outputs, in one pass.
 
     :param model: in eval mode.
-    :param names: of layers that are called once.
+    :param network: how to run it; :param inputs: on what.
+    :param names: of layers that :func:`refittable` found.
     """
     found: dict[str, Moments] = {}
 
-    def collect(module: nn.Module, args: Any, output: Tensor, name: str) -> None:
-        found[name] = moments(module, args[0], output)
+    def collect(name: str, call: Call) -> Tensor:
+        output = call.run(call.weight, call.bias)
+        found[name] = moments(call.operation, call.input, output)
+        return output
 
-    modules = dict(named_modules(model))
-    with ExitStack() as stack:
-        stack.enter_context(resampling(model, inputs.resampled, {}))
-        for name in names:
-            stack.callback(modules[name].register_forward_hook(partial(collect, name=name)).remove)
-        with unmarked(model):
-            network.call(model, inputs.images)
+    with resampling(model, inputs.resampled, {}), Calls(_weights(model, names), collect), unmarked(model):
+        network.call(model, inputs.images)
     return found

@@ -11,14 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nncf_compactprune.algorithms.data_free.gram import damped
+
 CLIPS = tuple(1 - 0.025 * step for step in range(25))  # shares of the largest weight that are tried as range
-
-
-def damped(inputs: Tensor, ridge: float) -> Tensor:
-    """Second moments that can be inverted: ``[groups, d, d]`` plus a share of the mean variance on the diagonal."""
-    scale = inputs.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    eye = torch.eye(inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
-    return inputs + ridge * scale[:, None, None] * eye
 
 
 def search_scales(weight: Tensor, inputs: Tensor, high: int, *, per_channel: bool) -> Tensor:

@@ -2,27 +2,27 @@
 re-fitted.
 
 The zeros are real zeros in the weights. Nothing shrinks: runtimes with sparse kernels, and compressed files, gain from
-it. Layers are treated in network order on what the sparse prefix delivers (``datafree/sparsity.py``). Ours, as only
+it. Layers are treated in network order on what the sparse prefix delivers (``sparsity.py``). Ours, as only
 the paper's abstract was at hand.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.data_free import Reconstruction, Refit
-from nncf_compactprune.algorithms.data_free.gram import Moments, is_linear, weight_rows
+from nncf_compactprune.algorithms.data_free.gram import Moments
 from nncf_compactprune.algorithms.data_free.inputs import FOLLOWS, GenerationConfig, check_generation, inputs_for
+from nncf_compactprune.algorithms.data_free.operations import refittable
 from nncf_compactprune.algorithms.data_free.reconstruction import (
     LayerStep,
-    called_once,
     dense_moments,
     solve,
     whole_or_nothing,
@@ -32,7 +32,6 @@ from nncf_compactprune.config import AlgorithmConfig, Section
 from nncf_compactprune.decide.scopes import parameters_in_scope
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.calls import evaluating
-from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
 
@@ -75,6 +74,8 @@ class DataFreeSparsity(CompressionAlgorithm):
     def __init__(self, config: DataFreeSparsityConfig, context: Context) -> None:
         super().__init__(config, context)
         self.refits: list[Refit] = []
+        self.names: Set[str] = set()
+        self.left: Mapping[str, str] = {}
         self._done = False
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
@@ -87,7 +88,7 @@ class DataFreeSparsity(CompressionAlgorithm):
         :raises DataFreeError: there are none.
         """
         model, config = self.context.model, self.config
-        weights = {f"{name}.weight" for name, module in named_modules(model) if is_linear(module)}
+        weights = {f"{name}.weight" for name in refittable(model, self.context.example_inputs).found}
         scopes = config.ignored_scopes, config.target_scopes
         found = parameters_in_scope(model, self.context.example_inputs, weights, *scopes)
         if not found:
@@ -103,58 +104,55 @@ class DataFreeSparsity(CompressionAlgorithm):
             return
         model, params = self.context.model, self.config.params
         network, inputs = inputs_for(self.context, self.config.generation)
-        modules = dict(named_modules(model))
-        in_scope = self._in_scope()
+        self.names = names = self._in_scope()
         with self.context.timed("sparsity"), evaluating(model, changes=True), whole_or_nothing(model):
-            once = called_once(model, network, inputs.images[:1])
-            names = [n for n, m in modules.items() if n in once and is_linear(m) and n in in_scope]
             if params.granularity == "2:4":
                 ratios: dict[str, float] = {}
             else:
                 found = dense_moments(model, network, inputs, names)
-                weights = {name: weight_rows(modules[name]) for name in names}
+                weights = {n: m.operation.rows(model.get_parameter(f"{n}.weight")) for n, m in found.items()}
                 ratios = shares(weights, found, params.sparsity, params.ridge)
-            step = sparse_step(ratios, params.ridge, frozenset(names))
-            self.refits = Reconstruction(copy.deepcopy(model), model, inputs, network, step=step).run(
-                progress="Sparsifying layers"
-            )
+            step = sparse_step(ratios, params.ridge, names)
+            run = Reconstruction(copy.deepcopy(model), model, inputs, network, step=step)
+            self.refits, self.left = run.run(progress="Sparsifying layers"), run.left
         self._done = True
 
     def stage(self) -> CompressionStage:
         return CompressionStage.FULLY_COMPRESSED if self._done else CompressionStage.UNCOMPRESSED
 
     def _zeros(self) -> float:
-        """Share of zeros in the weights of the layers that can be sparsified."""
-        weights = [weight_rows(m) for _, m in named_modules(self.context.model) if is_linear(m)]
+        """Share of zeros in the weights of the layers in scope."""
+        names = self.names or self._in_scope()
+        weights = [self.context.model.get_parameter(f"{name}.weight") for name in names]
         return sum(int((w == 0).sum()) for w in weights) / max(sum(w.numel() for w in weights), 1)
 
     def statistics(self) -> Mapping[str, Any]:
-        return {"stage": self.stage().name.lower(), "zeros": f"{self._zeros():.1%} of the layers' weights"}
+        left = {"layers left": ", ".join(self.left)} if self.left else {}
+        return {"stage": self.stage().name.lower(), "zeros": f"{self._zeros():.1%} of the layers' weights", **left}
 
 
-def sparse_step(ratios: Mapping[str, float], ridge: float, names: frozenset[str]) -> LayerStep:
+def sparse_step(ratios: Mapping[str, float], ridge: float, names: Set[str]) -> LayerStep:
     """The step that re-fits a layer and sets weights to zero.
 
     :param ratios: share of zeros by layer; empty for 2:4.
     :param names: the layers to sparsify; others are re-fitted only.
     """
 
-    def step(name: str, module: nn.Module, found: Moments) -> Tensor:
-        refitted = solve(weight_rows(module), found, ridge)
+    def step(name: str, rows: Tensor, found: Moments) -> Tensor:
+        refitted = solve(rows, found, ridge)
         if name not in names:
             return refitted
         if ratios:
             return sparsify(refitted, found.inputs, ridge, ratio=ratios[name])
-        return _two_of_four(module, refitted, found, ridge)
+        return _two_of_four(refitted, found, ridge)
 
     return step
 
 
-def _two_of_four(module: nn.Module, weight: Tensor, found: Moments, ridge: float) -> Tensor:
+def _two_of_four(weight: Tensor, found: Moments, ridge: float) -> Tensor:
     """2:4 runs along input channels, tap by tap, as sparse kernels have it: columns are brought into that order."""
-    full: Tensor = module.weight  # type: ignore[assignment]
-    taps = full[0, 0].numel()
-    if full.shape[1] % 4:
+    taps = found.operation.taps
+    if weight.shape[2] // taps % 4:
         return weight
     order = torch.arange(weight.shape[2], device=weight.device).view(-1, taps).T.reshape(-1)
     sparse = sparsify(weight[:, :, order], found.inputs[:, order][:, :, order], ridge, pattern=(2, 4))

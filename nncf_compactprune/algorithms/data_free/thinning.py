@@ -12,8 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nncf_compactprune.algorithms.data_free.gram import Moments
-from nncf_compactprune.algorithms.data_free.rounding import damped
+from nncf_compactprune.algorithms.data_free.gram import Moments, damped
 
 BLOCK = 128  # columns whose mask is chosen at once
 MOST = 0.98  # zeros in any one layer

@@ -14,14 +14,13 @@ from torch import nn
 
 from nncf_compactprune import CompressionStage, create_compressed_model, export_model
 from nncf_compactprune.algorithms.data_free import Reconstruction
-from nncf_compactprune.algorithms.data_free.gram import is_linear
+from nncf_compactprune.algorithms.data_free.operations import refittable
 from nncf_compactprune.algorithms.data_free.quantizers import GridQuantizer
 from nncf_compactprune.channels import trace
 from nncf_compactprune.config import json_schema
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import ConfigError, DataFreeError, ScopeError
 from nncf_compactprune.export import verify_export
-from nncf_compactprune.host.tensors import named_modules
 
 X = images(torch.float32)
 DATA = F.avg_pool2d(randn(256, 3, 24, 24), 2) * 3
@@ -111,11 +110,11 @@ def test_sparsity_has_its_share_of_real_zeros(ratio: float) -> None:
     model = copy.deepcopy(dense)
     ctrl, _ = compress(model, {"algorithm": "data_free_sparsity", "params": {"sparsity": ratio}})
     ctrl.strip()
-    weights = [m.weight for _, m in named_modules(model) if is_linear(m)]
+    weights = [model.get_submodule(name).weight for name in refittable(model, X).found]
     total = sum(w.numel() for w in weights)
     assert sum(int((w == 0).sum()) for w in weights) / total == pytest.approx(ratio, abs=0.002)
     plain = copy.deepcopy(dense)
-    own = [m.weight.data for _, m in named_modules(plain) if is_linear(m)]
+    own = [plain.get_submodule(name).weight.data for name in refittable(plain, X).found]
     threshold = torch.cat([w.abs().flatten() for w in own]).kthvalue(round(ratio * total)).values
     for w in own:
         w[w.abs() <= threshold] = 0
@@ -215,7 +214,7 @@ SCOPES = [
 @pytest.mark.parametrize(("scopes", "inside"), SCOPES, ids=lambda value: str(value) if isinstance(value, dict) else "")
 def test_sparsity_and_quantization_keep_to_their_scopes(scopes, inside) -> None:
     sparse = network()
-    layers = {name for name, module in named_modules(sparse) if is_linear(module)}
+    layers = set(refittable(sparse, X).found)
     ctrl, _ = compress(sparse, {"algorithm": "data_free_sparsity", "params": {"sparsity": 0.5}, **scopes})
     ctrl.strip()
     with_zeros = {name for name in layers if bool((sparse.get_submodule(name).weight == 0).any())}
@@ -300,7 +299,7 @@ def test_a_failure_on_the_way_puts_everything_back(entry, monkeypatch) -> None:
     before, expected = state(model), model.eval()(X)
     ctrl, _ = compress(model, entry)
 
-    def dying(self, module, x, met):
+    def dying(self, module, call, met):
         module.weight.data.add_(1)
         raise MemoryError
 

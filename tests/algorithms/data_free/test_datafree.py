@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.data_free import randn, state, unchanged, with_statistics_of
+from support.data_free import calls_of, randn, state, unchanged, with_statistics_of
 from support.networks import conv_bn, images, trained
 from torch import nn
 
@@ -25,9 +25,10 @@ from nncf_compactprune.algorithms.data_free import (
     sources,
 )
 from nncf_compactprune.algorithms.data_free.generation import dead_leaves, invert, statistics_loss
-from nncf_compactprune.algorithms.data_free.gram import moments, weight_rows
+from nncf_compactprune.algorithms.data_free.gram import Moments, moments
 from nncf_compactprune.algorithms.data_free.importance import Consumer, surgeon_scores
 from nncf_compactprune.algorithms.data_free.network import batch_norms
+from nncf_compactprune.algorithms.data_free.operations import refittable
 from nncf_compactprune.algorithms.data_free.pacing import Reference
 from nncf_compactprune.algorithms.data_free.reconstruction import relative_error, solve
 from nncf_compactprune.algorithms.data_free.resampling import resampling
@@ -158,37 +159,132 @@ def test_a_classifier_without_batch_norm_is_inverted_from_its_classes() -> None:
 # -- moments, least squares, importance --------------------------------------------------------------------------------
 
 
+def moments_of(layer: nn.Module, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[Moments, torch.Tensor]:
+    """Moments of a layer as it runs, and its weight as rows."""
+    (call,) = calls_of(layer, x)
+    y = call.run(call.weight, call.bias) if y is None else y
+    return moments(call.operation, call.input, y.detach()), call.operation.rows(call.weight)
+
+
 LAYERS = [
     nn.Conv2d(4, 6, 3, stride=2, padding=1),
     nn.Conv2d(4, 6, (3, 1), dilation=2, padding=(2, 0), bias=False),
     nn.Conv2d(4, 8, 3, groups=2),
     nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    nn.Conv2d(4, 6, (4, 3), padding="same", dilation=(1, 2)),
+    nn.Conv2d(4, 6, 3, padding="valid"),
+    nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
+    nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", stride=2),
+    nn.Conv1d(4, 6, 3, padding=2, dilation=2, groups=2),
+    nn.Conv3d(4, 6, (1, 3, 2), stride=(1, 2, 1), padding=1),
+    nn.ConvTranspose1d(4, 6, 3, stride=3),
+    nn.ConvTranspose2d(4, 6, (4, 3), stride=2, padding=1, output_padding=(1, 0)),
+    nn.ConvTranspose2d(4, 6, 3, dilation=2, padding=3, groups=2),
+    nn.ConvTranspose3d(4, 4, 2, groups=4, bias=False),
     nn.Linear(5, 3),
 ]
+PLACES = {nn.Conv1d: (9,), nn.ConvTranspose1d: (9,), nn.Conv3d: (5, 6, 7), nn.ConvTranspose3d: (3, 4, 3)}
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda m: str(m)[:60])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch says that it is slow
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda m: str(m)[:80])
 def test_moments_are_those_of_the_layer_whatever_the_chunks(layer: nn.Module, monkeypatch) -> None:
     """The layer's output is linear in its patches, so every moment of it follows from the inputs' and the weight."""
-    x = randn(7, 4, 9, 8) if isinstance(layer, nn.Conv2d) else randn(7, 11, 5)
+    linear = isinstance(layer, nn.Linear)
+    x = randn(7, 11, 5) if linear else randn(7, 4, *PLACES.get(type(layer), (9, 8)))
     with torch.no_grad():
         y = layer(x)
-    whole = moments(layer, x, y)
+    whole, rows = moments_of(layer, x)
     monkeypatch.setattr(gram, "CHUNK_ELEMENTS", 1)
-    parts = moments(layer, x, y)
-    rows = weight_rows(layer)
+    parts, _ = moments_of(layer, x)
+    flat = y.double().reshape(-1, 3) if linear else y.double().movedim(1, -1).reshape(-1, y.shape[1])
     assert torch.allclose(whole.inputs, parts.inputs, atol=1e-5)
-    assert whole.rows == parts.rows == y.numel() // (y.shape[1] if y.dim() == 4 else y.shape[-1])
+    assert whole.rows == parts.rows == len(flat)
     assert torch.allclose(whole.inputs @ rows.transpose(1, 2), whole.cross, atol=1e-5)
     assert relative_error(rows, whole) < 1e-5
-    flat = y.double().movedim(1, -1).reshape(-1, y.shape[1]) if y.dim() == 4 else y.double().reshape(-1, 3)
     assert torch.allclose(whole.energy.ravel(), flat.var(0, unbiased=False), atol=1e-5)
     assert torch.allclose(whole.mean_out.ravel(), flat.mean(0), atol=1e-5)
+    offset = 0 if layer.bias is None else layer.bias.double()
+    assert torch.allclose((rows @ whole.mean_in.unsqueeze(2)).ravel() + offset, flat.mean(0), atol=1e-5)
+    assert torch.equal(whole.operation.weight(rows).float(), layer.weight)
+
+
+class PadsItself(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias, self.stride)
+
+
+def test_padding_means_the_same_wherever_it_is_written() -> None:
+    plain, x = nn.Conv2d(4, 6, 3, padding=1), randn(5, 4, 9, 8)
+    inside, word, outside = PadsItself(4, 6, 3), nn.Conv2d(4, 6, 3, padding="same"), nn.Conv2d(4, 6, 3)
+    expected, _ = moments_of(plain, x)
+    for layer in (inside, word, outside):
+        layer.load_state_dict(plain.state_dict())
+        found, _ = moments_of(nn.Sequential(nn.ZeroPad2d(1), layer) if layer is outside else layer, x)
+        for name in ("inputs", "cross", "energy", "mean_in", "mean_out"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+class Odd(nn.Module):
+    """Layers that can be re-fitted beside layers that cannot, one of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(3, 4, 3)
+        self.functional = nn.Conv2d(4, 4, 1)  # never called, its weight is used all the same
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.tied, self.other = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.other.weight = self.tied.weight
+        self.never = nn.Conv2d(4, 4, 1)
+        self.standardised = nn.Conv2d(4, 4, 1)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))
+        self.apart = nn.Linear(4, 4)
+        self.kernel = nn.Parameter(randn(4, 4, 1, 1))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = F.conv2d(self.plain(x), self.functional.weight, self.functional.bias)
+        x = self.other(self.tied(self.twice(self.twice(x))))
+        weight = self.standardised.weight
+        x = self.normed(F.conv2d(x, weight - weight.mean(), self.standardised.bias))
+        x = F.conv2d(x, self.kernel).mean((2, 3))
+        return self.head(F.linear(x, self.apart.weight) + self.apart.bias)
+
+
+def test_what_cannot_be_refitted_is_left_and_named(caplog) -> None:
+    model = Odd().eval()
+    found = refittable(model, X)
+    assert found.found == ("plain", "functional", "head")
+    assert {name: reason.split(",")[0] for name, reason in found.left.items()} == {
+        "twice": "its weight is used 2 times",
+        "tied": "its weight is used 2 times",
+        "other": "its weight is used 2 times",
+        "never": "it does not run",
+        "standardised": "it does not run",
+        "normed": "its weight is computed from other parameters",
+        "apart": "its bias is added apart",
+        "kernel": "it is a weight of 'Odd' under a name of its own",
+    }
+    before, dense = state(model), copy.deepcopy(model)
+    model.functional.weight.data += 1
+    network = ImageNetwork.of(model, X)
+    run = Reconstruction(dense, model, LayerInputs(randn(32, 3, 12, 12)), network, step=least_squares(1e-6))
+    with evaluating(model, changes=True), evaluating(dense):
+        refits = run.run()
+    assert [r.name for r in refits] == list(found.found)
+    assert run.left == found.left
+    with torch.no_grad():
+        assert torch.allclose(model(X), dense(X), atol=1e-3)  # the layer that was spoilt came back
+    after = model.state_dict()
+    left = [name for name in before if name.rpartition(".")[0] not in found.found]
+    assert left
+    assert all(torch.equal(after[name], before[name]) for name in left)
+    assert "'apart': its bias is added apart" in caplog.text
 
 
 def test_solve_is_ridge_regression() -> None:
     layer, x, y = nn.Linear(6, 3), randn(50, 6), randn(50, 3, seed=1)
-    found, prior, ridge = moments(layer, x, y), weight_rows(layer), 0.2
+    (found, prior), ridge = moments_of(layer, x, y), 0.2
     xc, yc = (x - x.mean(0)).double(), (y - y.mean(0)).double()
     strength = ridge * xc.square().mean()
     left = torch.cat([xc / 50**0.5, strength.sqrt() * torch.eye(6, dtype=torch.float64)])
@@ -200,8 +296,8 @@ def test_solve_is_ridge_regression() -> None:
 def test_surgeon_scores_are_what_refitting_leaves() -> None:
     layer, x = nn.Linear(5, 4), randn(200, 5).double()
     x[:, 3] = 0.7 * x[:, 0] + 0.01 * randn(200, seed=1)  # 3 repeats 0
-    found = moments(layer, x.float(), F.linear(x.float(), layer.weight))
-    consumer = Consumer(weight_rows(layer), found.inputs, np.arange(5)[:, None], 1.0)
+    found, rows = moments_of(layer, x.float())
+    consumer = Consumer(rows, found.inputs, np.arange(5)[:, None], 1.0)
     scores = surgeon_scores([consumer], 1e-9)
     first = int(scores.argmin())
     assert first in (0, 3)
@@ -211,7 +307,7 @@ def test_surgeon_scores_are_what_refitting_leaves() -> None:
     for gone in range(5):
         rest = [k for k in range(5) if k != gone]
         h = found.inputs[0]
-        w = weight_rows(layer)[0]
+        w = rows[0]
         left_over = h[gone, gone] - h[gone, rest] @ torch.linalg.solve(h[rest][:, rest], h[rest, gone])
         losses.append((left_over * w[:, gone].square().sum()).item())
     assert float(scores[first]) == pytest.approx(min(losses), rel=1e-4)
@@ -224,7 +320,7 @@ def test_reference_is_met_layer_by_layer_and_its_thread_ends() -> None:
     model = conv_bn(3, 4).eval()
     x, threads = randn(2, 3, 6, 6), threading.active_count()
     expected = model[0](x)
-    with Reference(model, lambda m: m(x), {"0", "1"}) as reference:
+    with Reference(model, lambda m: m(x), {"0"}, {"1"}) as reference:
         assert torch.equal(reference.meet("0").output, expected)
         with pytest.raises(RuntimeError, match="runs '0' where the reference runs '1'"):
             reference.meet("0")
@@ -235,7 +331,7 @@ def test_reference_is_met_layer_by_layer_and_its_thread_ends() -> None:
 def test_an_error_in_the_reference_reaches_the_caller() -> None:
     model = conv_bn(3, 4).eval()
     with (
-        Reference(model, lambda m: m(randn(2, 5, 6, 6)), {"1"}) as reference,
+        Reference(model, lambda m: m(randn(2, 5, 6, 6)), (), {"1"}) as reference,
         pytest.raises(RuntimeError, match="5 channels"),
     ):
         reference.meet("1")
@@ -320,8 +416,8 @@ def test_two_of_four_has_two_zeros_in_every_four() -> None:
 def test_shares_add_up_over_layers(ratio: float) -> None:
     model = trained("plain", dtype=torch.float32)
     layers = {n: m for n, m in named_modules(model) if isinstance(m, nn.Conv2d)}
-    found = {n: moments(m, randn(8, m.in_channels, 9, 9), m(randn(8, m.in_channels, 9, 9))) for n, m in layers.items()}
-    weights = {n: weight_rows(m) for n, m in layers.items()}
+    both = {name: moments_of(layer, randn(8, layer.in_channels, 9, 9)) for name, layer in layers.items()}
+    found, weights = {name: m for name, (m, _) in both.items()}, {name: rows for name, (_, rows) in both.items()}
     result = shares(weights, found, ratio, 0.01)
     assert all(0 <= r <= 0.98 + 1e-9 for r in result.values())
     total = sum(w.numel() for w in weights.values())
