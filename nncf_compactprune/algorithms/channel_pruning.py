@@ -235,6 +235,7 @@ class ChannelPruning(CompressionAlgorithm):
             "parameters": f"{params:,} of {self.graph.params:,} ({params / max(self.graph.params, 1):.1%})",
             "groups pruned": f"{pruned} of {len(self.graph.groups)}",
             "pinned": len(self.graph.pinned),
+            **({} if self.self_check is None else {"self-check": str(self.self_check)}),
         }
 
     # -- how -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
         for name in plan.kept:
             if name in parameters:
                 log.set_data(parameters[name], zero_removed(parameters[name].data, plan.masked_dims(name)))
-        with NormOverKept(model, plan):
+        with NormOverKept(model, plan) if plan.approximate else nullcontext():
             yield
 
 
@@ -45,13 +45,12 @@ class NormOverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._kept = {}
         self._kept_inputs = {}
-        if plan.approximate:
-            for name, parameter in model_tensors(model).parameters.items():
-                dims = plan.kept.get(name, {})
-                if parameter.dim() == 1 and 0 in dims:
-                    self._kept[id(parameter)] = plan.indices(name, 0).to(parameter.device)
-                elif parameter.dim() > 2 and 1 in dims:
-                    self._kept_inputs[id(parameter)] = plan.indices(name, 1).to(parameter.device)
+        for name, parameter in model_tensors(model).parameters.items():
+            dims = plan.kept.get(name, {})
+            if parameter.dim() == 1 and 0 in dims:
+                self._kept[id(parameter)] = plan.indices(name, 0).to(parameter.device)
+            elif parameter.dim() > 2 and 1 in dims:
+                self._kept_inputs[id(parameter)] = plan.indices(name, 1).to(parameter.device)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

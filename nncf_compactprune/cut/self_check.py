@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nncf_compactprune.cut.inside import Inside, Probe
 from nncf_compactprune.cut.masked_model import masked
 from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import Transaction, for_a_while, transaction
@@ -27,6 +29,9 @@ SELF_CHECK_TOLERANCE = 1e-5
 
 
 LARGE_IMAGE = 128
+PROBED_IMAGE = 96
+
+PROBE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,34 @@ class SelfCheck:
     :param error: largest absolute difference over all outputs, relative to the largest absolute value of that output.
     :param dtype: the precision it was compared in.
     :param seconds: wall time of the extra forward passes.
+    :param inside: the same for the outputs of the layers that were cut, each relative to its own largest value.
+    :param worst: name of the layer where ``inside`` was found.
+    :param compared: names of the cut layers that were compared.
+    :param unseen: names of the cut layers that were not.
+    :param silent: the outputs say nothing: there are none, or they hold one value only.
     """
 
     error: float
     dtype: str
     seconds: float
+    inside: float = 0.0
+    worst: str = ""
+    compared: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+    silent: bool = False
+
+    @property
+    def is_proof(self) -> bool:
+        """Whether something was compared that depends on every layer that was cut."""
+        return not (self.silent and self.unseen)
+
+    def __str__(self) -> str:
+        layers = len(self.compared) + len(self.unseen)
+        said = f"error {self.error:.0e} at the outputs"
+        if self.silent:
+            said = "the outputs say nothing"
+        text = f"{said}, {self.inside:.0e} inside ({len(self.compared)} of {layers} cut layers compared)"
+        return text if self.is_proof else f"{text}; no proof: {shortened(self.unseen)} not compared"
 
 
 def prune_in_place(
@@ -70,31 +98,50 @@ def prune_in_place(
     """
     plan.validate(model)
     with transaction() as log:
+        probe = Probe(model, plan) if self_check else None
         cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
-        if not self_check:
-            return None
-        started = time.perf_counter()
-        inputs, compact, expected = _compared(log, model, plan, example_inputs)
-        error = _difference(expected, compact, plan.output_classes)
-        dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
-        if error > SELF_CHECK_TOLERANCE and dtype != "float64":
-            # rounding of many float32 layers, or a wrong cut? float64 tells them apart
-            compact = _run_in_double(model, inputs, "after the cut")
-            log.rollback()
-            with masked(model, plan):
-                expected = _run_in_double(model, inputs, "with masks")
-            log.replay()
-            error, dtype = _difference(expected, compact, plan.output_classes), "float64"
-        if not error <= SELF_CHECK_TOLERANCE:
-            msg = (
-                f"self-check: the pruned {type(model).__name__} differs from the masked one by {error:.1e} (largest "
-                f"difference over largest output, {dtype}), expected at most {SELF_CHECK_TOLERANCE:.0e}. "
-                "The model was restored. Please report the architecture; ignored_scopes can leave the layer out."
-            )
-            raise SelfCheckError(msg)
+        check = None if probe is None else _proven(log, model, plan, probe, example_inputs)
         if dry_run:
             log.rollback()
-        return SelfCheck(error, dtype, time.perf_counter() - started)
+    if check is not None and not check.is_proof and not dry_run:
+        nncf_logger.warning(
+            "The self-check of %s proves nothing: its outputs are empty or constant on the example input, and cut "
+            "layers could not be compared: %s. Give an example input on which the model answers something.",
+            type(model).__name__,
+            shortened(check.unseen),
+        )
+    return check
+
+
+def _proven(log: Transaction, model: nn.Module, plan: PruningPlan, probe: Probe, example_inputs: Any) -> SelfCheck:
+    """:raises SelfCheckError: the compact model does not run, or differs in double precision too."""
+    started = time.perf_counter()
+    inputs, error, silent, inside = _compared(log, model, plan, probe, example_inputs)
+    dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
+    if not _agree(error, inside) and dtype != "float64":
+        # rounding of many float32 layers, or a wrong cut? float64 tells them apart
+        error, silent, inside = _compare(log, model, plan, probe, inputs, double=True)
+        dtype = "float64"
+    if not _agree(error, inside):
+        layer = f", by {inside.error:.1e} in '{inside.worst}'" if inside.error > PROBE_TOLERANCE else ""
+        msg = (
+            f"self-check: the pruned {type(model).__name__} differs from the masked one by {error:.1e} (largest "
+            f"difference over largest output, {dtype}){layer}, expected at most {SELF_CHECK_TOLERANCE:.0e}. "
+            "The model was restored. Please report the architecture; ignored_scopes can leave the layer out."
+        )
+        raise SelfCheckError(msg)
+    seconds = time.perf_counter() - started
+    return SelfCheck(error, dtype, seconds, inside.error, inside.worst, inside.compared, inside.unseen, silent)
+
+
+def _agree(error: float, inside: Inside) -> bool:
+    return error <= SELF_CHECK_TOLERANCE and inside.error <= PROBE_TOLERANCE
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first names, and how many more."""
+    shown = ", ".join(f"'{name}'" for name in names[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
 def check_inputs(example_inputs: Any) -> list[Any]:
@@ -111,10 +158,17 @@ def check_inputs(example_inputs: Any) -> list[Any]:
     batch = len(tensors[0])
     if batch > 1 and all(len(leaf) == batch for leaf in tensors):
         candidates.append(_on_tensors(lambda leaf: leaf[:1], example_inputs, 1))
+    smaller = _halved(candidates[-1], LARGE_IMAGE)
+    return [*([] if smaller is None else [smaller]), *candidates[::-1]]
+
+
+def _halved(inputs: Any, least: int) -> Any:
+    """Every other row and column of the images among the inputs, None where none has so many pixels a side."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     images = [leaf for leaf in tensors if leaf.dim() > 2]
-    if len(images) == 1 and images[0].dim() == 4 and min(images[0].shape[2:]) >= LARGE_IMAGE:
-        candidates.append(_on_tensors(lambda leaf: leaf[..., ::2, ::2], candidates[-1], 4))
-    return candidates[::-1]
+    if len(images) == 1 and images[0].dim() == 4 and min(images[0].shape[2:]) >= least:
+        return _on_tensors(lambda leaf: leaf[..., ::2, ::2], inputs, 4)
+    return None
 
 
 def _on_tensors(change: Callable[[Tensor], Tensor], inputs: Any, least_dims: int) -> Any:
@@ -124,27 +178,64 @@ def _on_tensors(change: Callable[[Tensor], Tensor], inputs: Any, least_dims: int
 
 
 def _compared(
-    log: Transaction, model: nn.Module, plan: PruningPlan, example_inputs: Any
-) -> tuple[Any, list[Tensor], list[Tensor]]:
-    """The first of the check inputs that both models run on, with the outputs of the compact and of the masked one.
-
-    The compact model comes first: where its code does not let it shrink, it fails early, and the dense one need not
-    run at all.
-    """
+    log: Transaction, model: nn.Module, plan: PruningPlan, probe: Probe, example_inputs: Any
+) -> tuple[Any, float, bool, Inside]:
+    """The first of the check inputs that both models run on, and the comparison."""
     failure: SelfCheckError | None = None
     for inputs in check_inputs(example_inputs):
         try:
-            compact = _run(model, inputs, "after the cut")
-            log.rollback()
-            try:
-                with masked(model, plan):
-                    return inputs, compact, _run(model, inputs, "with masks")
-            finally:
-                log.replay()
+            return inputs, *_compare(log, model, plan, probe, inputs)
         except SelfCheckError as error:
             failure = error
     assert failure is not None
     raise failure
+
+
+def _compare(
+    log: Transaction, model: nn.Module, plan: PruningPlan, probe: Probe, inputs: Any, *, double: bool = False
+) -> tuple[float, bool, Inside]:
+    """Both models as they are, and once more with noise inside, at the cheapest resolution that they take.
+
+    The compact model comes first: where its code does not let it shrink, it fails early, and the dense one need not
+    run at all.
+
+    :return: difference of the outputs, whether these say nothing, difference inside.
+    """
+    precision = in_double if double else nullcontext
+    inputs = tree_map(to_double, inputs) if double else inputs
+    with precision(model), probe.shapes("compact"):
+        compact = _run(model, inputs, "after the cut")
+    log.rollback()
+    try:
+        with masked(model, plan), precision(model):
+            with probe.shapes("masked"):
+                expected = _run(model, inputs, "with masks")
+            error = _difference(expected, compact, plan.output_classes)
+            probed = _remembered(model, probe, inputs)
+    finally:
+        log.replay()
+    if probed is not None:
+        with precision(model), probe.compact():
+            _run(model, probed, "after the cut")
+    return error, _says_nothing(expected), probe.result()
+
+
+def _remembered(model: nn.Module, probe: Probe, inputs: Any) -> Any:
+    """Runs the masked model for the probe, smaller than the inputs are where it runs so; returns what it was run on."""
+    for candidate in (_halved(inputs, PROBED_IMAGE), inputs):
+        if candidate is not None:
+            try:
+                with probe.masked():
+                    _run(model, candidate, "with masks")
+                return candidate
+            except SelfCheckError:
+                continue
+    return None  # the network does not take noise: its layers stay unseen
+
+
+def _says_nothing(outputs: Sequence[Tensor]) -> bool:
+    """Whether no output holds more than one value."""
+    return not any(out.numel() > 1 and bool((out != out.reshape(-1)[0]).any()) for out in outputs)
 
 
 def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
@@ -176,11 +267,6 @@ def in_double(model: nn.Module) -> Iterator[None]:
 def to_double(leaf: Any) -> Any:
     """A floating tensor in double precision; anything else as it is."""
     return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-
-def _run_in_double(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
-    with in_double(model):
-        return _run(model, tree_map(to_double, example_inputs), when)
 
 
 def _difference(expected: Sequence[Tensor], actual: Sequence[Tensor], classes: Sequence[int]) -> float:

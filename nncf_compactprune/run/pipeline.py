@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from nncf_compactprune.algorithms import ChannelPruningConfig
+from nncf_compactprune.algorithms.channel_pruning import ChannelPruning
 from nncf_compactprune.channels import trace
 from nncf_compactprune.config import CompressionConfig, InputInfo, load_config, read_document
 from nncf_compactprune.controller import CompressionController, create_compressed_model
@@ -198,7 +199,8 @@ def run(
         _figures(plan.before.macs, plan.before.params, dense_accuracy, files["dense"], latency["dense"]),
         _figures(plan.after.macs, plan.after.params, accuracy, files["pruned"], latency["pruned"]),
     )
-    _write_report(directory, settings, comparison, plan, files, history)
+    checks = [algorithm.self_check for algorithm in controller.algorithms if isinstance(algorithm, ChannelPruning)]
+    _write_report(directory, settings, comparison, plan, files, history, [str(c) for c in checks if c is not None])
     snapshots.remove()
     return RunOutcome(comparison, plan, directory)
 
@@ -480,6 +482,7 @@ def _write_report(
     plan: PruningPlan,
     files: Mapping[str, Sequence[ExportedFile]],
     history: Sequence[Mapping[str, Any]],
+    checks: Sequence[str],
 ) -> None:
     config = settings.run
     document = {
@@ -500,6 +503,7 @@ def _write_report(
             for network, exported in files.items()
             for file in exported
         },
+        "self_check": list(checks),
         "epochs": list(history),
     }
     write_whole(directory / "report.json", (json.dumps(document, indent=2) + "\n").encode())
@@ -510,6 +514,7 @@ def _write_report(
         "",
         *([f"For the classes {', '.join(map(str, plan.output_classes))} only.", ""] if plan.output_classes else []),
         to_markdown(comparison),
+        *(line for check in checks for line in (f"Cut and masked model compared: {check}.", "")),
         "## Channel widths",
         "",
         "| group | dense | pruned |",

@@ -1,0 +1,155 @@
+"""What the self-check sees where outputs say nothing, and what it says where it saw nothing either."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.cuts import marks, random_plan
+from support.networks import STRUCTURES, conv_bn, images, trained
+from torch import nn
+
+from nncf_compactprune import PruningPlan, prune
+from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
+from nncf_compactprune.errors import SelfCheckError
+from nncf_compactprune.host.tensors import model_tensors
+
+
+class Detector(nn.Module):
+    """Gives the places whose score is high enough: none at all in noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(conv_bn(3, 16), conv_bn(16, 16))
+        self.score, self.box = nn.Conv2d(16, 1, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        y = self.features(x)
+        found = self.score(y).flatten() > 100
+        return self.box(y).movedim(1, -1).reshape(-1, 4)[found]
+
+
+class Scaled(nn.Module):
+    """ConvNeXt's layer scale: at 1e-6 a branch is below the rounding of the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 16, 1)
+        self.gamma = nn.Parameter(torch.full((16, 1, 1), 1e-6))
+
+    def forward(self, x):
+        return x + self.gamma * self.outer(F.gelu(self.inner(x)))
+
+
+class Silent(nn.Module):
+    """Constant whatever comes, as untrained networks of many layers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(conv_bn(3, 16), conv_bn(16, 16), conv_bn(16, 16))
+        self.head = nn.Linear(16, 5)
+        for module in self.features.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.constant_(module.weight, 1e-30)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def detector():
+    return Detector()
+
+
+def layer_scale():
+    return nn.Sequential(nn.Conv2d(3, 16, 3), Scaled(), Scaled(), nn.Flatten(2))
+
+
+def silent():
+    return Silent()
+
+
+BLIND = (detector, layer_scale, silent)
+
+
+def with_one_index_exchanged(plan: PruningPlan, model: nn.Module, seed: int) -> PruningPlan:
+    """A plan that keeps another position in one place, where the values there differ."""
+    generator, tensors = np.random.default_rng(seed), model_tensors(model).all()
+    places = [(name, dim) for name, dims in plan.kept.items() for dim in dims]
+    while True:
+        name, dim = places[generator.integers(len(places))]
+        stays = list(plan.kept[name][dim])
+        gone = sorted(set(range(tensors[name].shape[dim])) - set(stays))
+        at, new = generator.integers(len(stays)), gone[generator.integers(len(gone))]
+        values = tensors[name].data.movedim(dim, 0)
+        if not torch.equal(values[stays[at]], values[new]):
+            stays[at] = new
+            kept = {n: dict(dims) for n, dims in plan.kept.items()}
+            kept[name][dim] = tuple(sorted(stays))
+            return dataclasses.replace(plan, kept=kept)
+
+
+@pytest.mark.parametrize("build", BLIND)
+@pytest.mark.parametrize("seed", range(4))
+def test_one_wrong_index_is_seen_where_the_outputs_do_not_tell(build, seed):
+    torch.manual_seed(seed)
+    model, x = build().eval(), images(torch.float32)
+    plan = random_plan(model, x, seed=seed)
+    check = prune_in_place(model, plan, x, dry_run=True)
+    assert check.is_proof
+    assert check.inside <= 1e-5
+    assert check.compared
+    before = marks(model)
+    wrong = with_one_index_exchanged(plan, model, seed)
+    with pytest.raises(SelfCheckError, match=r"differs from the masked one.* in '"):
+        prune_in_place(model, wrong, x)
+    assert marks(model) == before
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_one_wrong_index_is_seen_in_every_structure(name):
+    model, x = trained(name), images()
+    for seed in range(5):
+        plan = with_one_index_exchanged(random_plan(model, x, seed=seed), model, seed)
+        with pytest.raises(SelfCheckError):
+            prune_in_place(model, plan, x)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_cut_layer_is_compared(name):
+    model, x = trained(name), images()
+    check = prune_in_place(model, random_plan(model, x), x)
+    assert check.unseen == ()
+    assert check.inside <= 1e-13
+    assert check.is_proof
+
+
+class ByFunction(nn.Module):
+    """Its layers are used without being called, and it answers with nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3)
+
+    def forward(self, x):
+        y = F.conv2d(x, self.first.weight, self.first.bias).relu()
+        return F.conv2d(y, self.second.weight, self.second.bias)[:0]
+
+
+def test_an_empty_comparison_is_no_proof(caplog):
+    model, x = ByFunction(), images(torch.float32)
+    with caplog.at_level(logging.WARNING, logger="nncf"):
+        result = prune(model, x, budget={"macs": 0.6}, round_to=1)
+    assert not result.self_check.is_proof
+    assert result.self_check.unseen == ("first", "second")
+    assert "no proof: 'first', 'second' not compared" in str(result.self_check)
+    assert "proves nothing" in caplog.text
+
+
+def test_the_result_says_what_was_compared():
+    seen = SelfCheck(1e-7, "float32", 0.1, 2e-7, "a", ("a", "b"), ("c",))
+    assert str(seen) == "error 1e-07 at the outputs, 2e-07 inside (2 of 3 cut layers compared)"
+    assert seen.is_proof
