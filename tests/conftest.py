@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,13 @@ settings.load_profile("untimed")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nncf_warnings_are_seen(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """NNCF 3.3 passes nothing on to the root logger, where caplog listens."""
+    logger = logging.getLogger("nncf")
+    if not logger.propagate:
+        logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)

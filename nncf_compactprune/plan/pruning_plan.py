@@ -290,9 +290,13 @@ class PruningPlan:
 
 
 def _joined(first: Sequence[GroupChange], second: Sequence[GroupChange]) -> tuple[GroupChange, ...]:
-    """Widths before the first and after the second plan; groups are matched by name."""
-    dense = {group.name: group.before for group in first}
-    return tuple(GroupChange(g.name, dense.get(g.name, g.before), g.after) for g in second)
+    """Widths before the first and after the second plan.
+
+    Groups are matched by name and by the width between the plans. A cut can join channels of several groups into one,
+    or take them apart; such a group is stated as the second plan found it.
+    """
+    dense = {(group.name, group.after): group.before for group in first}
+    return tuple(GroupChange(g.name, dense.get((g.name, g.before), g.before), g.after) for g in second)
 
 
 def _validate_positions(name: str, shape: Sequence[int], dim: int, positions: npt.NDArray[np.int64]) -> None:

@@ -476,7 +476,7 @@ def test_fuzzers_notice_missing_checks(tmp_path, monkeypatch):
 
 def test_fuzzers_notice_unchecked_weights(tmp_path, monkeypatch):
     harness = Harness("residual", tmp_path)
-    monkeypatch.setattr(checkpoint, "_check_weights", lambda file, *_, **__: {k: k for k in file.keys()})  # noqa: SIM118
+    monkeypatch.setattr(checkpoint, "stored_names", lambda file, *_, **__: {k: k for k in file.keys()})  # noqa: SIM118
     answers = findings(harness, 100, checkpoint.WEIGHTS_FILE, lambda rng: damaged(harness.weights, rng))
     assert set(answers) - {"accepted", "refused"}
 
@@ -487,7 +487,7 @@ def test_fuzzers_notice_a_touched_model(tmp_path, monkeypatch):
     tensors = load_file(tmp_path / checkpoint.WEIGHTS_FILE)
     tensors["head.bias"] = tensors["head.bias"].double()
     (tmp_path / checkpoint.WEIGHTS_FILE).write_bytes(save(tensors))
-    read = checkpoint._read_plan
+    read = checkpoint.plan_for_weights
 
     def early(folder: Path, model: nn.Module, digest: str | None) -> PruningPlan:
         plan = read(folder, model, digest)
@@ -495,5 +495,5 @@ def test_fuzzers_notice_a_touched_model(tmp_path, monkeypatch):
         return plan
 
     assert harness.load() == "refused"
-    monkeypatch.setattr(checkpoint, "_read_plan", early)
+    monkeypatch.setattr(checkpoint, "plan_for_weights", early)
     assert harness.load() == "refused, but the model was changed"

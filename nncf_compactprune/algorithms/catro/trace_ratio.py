@@ -46,18 +46,17 @@ def trace_ratio(between: Floats, within: Floats, width: int) -> TraceRatio:
     :param within: scatter inside classes, ``[channels]``, non-negative.
     :param width: channels kept, from 1 to all.
     """
-    within = np.where(within <= between.sum() / np.finfo(np.float64).max, 0.0, within)  # too small to divide by
-    still = np.flatnonzero(within == 0)
+    still = np.flatnonzero(within <= 0)
     if len(still) >= width and between[still].max() > 0:
-        kept = _best(np.where(within == 0, between, -1.0), width)
+        kept = _best(np.where(within <= 0, between, -1.0), width)
         return TraceRatio(kept, math.inf, (math.inf,))
     ratio, history = 0.0, [0.0]
     best = _best(between, width)
     while True:
-        with np.errstate(over="ignore"):  # far worse than the best is bad enough
-            kept = _best(between - ratio * within, width)
-        total = float(within[kept].sum())
-        risen = float(between[kept].sum()) / total if total > 0 else 0.0
+        with np.errstate(over="ignore", invalid="ignore"):  # a ratio may be infinite; it then outweighs any scatter
+            kept = _best(np.where(within > 0, between - ratio * within, between), width)
+            total = within[kept].sum()
+            risen = float(between[kept].sum() / total) if total > 0 else 0.0
         if risen <= ratio:  # the fixpoint; another set of the same score may have no ratio at all
             return TraceRatio(best, ratio, tuple(history))
         best, ratio = kept, risen
