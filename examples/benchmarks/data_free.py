@@ -27,7 +27,7 @@ from torch import nn
 
 from nncf_compactprune import analyse, create_compressed_model, prune
 from nncf_compactprune.algorithms.data_free import Generation, ImageNetwork, Reconstruction, layer_inputs
-from nncf_compactprune.algorithms.data_free.gram import is_linear
+from nncf_compactprune.algorithms.data_free.operations import refittable
 from nncf_compactprune.algorithms.data_free.quantizers import install
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.host.calls import evaluating
@@ -167,7 +167,7 @@ def pruning_methods() -> dict[str, Callable[[Bench, float], nn.Module]]:
 def smallest_zeroed(bench: Bench, ratio: float) -> nn.Module:
     """One threshold on magnitudes for all layers, as nncf.prune's global mode has it."""
     model = bench.network()
-    weights = [m.weight.data for m in model.modules() if is_linear(m)]
+    weights = [model.get_parameter(f"{name}.weight").data for name in refittable(model, EXAMPLE).found]
     everything = torch.cat([w.abs().flatten() for w in weights])
     threshold = everything.kthvalue(round(ratio * everything.numel())).values
     for w in weights:
@@ -192,9 +192,9 @@ def nearest(bench: Bench, bits: tuple[int, int], *, correct: bool) -> nn.Module:
     dense = copy.deepcopy(model)
     network = ImageNetwork.of(model, EXAMPLE)
     inputs = layer_inputs(model, network, Generation("bn_sampling", 256))
-    layers = [n for n, m in model.named_modules() if is_linear(m)]
+    layers = refittable(model, EXAMPLE).found
     weight_bits = {n: 8 if n in (layers[0], layers[-1]) else bits[0] for n in layers}
-    with evaluating(model):
+    with evaluating(model, changes=True):
         install(
             model, network, inputs, weight_bits=weight_bits, activation_bits=bits[1], edge_activations=8,
             per_channel=True, target_device="CPU",
@@ -203,7 +203,7 @@ def nearest(bench: Bench, bits: tuple[int, int], *, correct: bool) -> nn.Module:
         return bench.corrected(dense, model)
     from nncf_compactprune.algorithms.data_free.resampling import resampling
 
-    with evaluating(model), resampling(model, inputs.resampled, {}):
+    with evaluating(model, changes=True), resampling(model, inputs.resampled, {}):
         network.call(model, inputs.images)
     return model
 
