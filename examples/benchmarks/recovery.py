@@ -1,0 +1,435 @@
+"""Pruned CIFAR-10 ResNets trained out: criteria, allocations and recipes, with validation curves.
+
+    python examples/benchmarks/recovery.py run --data FOLDER [--only REGEX]   # what is missing, seed after seed
+    python examples/benchmarks/recovery.py queue                              # what there is to do, and what is done
+    python examples/benchmarks/recovery.py table                              # recovery.md and recovery_*.png
+
+FOLDER holds ``cifar10_*.npz`` and ``resnet{20,56}_cifar10.safetensors``. The last 5,000 training images are for
+choices: every epoch is judged by them, and they are not trained on here. The test images judge once, at the end.
+
+Rows are appended to ``recovery.jsonl``, which is kept in git. A trial that was killed goes on after its last whole
+epoch. Several runs may work on one queue (each takes what no other holds), and ``kill -STOP`` and ``-CONT`` pause them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from catro_cifar import INNER, accuracy, adapted
+from cifar_packs import TEST, TRAIN, normalised, read_packs
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nncf_compactprune import create_compressed_model, prune, trace
+from nncf_compactprune.integrations.cifar_resnet import resnet20, resnet56
+from nncf_compactprune.integrations.datasets import crop_and_flip
+
+HERE = Path(__file__).parent
+ROWS, STATES = HERE / "recovery.jsonl", HERE.parent.parent / "runs" / "recovery"
+VALIDATION_IMAGES, ADAPTATION_IMAGES, SAMPLES_PER_CLASS, BATCH = 5_000, 2_000, 50, 128
+SEEDS, BUDGETS_56 = (0, 1, 2), (0.47, 0.39)
+BUILDERS: dict[int, Callable[[], nn.Module]] = {20: resnet20, 56: resnet56}
+#: what ``prune`` is called with; Torch-Pruning's are done by :func:`peer`
+CRITERIA: dict[str, dict[str, Any]] = {
+    "l2": {"importance": "l2"},
+    "geometric_median": {"importance": "geometric_median"},
+    "taylor": {"importance": "taylor"},
+    "catro": {"algorithm": "catro", "samples_per_class": SAMPLES_PER_CLASS},
+}
+PEER = "tp_group_norm"
+DISTILLED: dict[str, Any] = {"similarity_weight": 30_000.0, "feature_size": 8}
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 0.03},
+    "kd": {"lr": 0.03, "logits_weight": 0.3},
+    "spkd": {"lr": 0.03, **DISTILLED},
+    "lop": {"lr": 0.01, "expansion": 4},
+    "lop_spkd": {"lr": 0.01, "expansion": 4, **DISTILLED},
+}
+TITLES = {
+    "l2": "L2", "geometric_median": "geometric median", "taylor": "Taylor", "catro": "catro",
+    PEER: "Torch-Pruning, group norm", "plain": "plain", "kd": "logits KD", "spkd": "SPKD", "lop": "LOP",
+    "lop_spkd": "LOP + SPKD",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One training run. Options that come later need a default, so that keys stay.
+
+    :param budget: share of MACs kept.
+    :param images: so many first training images are trained on.
+    :param lr: at the start of a cosine over all steps, which ends at 0.
+    :param expansion: r of linear over-parameterization, or None for none.
+    :param precision: of training; evaluation is always in float32.
+    """
+
+    depth: int
+    budget: float
+    criterion: str
+    allocation: str
+    recipe: str
+    seed: int
+    epochs: int
+    images: int
+    lr: float
+    precision: str = "bfloat16"
+    expansion: int | None = None
+    similarity_weight: float = 0.0
+    feature_size: int | None = None
+    logits_weight: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """All that differs from the defaults, readable and fit for ``--only``."""
+        options = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)[9:]
+            if getattr(self, field.name) != field.default
+        ]
+        named = f"resnet{self.depth} {self.budget} {self.criterion} {self.allocation} {self.recipe} seed={self.seed}"
+        return " ".join([named, f"epochs={self.epochs}", f"images={self.images}", f"lr={self.lr:g}", *options])
+
+    @property
+    def arm(self) -> str:
+        return f"{TITLES[self.criterion]}, {self.allocation}, {TITLES.get(self.recipe, self.recipe)}"
+
+
+# -- the queue ---------------------------------------------------------------------------------------------------------
+
+
+def short(budget: float, criterion: str, allocation: str, recipe: str, seed: int) -> Trial:
+    """12 epochs of 10,000 images."""
+    return Trial(20, budget, criterion, allocation, recipe, seed, 12, 10_000, **RECIPES[recipe])
+
+
+def whole(budget: float, criterion: str, allocation: str, recipe: str, seed: int, depth: int = 20) -> Trial:
+    """20 epochs of all images but those for validation."""
+    return Trial(depth, budget, criterion, allocation, recipe, seed, 20, 45_000, **RECIPES[recipe])
+
+
+def queue() -> list[Trial]:
+    """Everything, in an order that leaves whole comparisons where a run is cut short."""
+    ways = [("l2", "uniform"), ("l2", "global"), ("l2", "greedy"), ("catro", "uniform"), ("catro", "greedy")]
+    trials = []
+    for seed in SEEDS:
+        for budget in (0.35, 0.2):
+            trials += [short(budget, *way, "plain", seed) for way in ways]
+            trials.append(short(budget, "l2", "global", "spkd", seed))
+    others = [("catro", "greedy"), ("geometric_median", "uniform"), ("taylor", "uniform"), (PEER, "uniform")]
+    for seed in SEEDS:
+        for budget in (0.35, 0.2, 0.5):
+            trials += [whole(budget, "l2", "uniform", recipe, seed) for recipe in ("plain", "spkd", "kd")]
+            trials += [whole(budget, "l2", "uniform", recipe, seed) for recipe in ("lop", "lop_spkd")]
+            trials += [whole(budget, *way, "plain", seed) for way in others]
+    for seed in SEEDS:
+        for budget in BUDGETS_56:
+            for way in (("l2", "uniform"), *others):
+                trials.append(whole(budget, *way, "plain", seed, depth=56))
+            trials += [whole(budget, "l2", "uniform", recipe, seed, depth=56) for recipe in list(RECIPES)[1:]]
+    return trials
+
+
+# -- one trial ---------------------------------------------------------------------------------------------------------
+
+
+class Data:
+    """Images in memory: bytes to train on, normalised ones to judge by."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        images, self.labels = read_packs(folder, TRAIN)
+        self.images, self.validation = images[:-VALIDATION_IMAGES], normalised(images[-VALIDATION_IMAGES:])
+        self.labels, self.validation_labels = self.labels[:-VALIDATION_IMAGES], self.labels[-VALIDATION_IMAGES:]
+
+    @cached_property
+    def test(self) -> tuple[Tensor, Tensor]:
+        images, labels = read_packs(self.folder, TEST)
+        return normalised(images), labels
+
+    def dense(self, depth: int) -> nn.Module:
+        model = BUILDERS[depth]()
+        model.load_state_dict(load_file(self.folder / f"resnet{depth}_cifar10.safetensors"), strict=False)
+        return model.eval()
+
+    def few(self, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """Batches of so many training images of every class, another draw for each seed."""
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(1000 + seed))
+        chosen = torch.cat([order[self.labels[order] == c][:SAMPLES_PER_CLASS] for c in range(10)])
+        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))]
+        return [(normalised(self.images[part]), self.labels[part]) for part in chosen.split(100)]
+
+
+def macs(model: nn.Module) -> int:
+    return trace(copy.deepcopy(model), torch.zeros(1, 3, 32, 32)).macs
+
+
+def peer(data: Data, trial: Trial) -> nn.Module:
+    """Torch-Pruning's group norm on the same channels, its ratio bisected to the largest network within the budget."""
+    import torch_pruning as tp
+
+    most = trial.budget * macs(data.dense(trial.depth))
+
+    def pruned(ratio: float) -> nn.Module:
+        model = data.dense(trial.depth)
+        inner = {m for n, m in model.named_modules() if n.startswith("layer") and n.endswith("conv1")}
+        others = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m not in inner]
+        pruner = tp.pruner.BasePruner(
+            model, torch.zeros(2, 3, 32, 32), importance=tp.importance.GroupMagnitudeImportance(p=2),
+            global_pruning=trial.allocation == "global", pruning_ratio=ratio, max_pruning_ratio=0.9,
+            ignored_layers=others,
+        )  # fmt: skip
+        pruner.step()
+        model.zero_grad()
+        return model
+
+    low, high = 0.0, 0.9
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (low, middle) if macs(pruned(middle)) <= most else (middle, high)
+    return pruned(high)
+
+
+def pruned_network(data: Data, trial: Trial) -> nn.Module:
+    """Cut inside the blocks, to any width; BatchNorm statistics of the first training images."""
+    if trial.criterion == PEER:
+        model = peer(data, trial)
+    else:
+        model = data.dense(trial.depth)
+        options = CRITERIA[trial.criterion]
+        labelled = {"train_loader": data.few(trial.seed)} if trial.criterion in ("catro", "taylor") else {}
+        prune(
+            model, normalised(data.images[:2]), budget={"macs": trial.budget}, target_scopes=INNER, round_to=1,
+            allocation=trial.allocation, **labelled, **options,
+        )  # fmt: skip
+    return adapted(model, normalised(data.images[:ADAPTATION_IMAGES]))
+
+
+def widths(model: nn.Module) -> list[int]:
+    """Channels inside every block."""
+    return [m.out_channels for n, m in model.named_modules() if n.startswith("layer") and n.endswith("conv1")]  # type: ignore[misc]
+
+
+def recovery(trial: Trial) -> dict[str, Any]:
+    """The config's entry."""
+    distillation = {name: getattr(trial, name) for name in ("similarity_weight", "feature_size", "logits_weight")}
+    return {
+        "algorithm": "linear_overparameterization",
+        "params": {"expansion": trial.expansion},
+        "distillation": distillation,
+    }
+
+
+class Training:
+    """A trial under way, epoch by epoch; :meth:`state` after any of them is enough to go on."""
+
+    def __init__(self, trial: Trial, data: Data) -> None:
+        self.trial, self.data = trial, data
+        torch.manual_seed(trial.seed)
+        model = pruned_network(data, trial)
+        self.facts: dict[str, Any] = {
+            "macs": macs(model),
+            "macs_dense": macs(data.dense(trial.depth)),
+            "params": sum(p.numel() for p in model.parameters()),
+            "widths": widths(model),
+        }
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.controller: Any = None
+        if trial.expansion or trial.similarity_weight or trial.logits_weight:
+            teacher = data.dense(trial.depth).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            example = normalised(data.images[:2])
+            document = {"compression": [recovery(trial)]}
+            self.controller, model = create_compressed_model(model, document, example_inputs=example, teacher=teacher)
+        self.model = model
+        self.optimizer = torch.optim.SGD(model.parameters(), trial.lr, 0.9, weight_decay=5e-4)
+        if self.controller is not None:
+            self.controller.attach(optimizer=self.optimizer)
+        self.batches = trial.images // BATCH
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, trial.epochs * self.batches)
+        self.generator = torch.Generator().manual_seed(trial.seed)
+        self.curve = [self.validation()]
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            **{name: getattr(self, name) for name in ("curve", "losses", "seconds", "cpu_seconds", "facts")},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
+        for name in ("curve", "losses", "seconds", "cpu_seconds", "facts"):
+            setattr(self, name, state[name])
+
+    def validation(self) -> float:
+        return accuracy(self.model, self.data.validation, self.data.validation_labels)
+
+    def epoch(self) -> None:
+        """The next one; the curve holds one figure more than epochs were trained."""
+        started, started_cpu = time.perf_counter(), time.process_time()
+        trial, total = self.trial, 0.0
+        self.model.train()
+        if self.controller is not None:
+            self.controller.scheduler.epoch_step(len(self.losses))
+        for part in torch.randperm(trial.images, generator=self.generator).split(BATCH)[: self.batches]:
+            images = normalised(crop_and_flip(self.data.images[part], self.generator))
+            with torch.autocast("cpu", torch.bfloat16, enabled=trial.precision == "bfloat16"):
+                scores = self.model(images)
+            task = nn.functional.cross_entropy(scores.float(), self.data.labels[part])
+            loss = task if self.controller is None else task + self.controller.loss()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            total += task.item()
+        self.seconds.append(time.perf_counter() - started)
+        self.cpu_seconds.append(time.process_time() - started_cpu)
+        self.losses.append(total / self.batches)
+        self.curve.append(self.validation())
+
+    def row(self) -> dict[str, Any]:
+        """At the end: the only look at the test images."""
+        if self.controller is not None:
+            self.model = self.controller.strip()
+        return {
+            "key": self.trial.key,
+            "trial": dataclasses.asdict(self.trial),
+            "test": accuracy(self.model, *self.data.test),
+            "curve": [round(value, 2) for value in self.curve],
+            "train_loss": [round(value, 4) for value in self.losses],
+            **self.facts,
+            "seconds_per_epoch": round(statistics.median(self.seconds), 1),
+            "cpu_seconds_per_epoch": round(statistics.median(self.cpu_seconds), 1),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "commit": commit(),
+        }
+
+
+def commit() -> str:
+    """Of the code that runs."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def trained(trial: Trial, data: Data, state_file: Path) -> dict[str, Any]:
+    """Trains from the start, or from where the file stands, which is written whole or not at all."""
+    training = Training(trial, data)
+    if state_file.exists():
+        training.load(torch.load(state_file, weights_only=True))
+        print(f"  goes on after epoch {len(training.losses)}", flush=True)
+    while len(training.losses) < trial.epochs:
+        training.epoch()
+        beside = state_file.with_suffix(".new")
+        torch.save(training.state(), beside)
+        os.replace(beside, state_file)
+        seconds, cpu = training.seconds[-1], training.cpu_seconds[-1]
+        done = f"{len(training.losses)}/{trial.epochs}"
+        print(f"  epoch {done} validation {training.curve[-1]:.2f} {seconds:.0f} s, {cpu:.0f} s of CPU", flush=True)
+    return training.row()
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """What was run so far, by key; a line that a kill cut short is left out."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row["key"]] = row
+    return rows
+
+
+@contextmanager
+def taken(path: Path) -> Iterator[bool]:
+    """Whether this process, and no other, has it meanwhile."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    broken = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with path.open("a") as file:
+        file.write("\n" * broken + json.dumps(row) + "\n")
+
+
+app = typer.Typer(add_completion=False, help=__doc__)
+RowsOption = Annotated[Path, typer.Option(help="where rows are kept")]
+
+
+@app.command()
+def run(
+    data: Annotated[Path, typer.Option(help="folder of images and weights")] = Path("../shared/data"),
+    only: Annotated[str, typer.Option(help="a pattern, searched for in planned trials' keys")] = "",
+    epochs: Annotated[int | None, typer.Option(help="other than planned")] = None,
+    images: Annotated[int | None, typer.Option(help="other than planned")] = None,
+    precision: Annotated[str | None, typer.Option(help="other than planned")] = None,
+    rows: RowsOption = ROWS,
+    states: Annotated[Path, typer.Option(help="where trials under way are kept")] = STATES,
+    threads: int = 1,
+) -> None:
+    """Trains what is missing."""
+    torch.set_num_threads(threads)
+    states.mkdir(parents=True, exist_ok=True)
+    changes = {"epochs": epochs, "images": images, "precision": precision}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    trials = [dataclasses.replace(trial, **changes) for trial in queue() if re.search(only, trial.key)]
+    read: Data | None = None
+    for at, trial in enumerate(trials):
+        name = hashlib.sha256(trial.key.encode()).hexdigest()[:16]
+        with taken(states / f"{name}.lock") as mine:
+            if not mine or trial.key in read_rows(rows):
+                continue
+            print(f"{at + 1}/{len(trials)} {trial.key}", flush=True)
+            read = read or Data(data)
+            row = trained(trial, read, states / f"{name}.pt")
+            append(rows, row)
+            (states / f"{name}.pt").unlink(missing_ok=True)
+            print(f"  test {row['test']:.2f}", flush=True)
+
+
+@app.command(name="queue")
+def show_queue(rows: RowsOption = ROWS, only: str = "") -> None:
+    """Prints what there is to do, and what is done."""
+    done = read_rows(rows)
+    for trial in queue():
+        if re.search(only, trial.key):
+            print(f"{done[trial.key]['test']:.2f}" if trial.key in done else "     ", trial.key)
+
+
+if __name__ == "__main__":
+    app()
