@@ -342,15 +342,15 @@ def trained(trial: Trial, data: Data, state_file: Path) -> dict[str, Any]:
     training = Training(trial, data)
     if state_file.exists():
         training.load(torch.load(state_file, weights_only=True))
-        print(f"  goes on after epoch {len(training.losses)}", flush=True)
+        print(f"  {trial.key} goes on after epoch {len(training.losses)}", flush=True)
     while len(training.losses) < trial.epochs:
         training.epoch()
         beside = state_file.with_suffix(".new")
         torch.save(training.state(), beside)
         os.replace(beside, state_file)
-        seconds, cpu = training.seconds[-1], training.cpu_seconds[-1]
-        done = f"{len(training.losses)}/{trial.epochs}"
-        print(f"  epoch {done} validation {training.curve[-1]:.2f} {seconds:.0f} s, {cpu:.0f} s of CPU", flush=True)
+        done, name = f"{len(training.losses)}/{trial.epochs}", trial.key.split(" epochs=")[0]
+        took = f"{training.seconds[-1]:.0f} s, {training.cpu_seconds[-1]:.0f} s of CPU"
+        print(f"  {name}: epoch {done} validation {training.curve[-1]:.2f} {took}", flush=True)
     return training.row()
 
 
@@ -419,7 +419,7 @@ def run(
             row = trained(trial, read, states / f"{name}.pt")
             append(rows, row)
             (states / f"{name}.pt").unlink(missing_ok=True)
-            print(f"  test {row['test']:.2f}", flush=True)
+            print(f"  {trial.key}: test {row['test']:.2f}", flush=True)
 
 
 @app.command(name="queue")
@@ -429,6 +429,130 @@ def show_queue(rows: RowsOption = ROWS, only: str = "") -> None:
     for trial in queue():
         if re.search(only, trial.key):
             print(f"{done[trial.key]['test']:.2f}" if trial.key in done else "     ", trial.key)
+
+
+# -- table and curves --------------------------------------------------------------------------------------------------
+
+INTRODUCTION = f"""# Pruned CIFAR-10 ResNets, trained out
+
+Written by `recovery.py table` from `recovery.jsonl`. Channels inside the blocks go, at once, to any width; BatchNorm is
+re-estimated on {ADAPTATION_IMAGES:,} training images; then SGD (batch {BATCH}, momentum 0.9, decay 5e-4, cosine to 0 by
+step, random crops and flips). Seeds are order and augmentation of the images, and the labelled samples of criteria that
+need some ({SAMPLES_PER_CLASS} of a class).
+
+- **test**: accuracy on all 10,000 test images, which every run met once, after its last epoch. Mean ± sample standard
+  deviation (number of seeds).
+- **validation**: on the last {VALIDATION_IMAGES:,} training images, after the last epoch; choices are made by it only.
+  The dense networks, which are starting point and teacher, were trained on these images: it flatters all arms, and more
+  those that change the weights less or follow the teacher.
+- **gain**: mean difference in test accuracy to the first arm of the table, over the seeds that both have.
+- **MACs**: what is really left. Uniform widths cannot meet a budget exactly.
+
+Training in bfloat16 (CPU autocast), evaluation in float32, unless an arm says otherwise.
+"""
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Of percentages; the spread is the sample standard deviation."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} ({len(values)})"
+
+
+Comparison = tuple[int, float, int, int]  # depth, budget, epochs, images
+Arms = dict[str, dict[int, dict[str, Any]]]  # rows by arm and seed
+
+
+def comparisons(rows: dict[str, dict[str, Any]]) -> dict[Comparison, Arms]:
+    """Rows that may be compared, arms in the queue's order; arms off the queue's options say which."""
+    planned = {trial.key: at for at, trial in enumerate(queue())}
+    found: dict[Comparison, Arms] = {}
+    for key in sorted(rows, key=lambda key: (planned.get(key, len(planned)), key)):
+        trial = Trial(**rows[key]["trial"])
+        usual = RECIPES.get(trial.recipe, {})
+        said = f", lr {trial.lr:g}" if trial.lr != usual.get("lr") else ""
+        said += f", {trial.precision}" if trial.precision != "bfloat16" else ""
+        options = {f.name: getattr(trial, f.name) for f in dataclasses.fields(trial)[10:]}
+        said += "".join(
+            f", {name} {value:g}"
+            for name, value in options.items()
+            if value and isinstance(value, (int, float)) and value != usual.get(name)
+        )
+        comparison = (trial.depth, trial.budget, trial.epochs, trial.images)
+        found.setdefault(comparison, {}).setdefault(trial.arm + said, {})[trial.seed] = rows[key]
+    return dict(sorted(found.items(), key=lambda item: (item[0][3], item[0][0], -item[0][1])))
+
+
+def table_of(arms: Arms) -> list[str]:
+    lines = ["| kept by, allocation, recipe | test | gain | validation | MACs | parameters | seconds of CPU an epoch |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    first = next(iter(arms.values()))
+    for arm, seeds in arms.items():
+        test, validation = ([pick(row) for row in seeds.values()] for pick in (_test, _validation))
+        gains = [row["test"] - first[seed]["test"] for seed, row in seeds.items() if seed in first]
+        gain = f"{statistics.mean(gains):+.2f}" if gains and seeds is not first else ""
+        left, parameters, cpu = (
+            statistics.mean(row[name] for row in seeds.values()) for name in ("macs", "params", "cpu_seconds_per_epoch")
+        )
+        share = left / next(iter(seeds.values()))["macs_dense"]
+        cells = (arm, mean_and_spread(test), gain, mean_and_spread(validation))
+        lines.append(f"| {' | '.join(cells)} | {share:.1%} | {parameters / 1000:.1f} K | {cpu:.0f} |")
+    return lines
+
+
+def _test(row: dict[str, Any]) -> float:
+    return float(row["test"])
+
+
+def _validation(row: dict[str, Any]) -> float:
+    return float(row["curve"][-1])
+
+
+def draw(arms: Arms, title: str, path: Path) -> None:
+    """Validation accuracy against epoch: mean over seeds, from the least to the most as a band, test as a point."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    lowest = 100.0
+    for arm, seeds in arms.items():
+        curves = [row["curve"] for row in seeds.values()]
+        mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
+        (line,) = axes.plot(mean, label=f"{arm} ({len(curves)})", linewidth=1.4)
+        axes.fill_between(range(len(mean)), *_extent(curves), color=line.get_color(), alpha=0.15, linewidth=0)
+        tests = [row["test"] for row in seeds.values()]
+        axes.plot([len(mean) - 1] * len(tests), tests, ".", color=line.get_color(), markersize=6, clip_on=False)
+        lowest = min(lowest, mean[min(1, len(mean) - 1)])
+    axes.set_ylim(bottom=lowest - 2)
+    axes.set(xlabel="epoch", ylabel="validation accuracy, %; points: test", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _extent(curves: list[list[float]]) -> tuple[list[float], list[float]]:
+    columns = list(zip(*curves, strict=True))
+    return [min(column) for column in columns], [max(column) for column in columns]
+
+
+@app.command()
+def table(rows: RowsOption = ROWS, folder: Annotated[Path, typer.Option(help="for page and pictures")] = HERE) -> None:
+    """Writes recovery.md and the curves."""
+    read = read_rows(rows)
+    lines = [INTRODUCTION]
+    for (depth, budget, epochs, images), arms in comparisons(read).items():
+        title = f"ResNet-{depth}, {budget:.0%} of the MACs, {epochs} epochs of {images:,} images"
+        picture = f"recovery_resnet{depth}_{round(100 * budget)}_{epochs}x{images}.png"
+        draw(arms, title, folder / picture)
+        lines += [f"## {title}", "", *table_of(arms), "", f"![Validation accuracy by epoch]({picture})", ""]
+    commits = sorted({row["commit"] for row in read.values()})
+    versions = sorted({row["torch"] for row in read.values()})
+    planned = queue()
+    done = sum(trial.key in read for trial in planned)
+    lines.append(f"{done} of {len(planned)} planned runs. torch {', '.join(versions)}; code of {', '.join(commits)}.")
+    (folder / "recovery.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
