@@ -36,9 +36,9 @@ from cifar_packs import TEST, TRAIN, normalised, read_packs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nncf_compactprune import create_compressed_model, prune, trace
-from nncf_compactprune.integrations.cifar_resnet import resnet20, resnet56
-from nncf_compactprune.integrations.datasets import crop_and_flip
+from nncf_compactprune import analyse, create_compressed_model, prune
+from nncf_compactprune.run.datasets import crop_and_flip
+from nncf_compactprune.run.networks.cifar_resnet import resnet20, resnet56
 
 HERE = Path(__file__).parent
 ROWS, STATES = HERE / "recovery.jsonl", HERE.parent.parent / "runs" / "recovery"
@@ -176,7 +176,7 @@ class Data:
 
 
 def macs(model: nn.Module) -> int:
-    return trace(copy.deepcopy(model), torch.zeros(1, 3, 32, 32)).macs
+    return analyse(copy.deepcopy(model), torch.zeros(1, 3, 32, 32), trial=False).macs
 
 
 def peer(data: Data, trial: Trial) -> nn.Module:
