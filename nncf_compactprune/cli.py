@@ -23,7 +23,8 @@ from nncf_compactprune.plugins import default_plugins
 from nncf_compactprune.report import rich_table
 from nncf_compactprune.run.inspection import Inspection, inspect_model
 from nncf_compactprune.run.pipeline import load_run, run
-from nncf_compactprune.run.training import run_schema
+from nncf_compactprune.run.progress import bars_on
+from nncf_compactprune.run.settings import run_schema
 from nncf_compactprune.storage.writing import write_whole
 from nncf_compactprune.version import __version__
 
@@ -83,7 +84,8 @@ def run_command(
     if weights is not None:
         changes["weights"] = str(weights)
     console = Console(highlight=False)
-    outcome = run(config, overrides=changes, say=lambda line: console.print(escape(line), soft_wrap=True))
+    with bars_on(console):
+        outcome = run(config, overrides=changes, say=lambda line: console.print(escape(line), soft_wrap=True))
     console.print(rich_table(outcome.comparison))
     console.print(escape(f"Written to {outcome.directory}: start with report.md."), soft_wrap=True)
 

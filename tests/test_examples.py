@@ -27,7 +27,7 @@ from nncf_compactprune.algorithms.overparameterization.algorithm import Overpara
 from nncf_compactprune.cli import main
 from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
 from nncf_compactprune.run import datasets
-from nncf_compactprune.run.training import RunConfig
+from nncf_compactprune.run.settings import RunConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {"README.md": README} | {f"docs/{path.name}": path.read_text("utf-8") for path in ROOT.glob("docs/*.md")}

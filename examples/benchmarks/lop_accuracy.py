@@ -27,7 +27,8 @@ from nncf_compactprune import create_compressed_model
 from nncf_compactprune.run.datasets import ResolvedDataset
 from nncf_compactprune.run.models import load_weights
 from nncf_compactprune.run.networks.cifar_resnet import resnet20
-from nncf_compactprune.run.training import OptimizerConfig, evaluate
+from nncf_compactprune.run.settings import OptimizerConfig
+from nncf_compactprune.run.training import evaluate
 
 HERE = Path(__file__).parent
 TRAIN_IMAGES, VALIDATION_IMAGES = 10_000, 5_000

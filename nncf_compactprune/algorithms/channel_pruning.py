@@ -60,6 +60,11 @@ class ChannelPruningParams(Section):
     max_ratio: float = Field(default=0.9, ge=0, le=1)
     allow_approximate: bool = False
 
+    @property
+    def prunes_before_training(self) -> bool:
+        """The cut happens at once, not in an epoch."""
+        return self.schedule == "one_shot" and self.num_init_steps == 0
+
 
 class ChannelPruningConfig(AlgorithmConfig):
     """An entry of a pruning algorithm.
@@ -142,11 +147,10 @@ class ChannelPruning(CompressionAlgorithm):
     # -- life ----------------------------------------------------------------------------------------------------
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
-        params = self.config.params
         if state is not None:
             self._analyse(trial=not state["cut"])
             self._restore(state)
-        elif params.schedule == "one_shot" and params.num_init_steps == 0:
+        elif self.config.params.prunes_before_training:
             self._analyse_and_prune()
         else:
             self._analyse(trial=True)

@@ -11,9 +11,12 @@ import torch
 from support.user_files import NET_SOURCE
 
 from nncf_compactprune.errors import ConfigError
-from nncf_compactprune.run import pipeline
+from nncf_compactprune.plugins import Plugins, default_plugins
+from nncf_compactprune.plugins.hookspecs import Schedule, hookimpl
+from nncf_compactprune.run import pipeline, prepare
 from nncf_compactprune.run.datasets import resolve_dataset
 from nncf_compactprune.run.models import resolve_model
+from nncf_compactprune.run.settings import read_settings
 
 
 def write_config(folder: Path, **changes: Any) -> Path:
@@ -31,7 +34,7 @@ def test_class_check_leaves_training_flags_and_random_state_alone(tmp_path: Path
     resolved.model.train()
     next(resolved.model.children()).eval()
     before, state = [m.training for m in resolved.model.modules()], torch.get_rng_state()
-    pipeline._check_classes(resolved, resolved.example_inputs, resolve_dataset("digits"))
+    prepare.check_classes(resolved, resolved.example_inputs, resolve_dataset("digits"))
     assert [m.training for m in resolved.model.modules()] == before
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -50,14 +53,46 @@ def test_schedule_that_outlasts_the_epochs_is_told(
     tmp_path: Path, epochs: int, params: dict[str, Any], needed: int | None
 ) -> None:
     compression = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "params": params}
-    settings = pipeline.read_settings(write_config(tmp_path, epochs=epochs, compression=compression))
-    warnings = pipeline._late_schedules(settings)
+    settings = read_settings(write_config(tmp_path, epochs=epochs, compression=compression))
+    warnings = list(prepare.late_schedules(settings, default_plugins()))
     if needed is None:
         assert warnings == []
     else:
         (warning,) = warnings
         assert f"in epoch {needed}, but training ends after epoch {epochs}" in warning
         assert f"Set epochs to {needed} or more" in warning
+
+
+class Lingers:
+    """A plugin with a schedule that takes twice the steps it is given, and one that never arrives."""
+
+    @hookimpl
+    def compactprune_schedules(self) -> dict[str, Schedule]:
+        def lingering(epoch: int, *, initial: float, target: float, steps: int) -> float:
+            return target if epoch >= 2 * steps else initial
+
+        def stuck(epoch: int, *, initial: float, target: float, steps: int) -> float:
+            return initial
+
+        return {"lingering": lingering, "stuck": stuck}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "told"),
+    [("lingering", 7, None), ("lingering", 5, "in epoch 7, but"), ("stuck", 50, "has not reached its budget")],
+)
+def test_schedule_of_a_plugin_is_asked_when_it_arrives(
+    tmp_path: Path, schedule: str, epochs: int, told: str | None
+) -> None:
+    plugins = Plugins()
+    plugins.load_entry_points()
+    plugins.register(Lingers(), "lingers")
+    params = {"schedule": schedule, "pruning_steps": 3}
+    compression = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "params": params}
+    settings = read_settings(write_config(tmp_path, epochs=epochs, compression=compression), plugins=plugins)
+    warnings = list(prepare.late_schedules(settings, plugins))
+    assert len(warnings) == (told is not None)
+    assert told is None or told in warnings[0]
 
 
 def test_results_of_an_earlier_run_are_removed_aloud_and_other_files_stay(tmp_path: Path) -> None:
@@ -67,12 +102,12 @@ def test_results_of_an_earlier_run_are_removed_aloud_and_other_files_stay(tmp_pa
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("old")
-    pipeline._remove_old_results(tmp_path, said.append)
+    prepare.remove_old_results(tmp_path, said.append)
     assert said == [f"Removing 4 files of an earlier run from {tmp_path}"]
     assert not any((tmp_path / name).exists() for name in old)
     assert (tmp_path / "images.safetensors").exists()
     assert (tmp_path / "pruned" / "notes.txt").exists()
-    pipeline._remove_old_results(tmp_path, said.append)
+    prepare.remove_old_results(tmp_path, said.append)
     assert len(said) == 1
 
 

@@ -9,18 +9,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from nncf_compactprune.config import CompressionConfig
+from nncf_compactprune.config import Document, load_section
 from nncf_compactprune.errors import ConfigError
-from nncf_compactprune.run.training import (
-    EpochRecord,
-    OptimizerConfig,
-    RunConfig,
-    class_scores,
-    evaluate,
-    fit,
-    train_epoch,
-    unread_key_warnings,
-)
+from nncf_compactprune.run.settings import OptimizerConfig, RunConfig, unread_key_warnings
+from nncf_compactprune.run.training import EpochRecord, class_scores, evaluate, fit, train_epoch
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -52,8 +44,8 @@ class RecordingController:
         return 100.0 * sum((p.square().sum() for p in self.model.parameters()), start=torch.zeros(()))
 
 
-def run_config(**extra: object) -> CompressionConfig:
-    return CompressionConfig(compression=[], model="m", dataset="d", **extra)  # type: ignore[arg-type]
+def run_config(**extra: object) -> RunConfig:
+    return load_section(Document("c.json", {"compression": [], "dataset": "d", **extra}), RunConfig)
 
 
 def test_fit_learns_and_reports_each_epoch(batches: Batches) -> None:
@@ -152,15 +144,14 @@ def test_momentum_of_adam_is_refused() -> None:
 
 
 def test_run_keys_are_read_from_the_open_top_level() -> None:
-    run = RunConfig.from_config(run_config(epochs=3, export={"formats": ["onnx"]}, mine=1), "c.json")
+    run = run_config(model="m", epochs=3, export={"formats": ["onnx"]}, mine=1)
     assert (run.model, run.dataset, run.epochs, run.export.formats) == ("m", "d", 3, ("onnx",))
     assert run.export.precisions == ("fp32", "fp16")
 
 
 def test_all_wrong_run_keys_are_told_at_once_with_their_paths() -> None:
-    config = run_config(epochs=-1, optimizer={"type": "sdg", "rate": 1}, export={"formats": []})
     with pytest.raises(ConfigError) as caught:
-        RunConfig.from_config(config, "c.json")
+        run_config(model="m", epochs=-1, optimizer={"type": "sdg", "rate": 1}, export={"formats": []})
     assert [problem.path for problem in caught.value.problems] == [
         "epochs",
         "optimizer.type",
@@ -173,7 +164,7 @@ def test_all_wrong_run_keys_are_told_at_once_with_their_paths() -> None:
 
 def test_missing_model_is_told() -> None:
     with pytest.raises(ConfigError, match=r"c\.json: model: missing\. Expected a string\."):
-        RunConfig.from_config(CompressionConfig(compression=[], dataset="d"), "c.json")  # type: ignore[call-arg]
+        run_config()
 
 
 def test_only_unread_keys_near_a_known_one_are_warned_about() -> None:

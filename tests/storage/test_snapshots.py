@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 
 from nncf_compactprune import create_compressed_model
 from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.run import datasets, pipeline, training
+from nncf_compactprune.run import compare, datasets, pipeline, prepare, training
 from nncf_compactprune.run.training import fit, train_epoch
 from nncf_compactprune.storage import snapshots
 from nncf_compactprune.storage.snapshots import Snapshots
@@ -156,7 +156,7 @@ RUN = """
     import os, signal, sys
     import torch
     torch.set_num_threads(1)
-    from nncf_compactprune.run import pipeline
+    from nncf_compactprune.run import compare, pipeline
     from nncf_compactprune.run.training import train_epoch
     import nncf_compactprune.run.training as training
 
@@ -168,8 +168,7 @@ RUN = """
         return train_epoch(*args, **kwargs)
 
     training.train_epoch = killed
-    pipeline._export = lambda *args: []      # neither is what this is about
-    pipeline._latency = lambda *args: {"dense": {}, "pruned": {}}
+    compare.export_model = lambda *args: []  # not what this is about
     pipeline.run(sys.argv[1], overrides={"output_dir": sys.argv[2]})
 """
 
@@ -188,7 +187,7 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def compare(whole: Path, killed: Path) -> None:
+def check_same(whole: Path, killed: Path) -> None:
     assert (killed / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
     for file in ("dense.safetensors", "model.safetensors"):
         ours, theirs = load_file(killed / file), load_file(whole / file)
@@ -206,9 +205,8 @@ def test_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytes
     config, said = write_config(tmp_path), []
     data = datasets.digits()
     few = dataclasses.replace(data, train=Subset(data.train, range(64)), test=Subset(data.test, range(32)))
-    monkeypatch.setattr(pipeline, "resolve_dataset", lambda *_: few)
-    monkeypatch.setattr(pipeline, "_export", lambda *_: [])  # neither is what this is about
-    monkeypatch.setattr(pipeline, "_latency", lambda *_: {"dense": {}, "pruned": {}})
+    monkeypatch.setattr(prepare, "resolve_dataset", lambda *_: few)
+    monkeypatch.setattr(compare, "export_model", lambda *_: [])  # not what this is about
     pipeline.run(config, overrides={"output_dir": str(tmp_path / "whole")}, say=said.append)
     assert not any("Going on" in line for line in said)
     for interrupt_at in (2, 3):  # the second dense epoch; two epochs on, while masked
@@ -227,7 +225,7 @@ def test_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytes
         pipeline.run(config, overrides={"output_dir": str(tmp_path / "killed"), "seed": 3}, say=said.append)
     pipeline.run(config, overrides={"output_dir": str(tmp_path / "killed")}, say=said.append)
     assert sum("Going on" in line for line in said) == 2
-    compare(tmp_path / "whole", tmp_path / "killed")
+    check_same(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.slow
@@ -248,4 +246,4 @@ def test_run_survives_kill_minus_nine_in_every_phase(tmp_path: Path) -> None:
     last = start("killed", 0)
     assert last.returncode == 0, last.stderr
     assert "Going on from" in last.stdout
-    compare(tmp_path / "whole", tmp_path / "killed")
+    check_same(tmp_path / "whole", tmp_path / "killed")

@@ -1,0 +1,132 @@
+"""The last stage of a run: both networks exported, timed and side by side in a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from nncf_compactprune.cut.self_check import SelfCheck
+from nncf_compactprune.errors import ResolveError
+from nncf_compactprune.export import ExportedFile, export_model, measure_latency
+from nncf_compactprune.host.packages import require_package
+from nncf_compactprune.report import Comparison, NetworkFigures, plot_widths, to_json, to_markdown
+from nncf_compactprune.run.compress import Compressed
+from nncf_compactprune.run.models import ExampleInputs
+from nncf_compactprune.run.progress import tracked
+from nncf_compactprune.run.state import Network, Run
+from nncf_compactprune.storage.writing import write_whole
+from nncf_compactprune.version import __version__
+
+Files = Mapping[str, Sequence[ExportedFile]]
+
+
+def compare(run: Run, compressed: Compressed) -> Comparison:
+    """Exports, verifies and times both networks, and writes the report.
+
+    :param run: where to, and with which formats.
+    :param compressed: the networks.
+    """
+    run.say("Exporting and verifying")
+    plan, networks = compressed.plan, {"dense": compressed.dense, "pruned": compressed.pruned}
+    files = _export(run, networks)
+    latency = _latency(files, run.example)
+    comparison = Comparison(
+        *(
+            NetworkFigures(
+                cost.macs,
+                cost.params,
+                networks[name].accuracy,
+                {file.label: file.bytes for file in files[name]},
+                latency[name],
+            )
+            for name, cost in (("dense", plan.before), ("pruned", plan.after))
+        )
+    )
+    _write_json(run, comparison, compressed, files)
+    _write_markdown(run, comparison, compressed)
+    with suppress(ResolveError):  # a picture is an extra; the figures are in report.md
+        require_package("matplotlib", "nncf-compactprune[report]")
+        if plan.groups:
+            plot_widths(plan.groups, run.directory / "widths.png")
+    return comparison
+
+
+def _export(run: Run, networks: Mapping[str, Network]) -> dict[str, Sequence[ExportedFile]]:
+    chosen = run.config.export
+    files: dict[str, Sequence[ExportedFile]] = {}
+    with tracked(networks, "Exporting") as names:
+        for name in names:
+            target = run.directory / name
+            files[name] = export_model(networks[name].model, run.example, target, chosen.formats, chosen.precisions)
+    return files
+
+
+def _latency(files: Files, example: ExampleInputs) -> dict[str, dict[str, float]]:
+    """Median milliseconds by network and file label; dense and pruned of one kind are timed in turn."""
+    result: dict[str, dict[str, float]] = {network: {} for network in files}
+    with tracked(list(zip(*files.values(), strict=True)), "Measuring latency") as pairs:
+        for pair in pairs:
+            timed = measure_latency({network: file.path for network, file in zip(files, pair, strict=True)}, example)
+            for network, latency in timed.items():
+                result[network][pair[0].label] = latency.median_ms
+    return result
+
+
+def _write_json(run: Run, comparison: Comparison, compressed: Compressed, files: Files) -> None:
+    plan = compressed.plan
+    document = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "model": run.config.model,
+        "dataset": run.config.dataset,
+        "algorithm": plan.algorithm,
+        **({"classes": list(plan.output_classes)} if plan.output_classes else {}),
+        **json.loads(to_json(comparison)),
+        "verification": {
+            f"{network}/{file.path.name}": {
+                "runtime": file.verification.runtime,
+                "max_rel_error": file.verification.max_rel_error,
+                "tolerance": file.verification.tolerance,
+                "batch_sizes": list(file.verification.batch_sizes),
+            }
+            for network, exported in files.items()
+            for file in exported
+        },
+        "self_check": {name: _as_json(check) for name, check in compressed.checks.items()},
+        "epochs": list(run.snapshots.history),
+    }
+    write_whole(run.directory / "report.json", (json.dumps(document, indent=2) + "\n").encode())
+
+
+def _as_json(check: SelfCheck) -> dict[str, Any]:
+    return {"proof": check.is_proof, **vars(check)}
+
+
+def _write_markdown(run: Run, comparison: Comparison, compressed: Compressed) -> None:
+    config, plan = run.config, compressed.plan
+    data = f"Dataset `{config.dataset}`" if config.dataset is not None else "No dataset"
+    lines = [
+        f"# {config.model}, pruned",
+        "",
+        f"{data}, algorithm `{plan.algorithm}`, seed {config.seed}, version {__version__}.",
+        "",
+        *([f"For the classes {', '.join(map(str, plan.output_classes))} only.", ""] if plan.output_classes else []),
+        to_markdown(comparison),
+    ]
+    for name, check in compressed.checks.items():
+        lines += [f"Self-check of `{name}`, cut against masked model: {check}.", ""]
+    lines += [
+        "## Channel widths",
+        "",
+        "| group | dense | pruned |",
+        "| --- | ---: | ---: |",
+        *(f"| `{group.name}` | {group.before} | {group.after} |" for group in plan.groups),
+    ]
+    if plan.pinned:
+        lines += ["", "## Not prunable", ""]
+        lines += [f"- `{name}` ({size} channels): {reason}" for name, size, reason in plan.pinned]
+    write_whole(run.directory / "report.md", ("\n".join(lines) + "\n").encode())

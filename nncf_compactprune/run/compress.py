@@ -1,0 +1,125 @@
+"""The third stage of a run: the compression, and the fine-tuning during and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nncf_compactprune.algorithms.channel_pruning import ChannelPruning
+from nncf_compactprune.channels import trace
+from nncf_compactprune.controller import CompressionController, create_compressed_model
+from nncf_compactprune.cut.self_check import SelfCheck
+from nncf_compactprune.cut.surgery import plan_of
+from nncf_compactprune.decide.labelled import class_scores
+from nncf_compactprune.host.tensors import carries_hooks
+from nncf_compactprune.plan import PruningPlan, make_plan
+from nncf_compactprune.run.datasets import ResolvedDataset, only_classes
+from nncf_compactprune.run.settings import RunConfig
+from nncf_compactprune.run.state import FINE_TUNING, Network, Run
+from nncf_compactprune.run.training import fit
+from nncf_compactprune.storage.checkpoint import save_pruned
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What the compression came to.
+
+    :param dense: the network before; its accuracy is that among the classes that the pruned one still knows.
+    :param pruned: the network after fine-tuning.
+    :param plan: what was removed.
+    :param checks: the self-check of every algorithm that cut, by the algorithm's name.
+    """
+
+    dense: Network
+    pruned: Network
+    plan: PruningPlan
+    checks: dict[str, SelfCheck]
+
+
+def compress(run: Run, dense: Network) -> Compressed:
+    """Compresses and fine-tunes the run's model, and stores it.
+
+    :param run: its model is the dense one, and is compressed in place.
+    :param dense: a copy of it.
+    """
+    resume = run.resume(FINE_TUNING)
+    controller, model = create_compressed_model(
+        run.model,
+        run.settings.compression,
+        None if run.dataset is None else _SameBatches(run.dataset, run.config),
+        compression_state=None if resume is None else resume.facts["compression"],
+        example_inputs=run.example,
+        plugins=run.plugins,
+    )
+    plan = plan_of(model)
+    if run.dataset is not None and plan is not None and plan.output_classes:
+        known = only_classes(run.dataset, plan.output_classes)  # labels are counted anew from here on
+        run = replace(run, dataset=known)
+        scores = _Scores(dense.model, plan.output_classes)
+        measured = run.measured(scores, f"Dense, among classes {', '.join(known.class_names)}")
+        dense = replace(dense, accuracy=measured.accuracy)
+    if run.dataset is not None:
+        _fine_tune(run, run.dataset, controller, model)
+    model = controller.strip()
+    plan = plan_of(model) or _plan_of_whole(run, dense.model)
+    if carries_hooks(model):
+        run.say("Quantized: the exported files hold the network; a checkpoint cannot, so none is written")
+    else:
+        save_pruned(model, run.directory, config=run.settings.document)
+    checks = {a.name: a.self_check for a in controller.algorithms if isinstance(a, ChannelPruning) and a.self_check}
+    for name, check in checks.items():
+        run.say(f"Self-check of {name}: {check}")
+    return Compressed(dense, run.measured(model, "Compressed" if carries_hooks(model) else "Pruned"), plan, checks)
+
+
+def _fine_tune(run: Run, dataset: ResolvedDataset, controller: CompressionController, model: nn.Module) -> None:
+    config = run.config
+    run.say(f"Fine-tuning for {config.epochs} epochs")
+    optimizer = config.optimizer.build(model)
+    controller.attach(optimizer=optimizer)
+    fit(
+        model,
+        dataset.train_loader(config.batch_size, seed=config.seed + 1),
+        optimizer,
+        epochs=config.epochs,
+        lr_schedule=config.lr_schedule,
+        controller=controller,
+        on_epoch=lambda record: run.tell(record, "pruned", config.epochs, controller.compression_rate),
+        snapshots=run.snapshots,
+        phase=FINE_TUNING,
+        resume=run.resume(FINE_TUNING),
+    )
+
+
+def _plan_of_whole(run: Run, dense: nn.Module) -> PruningPlan:
+    """The plan of a run that removed no channels (quantization, sparsity): everything stays."""
+    graph = trace(dense, run.example, plugins=run.plugins)
+    algorithms = ", ".join(entry.algorithm for entry in run.settings.compression.compression)
+    return make_plan(graph, [np.ones(group.size, bool) for group in graph.groups], algorithm=algorithms)
+
+
+class _Scores(nn.Module):
+    """A classifier's scores of some classes only."""
+
+    def __init__(self, model: nn.Module, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.model, self.classes = model, list(classes)
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        return class_scores(self.model(*args))[:, self.classes]
+
+
+class _SameBatches:
+    """Training batches in the same order at every pass: what data-driven decisions see does not depend on whether an
+    earlier pass was in this process or in one that was killed."""
+
+    def __init__(self, dataset: ResolvedDataset, config: RunConfig) -> None:
+        self._dataset, self._config = dataset, config
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._dataset.train_loader(self._config.batch_size, seed=self._config.seed))

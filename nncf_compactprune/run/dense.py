@@ -1,0 +1,50 @@
+"""The second stage of a run: the dense network, trained here or given, and how good it is."""
+
+from __future__ import annotations
+
+import copy
+
+from nncf_compactprune.controller import create_compressed_model
+from nncf_compactprune.run.datasets import ResolvedDataset
+from nncf_compactprune.run.models import load_weights, save_weights
+from nncf_compactprune.run.state import DENSE, DENSE_FILE, FINE_TUNING, Network, Run
+from nncf_compactprune.run.training import fit
+
+
+def train_dense(run: Run) -> Network:
+    """Trains the model where the config says so, stores its weights and returns a copy of it."""
+    if run.resume(FINE_TUNING) is not None:
+        load_weights(run.model, run.directory / DENSE_FILE)
+    else:
+        if run.config.weights is None and run.dataset is not None:
+            _pretrain(run, run.dataset)
+        save_weights(run.model, run.directory / DENSE_FILE)
+    return run.measured(copy.deepcopy(run.model), "Dense")
+
+
+def _pretrain(run: Run, dataset: ResolvedDataset) -> None:
+    config, say = run.config, run.say
+    if not config.pretrain_epochs:
+        say("Warning: neither weights nor pretrain_epochs are given: the dense model is untrained.")
+        return
+    # A budget out of reach or a scope without a match shows on the untrained model too, before the training.
+    say("Trying the compression on a copy of the untrained model")
+    create_compressed_model(
+        copy.deepcopy(run.model),
+        run.settings.compression,
+        dataset.train_loader(config.batch_size, seed=config.seed),
+        example_inputs=run.example,
+        plugins=run.plugins,
+    )
+    say(f"Training the dense model for {config.pretrain_epochs} epochs")
+    fit(
+        run.model,
+        dataset.train_loader(config.batch_size, seed=config.seed),
+        config.optimizer.build(run.model),
+        epochs=config.pretrain_epochs,
+        lr_schedule=config.lr_schedule,
+        on_epoch=lambda record: run.tell(record, "dense", config.pretrain_epochs),
+        snapshots=run.snapshots,
+        phase=DENSE,
+        resume=run.resume(DENSE),
+    )

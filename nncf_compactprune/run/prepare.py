@@ -1,0 +1,200 @@
+"""The first stage of a run: dataset, model, checks before any training, and what an earlier run left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nncf_compactprune.algorithms import ChannelPruningConfig
+from nncf_compactprune.config import InputInfo
+from nncf_compactprune.decide.labelled import class_scores
+from nncf_compactprune.errors import ConfigError, Problem, ResolveError
+from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.plugins import Plugins
+from nncf_compactprune.run.datasets import ResolvedDataset, resolve_dataset
+from nncf_compactprune.run.models import ExampleInputs, ResolvedModel, resolve_model
+from nncf_compactprune.run.settings import Settings, unread_key_warnings
+from nncf_compactprune.run.state import DENSE_FILE, SNAPSHOTS, Run, Say
+from nncf_compactprune.storage.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from nncf_compactprune.storage.plan_file import PLAN_FILE
+from nncf_compactprune.storage.snapshots import Snapshots
+from nncf_compactprune.storage.writing import write_whole
+
+RESULTS = (DENSE_FILE, PLAN_FILE, WEIGHTS_FILE, "report.json", "report.md", "widths.png")
+
+
+def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
+    """Builds what the run works on, checks it, and makes room for its results.
+
+    :param settings: the config.
+    :param plugins: where names are looked up.
+    :param say: is given one line for every step.
+    :raises CompactPruneError: whatever can be found wrong before training.
+    """
+    for warning in unread_key_warnings(settings.document):
+        say(f"Warning: {warning}")
+    torch.manual_seed(settings.run.seed)
+    dataset = _dataset(settings, plugins)
+    if dataset is not None:
+        settings = _with_input_info(settings, dataset)
+    config = settings.run
+    resolved = resolve_model(
+        config.model,
+        sample_size=settings.compression.input_info[0].sample_size if dataset is None else (1, *dataset.input_shape),
+        options=config.model_options,
+        weights=config.weights,
+        plugins=plugins,
+    )
+    example = resolved.example_inputs
+    if dataset is not None:
+        dataset = _normalised_for(resolved, dataset)
+        example = _real_example(resolved, dataset)
+        check_classes(resolved, example, dataset)
+    for warning in late_schedules(settings, plugins):
+        say(f"Warning: {warning}")
+    directory = Path(config.output_dir)
+    snapshots = Snapshots(directory / SNAPSHOTS, _identity(settings))
+    found = snapshots.newest()
+    if found is not None:
+        say(f"Going on from {found.path}")
+        snapshots.history += found.facts["history"]
+    else:
+        remove_old_results(directory, say)
+    # The first file written also tells whether the directory can be written, before hours of training.
+    write_whole(directory / CONFIG_FILE, (json.dumps(settings.document, indent=2) + "\n").encode())
+    return Run(settings, plugins, say, resolved.model, example, dataset, snapshots, found)
+
+
+def _dataset(settings: Settings, plugins: Plugins) -> ResolvedDataset | None:
+    if settings.run.dataset is None:
+        _check_without_data(settings)
+        return None
+    return resolve_dataset(settings.run.dataset, settings.run.dataset_options, plugins)
+
+
+def late_schedules(settings: Settings, plugins: Plugins) -> Iterator[str]:
+    """One sentence for every pruning schedule that leaves no epoch to fine-tune the network it ends with.
+
+    :param settings: the config.
+    :param plugins: where schedules are looked up.
+    """
+    epochs = settings.run.epochs
+    for entry in settings.compression.compression:
+        if settings.run.dataset is None or not isinstance(entry, ChannelPruningConfig):
+            continue
+        needed = _epoch_of_cut(entry, epochs, plugins)
+        if needed is not None and needed <= epochs:
+            continue
+        if needed is None:
+            cuts, remedy = "has not reached its budget when training ends", "Choose a schedule that ends earlier."
+        else:
+            cuts = f"cuts to its budget in epoch {needed}, but training ends"
+            remedy = f"Set epochs to {needed} or more, or lower pruning_steps or num_init_steps."
+        yield f"'{entry.algorithm}' {cuts} after epoch {epochs}. What is left is then cut without fine-tuning. {remedy}"
+
+
+def _epoch_of_cut(entry: ChannelPruningConfig, epochs: int, plugins: Plugins) -> int | None:
+    """The epoch, counted from 1, in which the schedule reaches its target; 0: before training; None: much too late."""
+    params = entry.params
+    if params.prunes_before_training:
+        return 0
+    schedule = plugins.resolve("schedules", params.schedule)
+    target = (1 + params.pruning_init) / 2  # the true one is known only when the model was traced
+    for at in range(epochs + params.pruning_steps + 1):
+        if schedule(at, initial=params.pruning_init, target=target, steps=params.pruning_steps) >= target:
+            return params.num_init_steps + at + 1
+    return None
+
+
+def remove_old_results(directory: Path, say: Say) -> None:
+    """Removes what an earlier run wrote here, so that no old file stands beside a new one. Other files stay."""
+    exported = (path for network in ("dense", "pruned") for path in sorted((directory / network).glob("model*")))
+    files = [directory / name for name in RESULTS]
+    old = [path for path in (*files, *exported) if path.is_file()]
+    if old:
+        say(f"Removing {len(old)} files of an earlier run from {directory}")
+    for path in old:
+        path.unlink()
+
+
+def _check_without_data(settings: Settings) -> None:
+    """Without a dataset nothing can be trained, and nothing else says what the input looks like.
+
+    :raises ConfigError: with everything that a dataset would be needed for.
+    """
+    config, problems = settings.run, []
+    if config.weights is None:
+        problems.append(Problem("weights", "missing. Without a dataset, name a file of trained weights."))
+    for key in ("epochs", "pretrain_epochs"):
+        if getattr(config, key):
+            message = f"expected 0 without a dataset, got {getattr(config, key)}. Nothing can be trained."
+            problems.append(Problem(key, message))
+    if not settings.compression.input_info:
+        message = 'missing. Without a dataset, give an object such as {"sample_size": [1, 3, 32, 32]}.'
+        problems.append(Problem("input_info", message))
+    if problems:
+        raise ConfigError(settings.source, problems)
+
+
+def _with_input_info(settings: Settings, dataset: ResolvedDataset) -> Settings:
+    """States the input's shape in the config, so that the checkpoint does not need the dataset; checks it if stated."""
+    expected = list(dataset.input_shape)
+    given = settings.compression.input_info
+    if any(info.sample_size[1:] != expected for info in given):
+        message = f"expected [n, {', '.join(map(str, expected))}], the shape of '{dataset.name}' images"
+        message += f", got {given[0].sample_size}. Leave input_info out to take the dataset's."
+        raise ConfigError(settings.source, [Problem("input_info.sample_size", message)])
+    if given:
+        return settings
+    sample_size = [1, *expected]
+    return replace(
+        settings,
+        document={**settings.document, "input_info": {"sample_size": sample_size}},
+        compression=settings.compression.model_copy(update={"input_info": [InputInfo(sample_size=sample_size)]}),
+    )
+
+
+def _normalised_for(resolved: ResolvedModel, dataset: ResolvedDataset) -> ResolvedDataset:
+    """The dataset with the mean and std that the model states, where the dataset leaves them to it."""
+    if not dataset.model_normalises or resolved.mean is None or resolved.std is None:
+        return dataset
+    return replace(dataset, mean=resolved.mean, std=resolved.std)
+
+
+def _real_example(resolved: ResolvedModel, dataset: ResolvedDataset) -> ExampleInputs:
+    """The first test image, in the model's own kind of container: self-checks and exports are compared on real data."""
+    images, _ = next(iter(dataset.test_loader(1)))
+    if isinstance(resolved.example_inputs, dict):
+        return dict.fromkeys(resolved.example_inputs, images)
+    return images if isinstance(resolved.example_inputs, torch.Tensor) else (images,)
+
+
+def check_classes(resolved: ResolvedModel, example: ExampleInputs, dataset: ResolvedDataset) -> None:
+    """Runs the model once on an image of the dataset.
+
+    :raises ResolveError: it does not run, or has another number of outputs than the dataset has classes.
+    """
+    try:
+        with evaluating(resolved.model):
+            scores = class_scores(call_model(resolved.model, example))
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
+        msg = (
+            f"Model '{resolved.name}' does not run on images of '{dataset.name}', {list(dataset.input_shape)}: {error}"
+        )
+        raise ResolveError(msg) from error
+    classes = len(dataset.class_names)
+    if scores.shape != (1, classes):
+        msg = f"Model '{resolved.name}' gives an output of shape {list(scores.shape)}, but '{dataset.name}' has "
+        msg += f'{classes} classes. Set model_options, such as {{"num_classes": {classes}}}.'
+        raise ResolveError(msg)
+
+
+def _identity(settings: Settings) -> str:
+    """A digest of everything in the config but the place of the results."""
+    document = {key: value for key, value in settings.document.items() if key != "output_dir"}
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

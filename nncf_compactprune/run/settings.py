@@ -1,0 +1,136 @@
+"""The config of a run: the keys that belong to training and export, typed, beside those of the compression."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field, model_validator
+from torch import nn
+
+from nncf_compactprune.config import CompressionConfig, Section, load_config, load_section, read_document
+from nncf_compactprune.plugins import Plugins
+
+DEFAULT_MOMENTUM = 0.9
+
+
+class OptimizerConfig(Section):
+    """Which optimizer, with torch's own meaning of every value.
+
+    :param lr: learning rate at the start of the schedule.
+    :param momentum: for ``sgd`` only; 0.9 by default.
+    """
+
+    type: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(default=0.05, gt=0)
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+
+    @model_validator(mode="after")
+    def _momentum_is_for_sgd(self) -> OptimizerConfig:
+        if self.momentum is not None and self.type != "sgd":
+            msg = f"'momentum' belongs to sgd, not to {self.type}. Leave it out."
+            raise ValueError(msg)
+        return self
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Returns the optimizer over the model's trainable parameters."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.type == "sgd":
+            momentum = DEFAULT_MOMENTUM if self.momentum is None else self.momentum
+            return torch.optim.SGD(parameters, self.lr, momentum, weight_decay=self.weight_decay)
+        if self.type == "adam":
+            return torch.optim.Adam(parameters, self.lr, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
+
+
+class ExportConfig(Section):
+    """What ``run`` writes of the dense and the pruned model."""
+
+    formats: tuple[Literal["onnx", "openvino"], ...] = Field(default=("onnx", "openvino"), min_length=1, strict=False)
+    precisions: tuple[Literal["fp32", "fp16"], ...] = Field(default=("fp32", "fp16"), min_length=1, strict=False)
+
+
+class RunConfig(Section):
+    """The top-level keys that belong to the training script, as in NNCF's samples.
+
+    :param model: name for :func:`~nncf_compactprune.run.models.resolve_model`.
+    :param model_options: keyword arguments of the model's builder.
+    :param weights: safetensors file of the dense model.
+    :param dataset: name for :func:`~nncf_compactprune.run.datasets.resolve_dataset`; without one nothing is
+        trained and no accuracy measured.
+    :param dataset_options: the dataset's own options.
+    :param epochs: fine-tuning epochs, while and after pruning.
+    :param pretrain_epochs: epochs of dense training first; ignored where weights are given.
+    :param lr_schedule: how the learning rate falls, by epoch.
+    :param output_dir: where the artefacts go.
+    """
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    model: str
+    model_options: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
+    dataset: str | None = None
+    dataset_options: dict[str, Any] = Field(default_factory=dict)
+    batch_size: int = Field(default=64, ge=1)
+    epochs: int = Field(default=10, ge=0)
+    pretrain_epochs: int = Field(default=0, ge=0)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    seed: int = Field(default=0, ge=0)
+    export: ExportConfig = ExportConfig()
+    output_dir: str = "runs/compactprune"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A config as a run reads it.
+
+    :param source: its name, for messages.
+    :param document: the config as plain JSON data, overrides included.
+    :param compression: its part for the algorithms.
+    :param run: its part for the training script.
+    """
+
+    source: str
+    document: Mapping[str, Any]
+    compression: CompressionConfig
+    run: RunConfig
+
+
+def read_settings(
+    source: str | PathLike[str], overrides: Mapping[str, Any] | None = None, plugins: Plugins | None = None
+) -> Settings:
+    """Reads and validates a config file.
+
+    :param overrides: values by dotted path, such as ``{"epochs": 3, "compression.budget.macs": 0.4}``.
+    :raises ConfigError: with all problems of the compression part, or all of the training part.
+    """
+    document = read_document(source, overrides)
+    return Settings(document.name, document.data, load_config(document, plugins), load_section(document, RunConfig))
+
+
+def run_schema() -> dict[str, Any]:
+    """Returns the JSON schema's ``properties`` and ``$defs`` of :class:`RunConfig`, for a config's schema."""
+    # The prefix keeps these definitions apart from an algorithm's of the same name.
+    schema = RunConfig.model_json_schema(ref_template="#/$defs/run.{model}")
+    definitions = {f"run.{name}": definition for name, definition in schema["$defs"].items()}
+    return {"properties": schema["properties"], "$defs": definitions}
+
+
+def unread_key_warnings(keys: Iterable[str]) -> list[str]:
+    """Returns one sentence per top-level key that nobody reads but that is close to one that somebody does.
+
+    Other unread keys are the user's own business: a config may serve several scripts.
+    """
+    known = {*RunConfig.model_fields, *CompressionConfig.model_fields}
+    warnings = []
+    for key in keys:
+        close = [] if key in known else difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8)
+        warnings += [f"'{key}' is not read. Did you mean '{close[0]}'?" for _ in close]
+    return warnings
