@@ -234,7 +234,7 @@ def test_unknown_criterion_names_the_nearest():
 
 
 def by_l1(context):
-    return context.rows(context.group.with_role("out")[0]).abs().sum(1)
+    return context.rows(context.group.with_role("producer")[0]).abs().sum(1)
 
 
 def halves(problem, scores):

@@ -98,7 +98,7 @@ def forms(data: Cifar, depth: int) -> dict[str, Form]:
     tensors = dict(model.named_parameters())
     contexts = list(criterion_contexts(model, graph))
     batches = data.few(50)
-    consumer = {g: next(m for m in graph.groups[g].members if m.role == "in").parameter for g in groups}
+    consumer = {g: next(m for m in graph.groups[g].members if m.role == "consumer").parameter for g in groups}
     found = {kind: Effects(graph, groups, kind) for kind in ("margin", "cross-entropy")}
     for effects in found.values():
         effects.collect(model, batches)

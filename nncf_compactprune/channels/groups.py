@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nncf_compactprune.channels.cost import CostModel, Polynomial
-from nncf_compactprune.channels.labels import LabelArray, LabelSpace, Reason, Solution
+from nncf_compactprune.channels.labels import LabelArray, LabelSpace, Reason, Role, Solution
 from nncf_compactprune.channels.terms import AttributeTerm, AttributeValue, MacTerm
 from nncf_compactprune.host.tensors import ModelTensors
 
@@ -24,15 +24,15 @@ class Member:
     :param parameter: name in ``named_parameters`` or ``named_buffers``.
     :param dim: dimension that is cut.
     :param indices: positions of each channel, shape ``[channels, repeats]``; channel j owns ``indices[j]``.
-    :param role: ``"out"`` (produces the channel), ``"in"`` (consumes it), ``"norm"`` (per-channel affine or
-        statistics), ``"other"``.
+    :param role: ``"producer"`` makes the channel, ``"consumer"`` takes it as input, ``"norm"`` is a per-channel affine
+        or statistic, ``"other"`` is the rest.
     :param is_buffer: whether it is a buffer.
     """
 
     parameter: str
     dim: int
     indices: npt.NDArray[np.int64]
-    role: str
+    role: Role
     is_buffer: bool = False
 
 
@@ -51,7 +51,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     approximate: str = ""
 
-    def with_role(self, *roles: str) -> tuple[Member, ...]:
+    def with_role(self, *roles: Role) -> tuple[Member, ...]:
         """Members of the given roles."""
         return tuple(member for member in self.members if member.role in roles)
 
@@ -274,7 +274,7 @@ def _mix(slots: LabelArray, counts: LabelArray) -> npt.NDArray[np.uint64]:
 
 
 def _named_group(members: list[Member], size: int, approximate: str) -> ChannelGroup:
-    rank = {"out": 0, "norm": 1, "in": 2, "other": 3}
+    rank: dict[Role, int] = {"producer": 0, "norm": 1, "consumer": 2, "other": 3}
     ordered = sorted(members, key=lambda m: (rank[m.role], m.is_buffer))
     return ChannelGroup(owner(ordered[0].parameter), size, tuple(ordered), approximate)
 
@@ -297,7 +297,7 @@ def _pinned(space: LabelSpace, solution: Solution, free: npt.NDArray[np.bool_]) 
     reason_of_label = reason_of_class[solution.component]
     for index, slot in enumerate(space.slots):
         role = space.roles.get(index, "other")
-        if slot.is_buffer or role in ("in", "norm"):
+        if slot.is_buffer or role in ("consumer", "norm"):
             continue
         reasons = reason_of_label[slot.start : slot.start + slot.size]
         for reason_index in set(reasons[reasons >= 0].tolist()):

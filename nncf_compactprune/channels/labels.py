@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ LabelArray: TypeAlias = npt.NDArray[np.int64]
 
 DimLabels: TypeAlias = tuple[LabelArray | None, ...]
 """Labels of a tensor, one entry a dimension; ``None`` where positions carry no channel (batch, height, constants)."""
+
+Role: TypeAlias = Literal["producer", "consumer", "norm", "other"]
+"""What a parameter dimension does with its channels."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class LabelSpace:
     def __init__(self) -> None:
         self.size = 0
         self.slots: list[Slot] = []
-        self.roles: dict[int, str] = {}
+        self.roles: dict[int, Role] = {}
         self._slot_by_array: dict[int, int] = {}
         self._slot_arrays: list[LabelArray] = []
         self._left: list[LabelArray] = []
@@ -132,8 +135,12 @@ class LabelSpace:
         self.size += size
         return array
 
-    def mark(self, labels: LabelArray | None, role: str) -> None:
-        """States the role of a parameter dimension: ``"out"`` (producer), ``"in"`` (consumer) or ``"norm"``."""
+    def mark(self, labels: LabelArray | None, role: Role) -> None:
+        """States the role of a parameter dimension. The first role that is stated stays.
+
+        :param labels: the labels of the dimension; other arrays, and ``None``, are ignored.
+        :param role: ``"producer"``, ``"consumer"`` or ``"norm"``. A dimension without a role is ``"other"``.
+        """
         slot = self._slot_by_array.get(id(labels))
         if slot is not None:
             self.roles.setdefault(slot, role)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nncf_compactprune.channels.groups import ChannelGraph, build_graph
-from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Pin, Reason
+from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Pin, Reason, Role
 from nncf_compactprune.channels.running_code import Number, numbers_in_code, user_location
 from nncf_compactprune.channels.shapes import ValuesNeeded, without_arithmetic
 from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WIDTHS, AttributeTerm, MacTerm
@@ -266,8 +266,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for array in self.labels(tensor):
             self.pin(array, text, kind=kind, locate=locate)
 
-    def mark(self, labels: LabelArray | None, role: str) -> None:
-        """States the role of a parameter dimension (``"out"``, ``"in"``, ``"norm"``)."""
+    def mark(self, labels: LabelArray | None, role: Role) -> None:
+        """States the role of a parameter dimension.
+
+        :param labels: the labels of the dimension; other arrays, and ``None``, are ignored.
+        :param role: ``"producer"``, ``"consumer"`` or ``"norm"``.
+        """
         self.space.mark(labels, role)
 
     def count_macs(self, total: int, *dims: LabelArray | None) -> None:

@@ -124,7 +124,7 @@ def _containers(module: str) -> list[str]:
 
 
 def _produced_by(group: ChannelGroup) -> set[str]:
-    return {member.parameter for member in group.members if member.role != "in"}
+    return {member.parameter for member in group.members if member.role != "consumer"}
 
 
 def _nncf_operations(model: nn.Module, example_inputs: Any) -> dict[str, set[str]]:

@@ -36,7 +36,7 @@ class InspectedGroup:
     @property
     def producers(self) -> tuple[str, ...]:
         """Modules that write these channels; more than one where a sum or the like couples them."""
-        owners = (member.parameter.rpartition(".")[0] for member in self.group.with_role("out"))
+        owners = (member.parameter.rpartition(".")[0] for member in self.group.with_role("producer"))
         return tuple(dict.fromkeys(owners))
 
 

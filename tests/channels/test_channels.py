@@ -22,18 +22,18 @@ def members(graph, name):
 def test_members_of_a_plain_layer():
     graph = trace(trained("plain"), images())
     assert members(graph, "features.0.0") == {
-        ("features.0.0.weight", 0, "out"),
+        ("features.0.0.weight", 0, "producer"),
         ("features.0.1.weight", 0, "norm"),
         ("features.0.1.bias", 0, "norm"),
         ("features.0.1.running_mean", 0, "norm"),
         ("features.0.1.running_var", 0, "norm"),
-        ("features.2.0.weight", 1, "in"),
+        ("features.2.0.weight", 1, "consumer"),
     }
 
 
 def test_residual_stage_is_one_group():
     graph = trace(trained("residual"), images())
-    produced = {m[0] for m in members(graph, "features.0.0") if m[2] == "out"}
+    produced = {m[0] for m in members(graph, "features.0.0") if m[2] == "producer"}
     assert produced == {"features.0.0.weight", "features.1.conv2.weight"}
 
 
@@ -108,10 +108,10 @@ def test_sides_of_transposed_convolutions():
         if member.parameter.startswith("up")
     }
     assert {key: roles[key] for key in roles if key[0] in ("up.weight", "up_grouped.weight")} == {
-        ("up.weight", 0): "in", ("up.weight", 1): "out",
-        ("up_grouped.weight", 0): "in", ("up_grouped.weight", 1): "out",
+        ("up.weight", 0): "consumer", ("up.weight", 1): "producer",
+        ("up_grouped.weight", 0): "consumer", ("up_grouped.weight", 1): "producer",
     }  # fmt: skip
-    assert roles["up_depthwise.weight", 0] == "out"
+    assert roles["up_depthwise.weight", 0] == "producer"
 
 
 def test_savings_agree_with_the_polynomial():
@@ -241,4 +241,4 @@ def test_reshape_there_and_back_is_the_identity(shape):
 
 def test_width_of_the_pooled_feature_goes_to_the_head():
     graph = trace(Classifier(conv_bn(3, 8), 8), torch.randn(1, 3, 6, 6))
-    assert ("head.weight", 1, "in") in members(graph, "features.0")
+    assert ("head.weight", 1, "consumer") in members(graph, "features.0")

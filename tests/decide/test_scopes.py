@@ -33,7 +33,7 @@ def test_one_layer_by_each_kind_of_name(model, scope: str) -> None:
     graph, every = trace(model, X), weights(model)
     assert parameters_in_scope(model, X, every, [scope], None) == every - {f"{LAYER}.weight"}
     assert parameters_in_scope(model, X, every, [], [scope]) == {f"{LAYER}.weight"}
-    produced = [any(m.parameter == f"{LAYER}.weight" and m.role != "in" for m in g.members) for g in graph.groups]
+    produced = [any(m.parameter == f"{LAYER}.weight" and m.role != "consumer" for m in g.members) for g in graph.groups]
     assert any(produced)
     assert prunable_groups(model, X, graph, [], [scope]) == produced
     assert prunable_groups(model, X, graph, [scope], None) == [not p for p in produced]

@@ -250,7 +250,7 @@ def test_an_installed_third_party_plugin_is_found(third_party: Path, monkeypatch
 
     weight = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
     member = SimpleNamespace(parameter="w", dim=0, indices=np.array([[0], [1]]))
-    group: Any = SimpleNamespace(size=2, with_role=lambda role: [member] * (role == "out"))
+    group: Any = SimpleNamespace(size=2, with_role=lambda role: [member] * (role == "producer"))
     nothing: Any = None
     context = CriterionContext(group, nothing, nothing, {"w": weight}, tuple, dict)
     scores = plugins.importance["l3"](context)

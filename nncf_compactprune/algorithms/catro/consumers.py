@@ -109,7 +109,9 @@ class ConsumerMode(TorchFunctionMode):
         sources = [self._names.get(id(leaf)) for leaf in tensors]
         if not sources or None in sources:
             return
-        consumed = (n for n in sources if any(member.role == "in" for _, member in self._members.get(n or "", ())))
+        consumed = (
+            n for n in sources if any(member.role == "consumer" for _, member in self._members.get(n or "", ()))
+        )
         self._names[id(result)] = next(consumed, "") or ""
         self._keep.append(result)
 
@@ -162,12 +164,12 @@ def _positions(kind: str, member: Member, x: Tensor, weight: Tensor, groups: int
     """Positions of a member's channels on the input's channel axis; None where it does not consume here."""
     if kind == "convolution":
         width = weight.shape[1]
-        if member.dim != 1 or member.role != "in" or (width == 1 and groups > 1):  # depthwise only passes on
+        if member.dim != 1 or member.role != "consumer" or (width == 1 and groups > 1):  # depthwise only passes on
             return None
         repeated = member.indices[:, None, :] + (np.arange(groups) * width)[None, :, None]
         return repeated.reshape(len(member.indices), -1)
     if kind == "transposed":
         return None if member.dim != 0 or (groups == x.shape[1] and groups > 1) else member.indices
-    if member.role != "in" or x.shape[-1] <= int(member.indices.max()):
+    if member.role != "consumer" or x.shape[-1] <= int(member.indices.max()):
         return None
     return member.indices

@@ -69,7 +69,7 @@ def importance(
 
 def readers_of(graph: ChannelGraph) -> set[str]:
     """Names of the modules that read any group's channels."""
-    return {owner(member.parameter) for group in graph.groups for member in group.with_role("in")}
+    return {owner(member.parameter) for group in graph.groups for member in group.with_role("consumer")}
 
 
 def consumers(group: ChannelGroup, modules: Mapping[str, nn.Module], found: Mapping[str, Moments]) -> list[Consumer]:
@@ -77,7 +77,7 @@ def consumers(group: ChannelGroup, modules: Mapping[str, nn.Module], found: Mapp
 
     :param modules: the model's, by name; :param found: moments by layer.
     """
-    members = [member for member in group.with_role("in") if owner(member.parameter) in found]
+    members = [member for member in group.with_role("consumer") if owner(member.parameter) in found]
     # in a grouped transposed convolution, a channel has columns of its own group only
     grouped = {name for name, m in found.items() if m.operation.transposed and m.operation.groups > 1}
     members = [member for member in members if owner(member.parameter) not in grouped]
@@ -101,7 +101,7 @@ def _columns(operation: Operation, member: Member) -> npt.NDArray[np.int64]:
 
 def _magnitude(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> Tensor:
     total = torch.zeros(group.size, dtype=torch.float64)
-    for member in group.with_role("out"):
+    for member in group.with_role("producer"):
         module, _, leaf = member.parameter.rpartition(".")
         weight = getattr(modules.get(module), leaf, None)
         if isinstance(weight, Tensor):

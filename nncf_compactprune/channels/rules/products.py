@@ -41,15 +41,15 @@ def convolution(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[
     tracer.count_macs(positions * kernel * weight.shape[0] * weight.shape[1], first, second)
     result: LabelArray | None
     if groups == 1:
-        tracer.mark(weight_out, "out")
-        tracer.mark(weight_in, "in")
+        tracer.mark(weight_out, "producer")
+        tracer.mark(weight_in, "consumer")
         tracer.same(weight_in, labels_in, "consumes a fixed input")
         result = weight_out
     else:
         result = _grouped(tracer, groups, labels_in, weight_in, weight_out, transposed)
     if bias is not None:
         bias_labels = tracer.labels(bias)[0]
-        tracer.mark(bias_labels, "out")
+        tracer.mark(bias_labels, "producer")
         tracer.same(result, bias_labels, "has a fixed bias")
     labels: list[LabelArray | None] = [None] * out.dim()
     labels[1 if batched else 0] = result
@@ -77,7 +77,7 @@ def _grouped(
     per_group = full.reshape(groups, -1)
     if (full.size if transposed else part.size * groups) == groups:
         # depthwise (with a channel multiplier): a group is a channel
-        tracer.mark(full, "out")
+        tracer.mark(full, "producer")
         tracer.pin(part, "depthwise", kind="structural")
         if transposed:
             tracer.same(full, labels_in, "consumes a fixed input")
@@ -87,8 +87,8 @@ def _grouped(
         tracer.same(np.ascontiguousarray(per_group[:, 0]), labels_in, "consumes a fixed input")
         return full
     tracer.unify(per_group[1:], per_group[:1])
-    tracer.mark(weight_out, "out")
-    tracer.mark(weight_in, "in")
+    tracer.mark(weight_out, "producer")
+    tracer.mark(weight_in, "consumer")
     if transposed:
         tracer.same(full, labels_in, "consumes a fixed input")
         return np.tile(part, groups)
@@ -111,8 +111,8 @@ def matrix_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mappi
     inner_a, inner_b = labels_a[-1], labels_b[-2]
     outer = labels_b[-1]
     if tracer.is_constant(b):
-        tracer.mark(inner_b, "in")
-        tracer.mark(outer, "out")
+        tracer.mark(inner_b, "consumer")
+        tracer.mark(outer, "producer")
     tracer.same(inner_a, inner_b, f"multiplied with a fixed matrix in {name_of(func)}")
     batch: list[LabelArray | None] = [None] * (out.dim() - 2)
     for d in range(len(batch)):
@@ -130,7 +130,7 @@ def matrix_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mappi
     tracer.set(out, result)
     if bias is not None:
         if bias.dim() == 1:
-            tracer.mark(tracer.labels(bias)[0], "out")
+            tracer.mark(tracer.labels(bias)[0], "producer")
         broadcast(tracer, [bias, out], out.shape, f"meets a fixed tensor in {name_of(func)}")
 
 
@@ -139,7 +139,7 @@ def embedding(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
     """A table look-up: the width passes on, the rows stay."""
     rows, width = tracer.labels(args[0])
     tracer.pin(rows, "rows of a look-up table", kind="structural")
-    tracer.mark(width, "out")
+    tracer.mark(width, "producer")
     tracer.set(out, [None] * (out.dim() - 1) + [width])
 
 

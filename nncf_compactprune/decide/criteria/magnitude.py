@@ -22,7 +22,7 @@ def filters(context: CriterionContext) -> list[Tensor]:
     they have.
     """
     group = context.group
-    members = [m for m in group.with_role("out") if context.tensors[m.parameter].dim() > 1]
+    members = [m for m in group.with_role("producer") if context.tensors[m.parameter].dim() > 1]
     if not members:
         members = [m for m in group.members if not m.is_buffer]
     return [context.rows(m) for m in members]

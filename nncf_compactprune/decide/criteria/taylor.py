@@ -27,7 +27,7 @@ def taylor(context: CriterionContext) -> Tensor:
             layers.setdefault(member.parameter.rpartition(".")[0], []).append(member)
         parts = [sum((_change(context, m) for m in layer), torch.zeros(())) for layer in layers.values()]
     else:
-        members = [m for m in group.with_role("out") if not m.is_buffer] or list(group.members)
+        members = [m for m in group.with_role("producer") if not m.is_buffer] or list(group.members)
         parts = [_change(context, member) for member in members if not member.is_buffer]
     return torch.stack([part.square() for part in parts]).sum(0).float()
 

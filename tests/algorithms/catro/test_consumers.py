@@ -51,7 +51,7 @@ def test_effects_are_the_derivative_of_margins_when_a_channel_fades(name: str) -
 def faded(model: nn.Module, group: ChannelGroup, consumer: str, channel: int, step: float, x: Tensor) -> Tensor:
     """Margins with a channel's slice of one consumer scaled by 1 + step."""
     changed = copy.deepcopy(model)
-    (member,) = (m for m in group.members if m.parameter == consumer and m.role == "in")
+    (member,) = (m for m in group.members if m.parameter == consumer and m.role == "consumer")
     weight = dict(changed.named_parameters())[consumer]
     weight.data.movedim(member.dim, 0)[torch.as_tensor(member.indices[channel])] *= 1 + step
     return margins(changed(x), LABELS)

@@ -45,7 +45,7 @@ def l3_importance(context: CriterionContext) -> Tensor:
     :param context: the group, and the network that it is scored in.
     :return: scores, ``[group.size]``; larger ones are kept.
     """
-    cubes = [context.rows(member).abs().pow(3).sum(1) for member in context.group.with_role("out")]
+    cubes = [context.rows(member).abs().pow(3).sum(1) for member in context.group.with_role("producer")]
     return sum(cubes, torch.zeros(context.group.size))
 
 
