@@ -18,8 +18,7 @@ import timm_import
 import torch
 from torch import nn
 
-from nncf_compactprune import PruningPlan
-from nncf_compactprune.channels import trace
+from nncf_compactprune import PruningPlan, analyse
 from nncf_compactprune.cut import self_check
 from nncf_compactprune.cut.inside import Probe
 from nncf_compactprune.cut.surgery import cut, select
@@ -37,7 +36,7 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     if name in DETECTORS:
         import torchvision
 
-        model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None)
+        model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None, min_size=128)
         return model.eval(), torch.rand(1, 3, 128, 128)
     import timm
 
@@ -99,7 +98,7 @@ def main() -> None:
     for name in options.only:
         model, x = build(name)
         inputs = ([x[0]],) if name in DETECTORS else x
-        graph = trace(model, inputs)
+        graph = analyse(model, inputs)
         generator = np.random.default_rng(0)
         outputs, whole, right, seconds, missed = 0, 0, 0, [], []
         for _ in range(options.plans):
