@@ -178,6 +178,29 @@ def test_links_in_documents_lead_somewhere(document: str, text: str) -> None:
         assert ((ROOT / document).parent / link).exists(), link
 
 
+def missing_files(text: str) -> list[str]:
+    """Python files named in backticks that are neither in the repository, the package, the tests nor the examples.
+
+    A name without a folder may lie anywhere in the package: a document speaks of one room at a time.
+    """
+    names = set(re.findall(r"`([\w./-]*\w\.py)`", text))
+    places = [ROOT, ROOT / "nncf_compactprune", ROOT / "tests", ROOT / "examples"]
+    found = {path.name for path in (ROOT / "nncf_compactprune").rglob("*.py")}
+    return sorted(name for name in names if name not in found and not any((place / name).is_file() for place in places))
+
+
+@pytest.mark.parametrize(("document", "text"), DOCUMENTS.items(), ids=list(DOCUMENTS))
+def test_python_paths_in_documents_exist(document: str, text: str) -> None:
+    assert missing_files(text.replace("timm's `train.py`", "")) == []
+
+
+def test_a_path_that_is_nowhere_is_missing() -> None:
+    text = (
+        "`decide/scopes.py`, `scopes.py`, `prune_once.py`, `cli.py`, `nowhere/scopes.py`, `nncf_compactprune/trace.py`"
+    )
+    assert missing_files(text) == ["nncf_compactprune/trace.py", "nowhere/scopes.py"]
+
+
 def commands() -> Iterator[Any]:
     for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.networks import trained
 from support.places import TESTS
 from torch import nn
 
+from nncf_compactprune import create_compressed_model
 from nncf_compactprune.config import AlgorithmConfig, load_config
 from nncf_compactprune.decide.criteria import CriterionContext
 from nncf_compactprune.errors import PluginError
@@ -255,6 +257,33 @@ def test_an_installed_third_party_plugin_is_found(third_party: Path, monkeypatch
     context = CriterionContext(group, nothing, nothing, {"w": weight}, tuple, dict)
     scores = plugins.importance["l3"](context)
     assert scores.tolist() == [9.0, 27.0]
+
+    shares = [plugins.schedules["linear"](epoch, initial=0.1, target=0.5, steps=4) for epoch in range(6)]
+    assert shares == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+
+
+def test_an_installed_allocation_and_schedule_run_from_a_configuration(
+    third_party: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each epoch masks more; the widest group loses its channels first; then the network is cut."""
+    monkeypatch.syspath_prepend(third_party)
+    plugins = Plugins()
+    plugins.load_entry_points()
+    entry = {
+        "algorithm": "fbnet_pruning",
+        "budget": {"params": 0.6},
+        "params": {"allocation": "widest_first", "schedule": "linear", "pruning_steps": 4, "round_to": 1},
+    }
+    config = {"input_info": {"sample_size": [1, 3, 8, 8]}, "compression": entry}
+    ctrl, _ = create_compressed_model(trained("plain", dtype=torch.float32), config, plugins=plugins)
+    rates = []
+    for _ in range(5):
+        ctrl.scheduler.epoch_step()
+        rates.append(ctrl.compression_rate)
+    assert rates == sorted(rates)
+    assert rates[0] < rates[2] < rates[4]
+    plan = ctrl.algorithms[0].plan  # type: ignore[attr-defined]
+    assert plan.after.params <= 0.6 * plan.before.params
 
 
 def test_a_third_party_algorithm_runs_from_a_configuration(third_party: Path, tmp_path: Path) -> None:

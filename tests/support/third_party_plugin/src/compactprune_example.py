@@ -1,17 +1,19 @@
-"""An importance criterion and an algorithm from outside the package."""
+"""An algorithm, a criterion, an allocation and a schedule from outside the package."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from nncf_compactprune.algorithms import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.channels import ChannelGraph
+from nncf_compactprune.decide.budgets import AllocationProblem, Scores, Widths
 from nncf_compactprune.decide.criteria import CriterionContext
-from nncf_compactprune.plugins.hookspecs import Algorithm, Importance, hookimpl
+from nncf_compactprune.plugins.hookspecs import Algorithm, Allocation, Importance, Schedule, hookimpl
 
 
 class EveryOtherParams(ChannelPruningParams):
@@ -49,6 +51,35 @@ def l3_importance(context: CriterionContext) -> Tensor:
     return sum(cubes, torch.zeros(context.group.size))
 
 
+def widest_first(problem: AllocationProblem, scores: Scores) -> Widths:
+    """Narrows the widest group by one allowed step, again and again, until every budget holds.
+
+    :param problem: allowed widths, exact costs and budgets.
+    :param scores: for each group one score a channel, ``[group.size]``; not needed here.
+    :return: widths, ``[groups]``.
+    """
+    widths = problem.sizes.copy()
+    while not problem.fits(widths):
+        group = int(np.where(widths > problem.floor, widths, 0).argmax())
+        allowed = problem.allowed[group]
+        widths[group] = allowed[allowed < widths[group]].max()
+    return widths
+
+
+def linear(epoch: int, *, initial: float, target: float, steps: int) -> float:
+    """Removes the same share more at every epoch.
+
+    :param epoch: counted from 0.
+    :param initial: share removed at epoch 0, in [0, 1).
+    :param target: share removed at epoch ``steps`` and after, in [0, 1).
+    :param steps: epochs from start to target.
+    :return: share removed at this epoch.
+    """
+    if epoch >= steps:
+        return target
+    return initial + (target - initial) * epoch / steps
+
+
 @hookimpl
 def compactprune_algorithms() -> list[type[Algorithm]]:
     """Offers the algorithm."""
@@ -59,3 +90,15 @@ def compactprune_algorithms() -> list[type[Algorithm]]:
 def compactprune_importance() -> dict[str, Importance]:
     """Offers the criterion."""
     return {"l3": l3_importance}
+
+
+@hookimpl
+def compactprune_allocations() -> dict[str, Allocation]:
+    """Offers the allocation."""
+    return {"widest_first": widest_first}
+
+
+@hookimpl
+def compactprune_schedules() -> dict[str, Schedule]:
+    """Offers the schedule."""
+    return {"linear": linear}
