@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.host.distributed import averaged, process_count
+from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
 from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.host.torch_internals import BatchNorm, tree_leaves
 
@@ -33,7 +34,8 @@ def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False)
             nncf_logger.warning("BatchNorm statistics are not adapted after pruning: no train_loader was given.")
         return
     with context.timed("batchnorm_adaptation"):
-        nncf.batch_norm_adaptation(model, nncf.Dataset(first_batches(context.batches(), samples)))
+        with no_bars_in_pipes():
+            nncf.batch_norm_adaptation(model, nncf.Dataset(first_batches(context.batches(), samples)))
         pool_over_ranks(model)
 
 

@@ -23,6 +23,7 @@ from nncf_compactprune.decide.labelled import class_scores
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.distributed import summed
+from nncf_compactprune.host.nncf_progress import track
 
 Key = tuple[int, str]
 HALF_PRECISION_SCALE = 1024.0  # keeps small gradients of float16 networks from vanishing
@@ -61,7 +62,7 @@ class ClassStatistics(ABC):
         :param batches: model inputs with class indices.
         """
         with evaluating(model):
-            for inputs, labels in batches:
+            for inputs, labels in track(batches, "Class statistics"):
                 self.labels = labels
                 with torch.enable_grad():
                     with ConsumerMode(model, self.graph, self.groups, self.see):

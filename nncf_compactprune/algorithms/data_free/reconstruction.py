@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from nncf.common.logging import nncf_logger
-from nncf.common.logging.track_progress import track
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.data_free.gram import Moments, damped, moments
@@ -39,6 +38,7 @@ from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.cut.transaction import Transaction, transaction
 from nncf_compactprune.host.calls import unmarked
 from nncf_compactprune.host.nncf_hooks import remove_hooks
+from nncf_compactprune.host.nncf_progress import track
 from nncf_compactprune.host.tensors import model_tensors, named_modules
 from nncf_compactprune.host.torch_internals import BatchNorm
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from nncf.common.logging.track_progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from nncf_compactprune.algorithms.data_free.network import (
     fingerprint,
 )
 from nncf_compactprune.errors import DataFreeError
+from nncf_compactprune.host.nncf_progress import track
 from nncf_compactprune.host.torch_internals import tree_leaves
 from nncf_compactprune.storage.writing import write_whole
 
