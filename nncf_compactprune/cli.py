@@ -111,7 +111,9 @@ def inspect_command(
 def export_command(
     directory: Annotated[Path, typer.Argument(help="What a run wrote: config.json, plan.json, model.safetensors.")],
     output: Annotated[Path | None, typer.Option(help="A directory, or one .onnx or .xml file.")] = None,
-    formats: Annotated[list[str] | None, typer.Option("--format", help="onnx, openvino; repeatable.")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="onnx, openvino, or a plugin's; repeatable.")
+    ] = None,
     precisions: Annotated[list[str] | None, typer.Option("--precision", help="fp32, fp16; repeatable.")] = None,
 ) -> None:
     """Export a pruned model to ONNX and OpenVINO IR, and verify the files in their runtimes."""

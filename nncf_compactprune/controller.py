@@ -22,6 +22,7 @@ from nncf_compactprune.config import CompressionConfig, load_algorithm, load_con
 from nncf_compactprune.cut.self_check import SelfCheck
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import ExportedFile, export_model
+from nncf_compactprune.export.formats import format_of
 from nncf_compactprune.host.distributed import refuse_wrapped
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plan import PruningPlan
@@ -186,12 +187,16 @@ class CompressionController:
     ) -> list[ExportedFile]:
         """Strips the model and writes it to ONNX (``.onnx``) or OpenVINO IR (``.xml``), reopened and compared.
 
-        :param path: the file; its suffix says the format.
+        :param path: the file; its suffix says the format, one of those that plugins offer.
         :param precisions: ``fp32``, ``fp16``; with both, the second file has ``_fp16`` in its name.
         :raises StorageError: the file cannot be written.
         :raises ExportError: unknown suffix, or the file computes something else.
         """
-        files = export_model(self.strip(), self._context.example_inputs, Path(path), precisions=precisions)
+        plugins = self._context.plugins
+        format_of(Path(path), plugins)  # a mistake is told before the model is stripped
+        files = export_model(
+            self.strip(), self._context.example_inputs, Path(path), precisions=precisions, plugins=plugins
+        )
         self._context.plugins.emit("exported", files=files)
         return files
 

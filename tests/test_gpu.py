@@ -86,7 +86,7 @@ def test_scheduled_run_in_mixed_precision(
         weights = [p for p in model.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
         assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     file = export_model(ctrl.strip(), torch.randn(2, 3, 12, 12).cuda(), tmp_path / "model.onnx")[0]
-    assert file.verification.passed
+    assert file.verification.max_rel_error < 1e-5
 
 
 def test_masked_is_compact_on_the_device() -> None:

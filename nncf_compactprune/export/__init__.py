@@ -1,20 +1,21 @@
-"""Files that compute what the model computes: ONNX and OpenVINO IR, verified and timed in their runtimes."""
+"""Files that compute what the model computes: ONNX, OpenVINO IR and what plugins add, verified and timed."""
 
 from __future__ import annotations
 
+from nncf_compactprune.export.formats import ExportFormat, Session
 from nncf_compactprune.export.latency import Latency, measure_latency
 from nncf_compactprune.export.model import ExportedFile, export_model
-from nncf_compactprune.export.onnx import export_onnx
-from nncf_compactprune.export.openvino import export_openvino
+from nncf_compactprune.export.prepared import Prepared
 from nncf_compactprune.export.verify import Verification, verify_export
 
 __all__ = [
+    "ExportFormat",
     "ExportedFile",
     "Latency",
+    "Prepared",
+    "Session",
     "Verification",
     "export_model",
-    "export_onnx",
-    "export_openvino",
     "measure_latency",
     "verify_export",
 ]

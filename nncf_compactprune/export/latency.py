@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 import torch
 from torch import nn
 
 from nncf_compactprune.errors import ExportError
+from nncf_compactprune.export.formats import existing, not_loaded
 from nncf_compactprune.export.prepared import FlatModel, ModelInputs, evaluation_on_cpu
-from nncf_compactprune.export.runtimes import RUNTIMES, in_file_order, open_timed, port_name, request_of, runtime_of
+from nncf_compactprune.plugins import Plugins
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,13 @@ class Latency:
 
 
 def measure_latency(
-    models: Mapping[str, str | PathLike[str] | nn.Module | openvino.CompiledModel],
+    models: Mapping[str, str | PathLike[str] | nn.Module],
     inputs: Any,
     *,
     device: str = "CPU",
     runs: int = 50,
     warmup: int = 10,
+    plugins: Plugins | None = None,
 ) -> dict[str, Latency]:
     """Times models in turn, A B A B, so that what else the machine does falls on all of them alike.
 
@@ -52,13 +53,14 @@ def measure_latency(
     OpenVINO files are compiled for latency with their shapes fixed to the inputs', in the precision that OpenVINO
     chooses for the device (bfloat16 where a CPU has it): as they would be served.
 
-    :param models: by label: an ``.onnx`` or ``.xml`` file, an ``openvino.CompiledModel``, or a torch module, which is
-        timed in evaluation mode on the CPU and left as it was.
+    :param models: by label: an exported file, or a torch module, which is timed in evaluation mode on the CPU and left
+        as it was.
     :param inputs: a tensor, a tuple of tensors, or a dict of keyword arguments; the batch size is theirs. A file takes
         them by name where the names agree, else by position.
     :param device: for files: ``CPU``, or another that the runtime has.
     :param runs: timed requests per model.
     :param warmup: requests before them, per model.
+    :param plugins: where formats come from; the installed plugins by default.
     :raises ExportError: when a file does not load, does not fit the inputs, or the device is not there.
     """
     if runs < 1 or warmup < 0:
@@ -68,7 +70,7 @@ def measure_latency(
         stack.enter_context(torch.inference_mode())
         by_runtime: dict[str, dict[str, Callable[[], object]]] = {}
         for label, model in models.items():
-            runtime, request = _request(model, inputs, device, stack)
+            runtime, request = _request(model, inputs, device, stack, plugins)
             by_runtime.setdefault(runtime, {})[label] = request
         times: dict[str, list[int]] = {label: [] for label in models}
         for requests in by_runtime.values():
@@ -83,19 +85,23 @@ def measure_latency(
     return {label: _summary(taken) for label, taken in times.items()}
 
 
-def _request(model: Any, inputs: Any, device: str, stack: contextlib.ExitStack) -> tuple[str, Callable[[], object]]:
+def _request(
+    model: Any, inputs: Any, device: str, stack: contextlib.ExitStack, plugins: Plugins | None
+) -> tuple[str, Callable[[], object]]:
     if isinstance(model, nn.Module):
         tensors = ModelInputs.of(model, inputs)
         flat = FlatModel(stack.enter_context(evaluation_on_cpu(model)), tensors)
         return "torch", lambda: flat.call(tensors.tensors)
     # A positional input has no name without the model, and is then used by position.
     given = ModelInputs.of(nn.Identity(), inputs)
-    arrays = dict(zip(given.names, given.arrays(), strict=True))
-    if isinstance(model, openvino.CompiledModel):
-        names = [port_name(port) for port in model.inputs]
-        return RUNTIMES[".xml"], request_of(model, in_file_order(Path("compiled model"), names, arrays))
     path = Path(model)
-    return RUNTIMES[runtime_of(path)], open_timed(path, arrays, device)
+    kind = existing(path, plugins)
+    try:
+        return kind.runtime, kind.open_timed(path, dict(zip(given.names, given.arrays(), strict=True)), device)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise not_loaded(path, kind, error) from error
 
 
 def _summary(nanoseconds: list[int]) -> Latency:

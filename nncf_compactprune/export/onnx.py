@@ -2,79 +2,84 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
-from collections.abc import Sequence
-from os import PathLike
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import torch
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 
-from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export.prepared import Prepared, prepared, reason_of, refuse_hooks, refuse_other_dtypes
-from nncf_compactprune.storage.writing import whole_file
+from nncf_compactprune.errors import ExportError, nearest
+from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order
+from nncf_compactprune.export.prepared import Array, Prepared, reason_of
+from nncf_compactprune.plugins.hookspecs import hookimpl
 
+_PROVIDERS = {"CPU": "CPUExecutionProvider", "CUDA": "CUDAExecutionProvider"}
 # A protobuf message ends at 2 GiB; leave room for the graph.
 _MAX_WEIGHT_BYTES = 2**31 - 2**26
 
 
-def export_onnx(
-    model: nn.Module,
-    example_inputs: Any,
-    path: str | PathLike[str],
-    *,
-    fp16: bool = False,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-    dynamic_batch: bool = True,
-) -> Path:
-    """Writes a model as one ONNX file. Nothing is verified here: see :func:`verify_export` and :func:`export_model`.
+class OnnxFormat(ExportFormat):
+    """ONNX files, opened in ONNX Runtime."""
 
-    The model is left as it was. An existing file is replaced only when the new one is complete.
+    name = "onnx"
+    title = "ONNX"
+    runtime = "ONNX Runtime"
+    suffix = ".onnx"
+    precisions = ("fp32", "fp16")
 
-    :param model: a float32 model without NNCF hooks; it is exported in evaluation mode.
-    :param example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments; those that are no tensors are
-        built into the file.
-    :param path: the file to write.
-    :param fp16: store weights and compute in float16; inputs and outputs stay float32.
-    :param input_names: default: the keywords, or the parameter names of ``forward``.
-    :param output_names: default: the keys of a dict output, ``output`` or ``output_0``, ``output_1``, ...
-    :param dynamic_batch: leave dim 0 of every input open.
-    :return: the path written.
-    :raises StorageError: when the path cannot be written.
-    :raises ExportError: when the model cannot be run or exported.
-    """
-    target = Path(path)
-    refuse_for_onnx(model)
-    with (
-        whole_file(target) as written,
-        prepared(
-            model, example_inputs, dynamic_batch=dynamic_batch, input_names=input_names, output_names=output_names
-        ) as ready,
-    ):
-        write_onnx(ready, written)
-        if fp16:
-            convert_to_fp16(written, written)
-    return target
+    def refuse(self, model: nn.Module) -> None:
+        super().refuse(model)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        if size > _MAX_WEIGHT_BYTES:
+            msg = f"the model holds {size} bytes of weights; one ONNX file holds 2 GiB. Export it to OpenVINO instead."
+            raise ExportError(msg)
+
+    def write(self, ready: Prepared, paths: Mapping[str, Path]) -> None:
+        traced = next(iter(paths.values())).with_suffix(".traced")
+        _write_fp32(ready, traced)
+        for precision, path in paths.items():
+            if precision == "fp16":
+                _convert_to_fp16(traced, path)
+            else:
+                shutil.copyfile(traced, path)
+        traced.unlink()
+
+    def open(self, path: Path) -> Session:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        ports = session.get_inputs()
+        names = tuple(port.name for port in ports)
+        half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in onnx.load(path).graph.initializer)
+        return Session(
+            self.runtime,
+            names,
+            any(port.shape and not isinstance(port.shape[0], int) for port in ports),
+            "fp16" if half else "fp32",
+            lambda arrays: [np.asarray(one) for one in session.run(None, dict(zip(names, arrays, strict=True)))],
+        )
+
+    def open_timed(self, path: Path, inputs: Mapping[str, Array], device: str) -> Callable[[], object]:
+        provider = _PROVIDERS.get(device.upper())
+        available = onnxruntime.get_available_providers()
+        if provider not in available:
+            names = [name for name, one in _PROVIDERS.items() if one in available]
+            msg = f"{path}: ONNX Runtime has no device '{device}' here, it has {names}.{nearest(device.upper(), names)}"
+            raise ExportError(msg)
+        options = onnxruntime.SessionOptions()
+        # Its worker threads would spin on between two requests, in the time of whoever is measured next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        names = [one.name for one in session.get_inputs()]
+        feed = dict(zip(names, in_file_order(path, names, inputs), strict=True))
+        return lambda: session.run(None, feed)
 
 
-def refuse_for_onnx(model: nn.Module) -> None:
-    """Refuses what would fail only after the long work.
-
-    :raises ExportError: for NNCF hooks, other dtypes than float32, or a model too large for one file.
-    """
-    refuse_hooks(model, stripped_quantizers=False)
-    refuse_other_dtypes(model)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if size > _MAX_WEIGHT_BYTES:
-        msg = f"the model holds {size} bytes of weights; one ONNX file holds 2 GiB. Export it to OpenVINO instead."
-        raise ExportError(msg)
-
-
-def write_onnx(ready: Prepared, path: Path) -> None:
+def _write_fp32(ready: Prepared, path: Path) -> None:
     """Traces the model and writes it in float32."""
     shapes = tuple({0: "batch"} if ready.dynamic_batch and t.dim() else {} for t in ready.trace_inputs.tensors)
     try:
@@ -115,7 +120,7 @@ def write_onnx(ready: Prepared, path: Path) -> None:
     program.save(path, external_data=False)
 
 
-def convert_to_fp16(source: Path, path: Path) -> None:
+def _convert_to_fp16(source: Path, path: Path) -> None:
     """Converts an FP32 file; inputs and outputs keep their types."""
     with warnings.catch_warnings():
         # The converter warns for each weight that is rounded to zero or cut to the float16 range. Whether that matters
@@ -123,3 +128,9 @@ def convert_to_fp16(source: Path, path: Path) -> None:
         warnings.filterwarnings("ignore", "the float32 number .* will be truncated", UserWarning)
         converted = convert_float_to_float16(onnx.load(source), keep_io_types=True)
     onnx.save(converted, path)
+
+
+@hookimpl
+def compactprune_export_formats() -> list[type[ExportFormat]]:
+    """The format of this module."""
+    return [OnnxFormat]

@@ -3,77 +3,88 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from os import PathLike
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino
 from torch import nn
+from torch.jit._trace import TracerWarning
 
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export.prepared import Prepared, prepared, reason_of, refuse_hooks, refuse_other_dtypes
-from nncf_compactprune.host.torch_internals import TracerWarning
-from nncf_compactprune.storage.writing import whole_files
+from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order
+from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
+from nncf_compactprune.plugins.hookspecs import hookimpl
 
 
-def export_openvino(
-    model: nn.Module,
-    example_inputs: Any,
-    path: str | PathLike[str],
-    *,
-    fp16: bool = False,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-    dynamic_batch: bool = True,
-) -> Path:
-    """Writes a model as OpenVINO IR: the ``.xml`` at ``path`` and a ``.bin`` beside it, both or neither.
+class OpenVinoFormat(ExportFormat):
+    """OpenVINO IR: an ``.xml`` and a ``.bin`` beside it. Quantized models are written as they are."""
 
-    Nothing is verified here: see :func:`verify_export` and :func:`export_model`. The model is left as it was.
+    name = "openvino"
+    title = "OpenVINO"
+    runtime = "OpenVINO"
+    suffix = ".xml"
+    precisions = ("fp32", "fp16")
 
-    :param model: a float32 model without NNCF hooks, or a quantized one after ``nncf.strip``. It is exported in
-        evaluation mode.
-    :param example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments; those that are no tensors are
-        built into the file.
-    :param path: the ``.xml`` file to write.
-    :param fp16: store weights in float16. Without it they stay float32, unlike OpenVINO's own default.
-    :param input_names: default: the keywords, or the parameter names of ``forward``.
-    :param output_names: default: the keys of a dict output, ``output`` or ``output_0``, ``output_1``, ...
-    :param dynamic_batch: leave dim 0 of every input open; all other dims are those of the example.
-    :return: the path written.
-    :raises StorageError: when the path cannot be written.
-    :raises ExportError: when the model cannot be run or converted.
-    """
-    target = Path(path)
-    if target.suffix != ".xml":
-        msg = f"{target}: expected a file name that ends in .xml, got '{target.name}'."
-        raise ExportError(msg)
-    refuse_for_openvino(model)
-    with (
-        whole_files(target.parent, [part.name for part in ir_parts(target)]) as stage,
-        prepared(
-            model, example_inputs, dynamic_batch=dynamic_batch, input_names=input_names, output_names=output_names
-        ) as ready,
-    ):
-        write_openvino(convert_openvino(ready), stage / target.name, fp16=fp16)
-    return target
+    def parts(self, path: Path) -> list[Path]:
+        # The weights come first, so that no new .xml is ever without them.
+        return [path.with_suffix(".bin"), path]
+
+    def refuse(self, model: nn.Module) -> None:
+        refuse_hooks(model, stripped_quantizers=True)
+        refuse_other_dtypes(model)
+
+    def write(self, ready: Prepared, paths: Mapping[str, Path]) -> None:
+        converted = _converted(ready)
+        for precision, path in paths.items():
+            self._save(converted, path, fp16=precision == "fp16")
+
+    def open(self, path: Path) -> Session:
+        model = openvino.Core().read_model(path)
+        nodes = model.get_ops()
+        half = any(n.get_type_name() == "Constant" and n.get_output_element_type(0) == openvino.Type.f16 for n in nodes)
+        quantized = any(node.get_type_name() == "FakeQuantize" for node in nodes)
+        # OpenVINO would otherwise compute in bfloat16 where the CPU has it.
+        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+        def run(arrays: Sequence[Array]) -> list[Array]:
+            results = compiled(list(arrays))
+            return [np.array(results[position]) for position in range(len(compiled.outputs))]
+
+        return Session(
+            self.runtime,
+            tuple(_port_name(port) for port in model.inputs),
+            any(port.partial_shape.rank.get_length() and port.partial_shape[0].is_dynamic for port in model.inputs),
+            "int8" if quantized else "fp16" if half else "fp32",
+            run,
+        )
+
+    def open_timed(self, path: Path, inputs: Mapping[str, Array], device: str) -> Callable[[], object]:
+        core = openvino.Core()
+        if device.split(":")[0].split(".")[0] not in {"AUTO", *(one.split(".")[0] for one in core.available_devices)}:
+            msg = f"{path}: OpenVINO has no device '{device}' here, it has {core.available_devices}."
+            raise ExportError(msg)
+        model = core.read_model(path)
+        arrays = in_file_order(path, [_port_name(port) for port in model.inputs], inputs)
+        # Served models have their shape fixed: an open batch costs time that has nothing to do with the network.
+        model.reshape({port: openvino.PartialShape(a.shape) for port, a in zip(model.inputs, arrays, strict=True)})
+        request = core.compile_model(model, device, {"PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
+        return lambda: request.infer(arrays, share_inputs=True, share_outputs=True)
+
+    def _save(self, converted: Any, path: Path, *, fp16: bool) -> None:
+        """The precision is always said, because OpenVINO's default is float16."""
+        try:
+            openvino.save_model(converted, path, compress_to_fp16=fp16)
+        except RuntimeError as error:
+            for part in self.parts(path):  # OpenVINO says "iostream error"; the system says why, when asked to write on
+                with open(part, "ab") as file:
+                    file.write(bytes(2**16))
+            msg = f"OpenVINO could not save the model: {reason_of(error)}."
+            raise ExportError(msg) from error
 
 
-def ir_parts(path: Path) -> list[Path]:
-    """The files of an IR; the weights come first, so that no new ``.xml`` is ever without them."""
-    return [path.with_suffix(".bin"), path]
-
-
-def refuse_for_openvino(model: nn.Module) -> None:
-    """Refuses what would fail only after the long work.
-
-    :raises ExportError: for NNCF hooks that strip removes, and other dtypes than float32.
-    """
-    refuse_hooks(model, stripped_quantizers=True)
-    refuse_other_dtypes(model)
-
-
-def convert_openvino(ready: Prepared) -> Any:
+def _converted(ready: Prepared) -> Any:
     """Traces the model into an ``openvino.Model`` with our names and only the batch dim open."""
     try:
         with warnings.catch_warnings():
@@ -118,20 +129,13 @@ def _tensor_of(port: Any) -> tuple[str, int]:
     return port.get_node().get_name(), port.get_index()
 
 
-def write_openvino(converted: Any, path: Path, *, fp16: bool) -> None:
-    """Saves an ``openvino.Model``; the precision is always said, because OpenVINO's default is float16.
+def _port_name(port: Any) -> str:
+    """An input's name. One that is an output too has that name as well, and then the node's is the input's."""
+    node = str(port.get_node().get_friendly_name())
+    return node if node in port.get_names() else str(port.get_any_name())
 
-    :param converted: what :func:`convert_openvino` returned.
-    :param path: the ``.xml`` file.
-    :param fp16: whether weights are stored in float16.
-    :raises OSError: when there is no room.
-    :raises ExportError: when OpenVINO cannot write it for another reason.
-    """
-    try:
-        openvino.save_model(converted, path, compress_to_fp16=fp16)
-    except RuntimeError as error:
-        for part in ir_parts(path):  # OpenVINO says "iostream error"; the system says why, when asked to write on
-            with open(part, "ab") as file:
-                file.write(bytes(2**16))
-        msg = f"OpenVINO could not save the model: {reason_of(error)}."
-        raise ExportError(msg) from error
+
+@hookimpl
+def compactprune_export_formats() -> list[type[ExportFormat]]:
+    """The format of this module."""
+    return [OpenVinoFormat]

@@ -131,6 +131,9 @@ class Prepared:
     :param flat: the model behind a flat signature.
     :param trace_inputs: what to trace it with; never a batch of 1 when the batch is dynamic.
     :param references: the example batch, and a second batch size when the batch is dynamic.
+    :param input_names: one per tensor of ``trace_inputs``.
+    :param output_names: one per tensor that ``flat`` returns.
+    :param dynamic_batch: whether dim 0 of every input stays open.
     """
 
     flat: FlatModel

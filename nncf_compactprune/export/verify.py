@@ -12,8 +12,9 @@ import numpy as np
 from torch import nn
 
 from nncf_compactprune.errors import ExportError
+from nncf_compactprune.export.formats import Session, in_file_order, opened
 from nncf_compactprune.export.prepared import Array, Reference, prepared, reason_of
-from nncf_compactprune.export.runtimes import Session, in_file_order, open_exact
+from nncf_compactprune.plugins import Plugins
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1e-1}
 """Largest accepted error by arithmetic, relative to the largest absolute value of the output.
@@ -32,7 +33,6 @@ class Verification:
     :param max_abs_error: largest absolute difference over all outputs and batches.
     :param max_rel_error: the same, each output's difference divided by its largest absolute value.
     :param tolerance: largest accepted ``max_rel_error``.
-    :param passed: whether it was kept.
     :param batch_sizes: the batch sizes compared; two when the file's batch is dynamic. Empty for inputs without one.
     """
 
@@ -41,24 +41,30 @@ class Verification:
     max_abs_error: float
     max_rel_error: float
     tolerance: float
-    passed: bool
     batch_sizes: tuple[int, ...]
 
 
 def verify_export(
-    model: nn.Module, path: str | PathLike[str], inputs: Any, *, tolerance: float | None = None
+    model: nn.Module,
+    path: str | PathLike[str],
+    inputs: Any,
+    *,
+    tolerance: float | None = None,
+    plugins: Plugins | None = None,
 ) -> Verification:
     """Opens a file in its runtime and compares it with torch, at two batch sizes where the file's may vary.
 
     :param model: the model the file was exported from; it is left as it was.
-    :param path: an ``.onnx`` or ``.xml`` file.
+    :param path: an exported file.
     :param inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
     :param tolerance: largest accepted error relative to the largest absolute output; default: by the file's arithmetic,
         see :data:`TOLERANCES`.
+    :param plugins: where formats come from; the installed plugins by default.
+    :return: what was compared; that it is returned says that the file was close enough.
     :raises ExportError: when the file does not load, does not run, or differs by more than the tolerance.
     """
     file = Path(path)
-    session = open_exact(file)
+    session = opened(file, plugins)
     with prepared(model, inputs, dynamic_batch=session.dynamic_batch) as ready:
         return compare(session, file, ready.references, ready.output_names, tolerance)
 
@@ -103,7 +109,7 @@ def compare(
         )
         raise ExportError(msg)
     sizes = tuple(next((int(t.shape[0]) for t in r.inputs.tensors if t.dim()), 0) for r in references)
-    return Verification(shown_as, session.runtime, worst_abs, worst_rel, limit, True, tuple(s for s in sizes if s))
+    return Verification(shown_as, session.runtime, worst_abs, worst_rel, limit, tuple(s for s in sizes if s))
 
 
 def _run(session: Session, shown_as: Path, reference: Reference, shapes: str) -> list[Array]:

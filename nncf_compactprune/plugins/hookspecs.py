@@ -185,5 +185,10 @@ def compactprune_datasets() -> Mapping[str, DatasetResolver]:  # type: ignore[em
 
 
 @hookspec
+def compactprune_export_formats() -> Iterable[type[Any]]:  # type: ignore[empty-body]
+    """Returns subclasses of :class:`nncf_compactprune.export.ExportFormat`."""
+
+
+@hookspec
 def compactprune_event(event: Event) -> None:
     """Is called when something happened. What it returns is ignored; what it raises reaches the caller."""

@@ -43,6 +43,7 @@ _NOUNS = {
     "module_facts": "facts function for the module class",
     "models": "model scheme",
     "datasets": "data set scheme",
+    "export_formats": "export format",
 }
 
 
@@ -64,6 +65,7 @@ class Plugins:
         self.module_facts: dict[type[nn.Module], FactsFn] = {}
         self.models: dict[str, ModelResolver] = {}
         self.datasets: dict[str, DatasetResolver] = {}
+        self.export_formats: dict[str, type[Any]] = {}
 
     def register(self, plugin: object, name: str | None = None) -> str:
         """Adds a plugin: whole, or not at all.
@@ -190,10 +192,10 @@ def _call(plugin: str, hook: str, function: Callable[[], Any]) -> list[tuple[Any
         offered = list(result.items() if isinstance(result, Mapping) else result) if _iterable(result) else None
     except Exception as error:
         raise _error(plugin, f"{hook}() raised {type(error).__name__}: {error}") from error
-    if hook == "compactprune_algorithms":
+    if hook in _CHECKS:
         if offered is None or isinstance(result, Mapping):
             raise _error(plugin, f"{hook}() must return a list of classes, got {type(result).__name__}")
-        return [(_checked_algorithm(plugin, algorithm).name, algorithm) for algorithm in offered]
+        return [(_CHECKS[hook](plugin, kind).name, kind) for kind in offered]
     if offered is None or not isinstance(result, Mapping):
         raise _error(plugin, f"{hook}() must return a mapping, got {type(result).__name__}")
     for key, value in offered:
@@ -224,6 +226,25 @@ def _checked_algorithm(plugin: str, algorithm: Any) -> Any:
     except PydanticUserError as error:
         raise _error(plugin, f"{algorithm.__qualname__}.Config has no JSON schema: {error.message}") from error
     return algorithm
+
+
+def _checked_format(plugin: str, kind: Any) -> Any:
+    """Returns the format's class; refuses what has no name, no file name or nothing that writes and opens."""
+    words = ("name", "title", "runtime", "suffix")
+    wrong = [word for word in words if not isinstance(getattr(kind, word, None), str) or not getattr(kind, word)]
+    if not isinstance(kind, type) or wrong or not kind.suffix.startswith("."):  # type: ignore[attr-defined]
+        reason = "name, title, runtime and suffix ('.ending') must be words"
+        raise _error(
+            plugin, f"compactprune_export_formats() must return subclasses of ExportFormat, got {kind!r}: {reason}"
+        )
+    return kind
+
+
+#: hooks that return classes, which name themselves
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "compactprune_algorithms": _checked_algorithm,
+    "compactprune_export_formats": _checked_format,
+}
 
 
 def _error(plugin: str, reason: str) -> PluginError:

@@ -9,11 +9,12 @@ from os import PathLike
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
 from nncf_compactprune.config import CompressionConfig, Section, load_config, load_section, read_document
-from nncf_compactprune.plugins import Plugins
+from nncf_compactprune.errors import nearest
+from nncf_compactprune.plugins import Plugins, default_plugins
 
 DEFAULT_MOMENTUM = 0.9
 
@@ -51,8 +52,18 @@ class OptimizerConfig(Section):
 class ExportConfig(Section):
     """What ``run`` writes of the dense and the pruned model."""
 
-    formats: tuple[Literal["onnx", "openvino"], ...] = Field(default=("onnx", "openvino"), min_length=1, strict=False)
+    formats: tuple[str, ...] = Field(default=("onnx", "openvino"), min_length=1, strict=False)
     precisions: tuple[Literal["fp32", "fp16"], ...] = Field(default=("fp32", "fp16"), min_length=1, strict=False)
+
+    @field_validator("formats")
+    @classmethod
+    def _installed(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        known = default_plugins().export_formats
+        for name in formats:
+            if name not in known:
+                msg = f"expected formats among {', '.join(sorted(known))}, got '{name}'.{nearest(name, known)}"
+                raise ValueError(msg)
+        return formats
 
 
 class RunConfig(Section):

@@ -90,7 +90,7 @@ def test_networks_that_split_by_their_own_numbers_have_no_floor(name, attribute)
 def test_exports_with_fewer_heads_and_channels(library, name, tmp_path):
     model, x, _ = pruned(library, name)
     files = export_model(model, x, tmp_path / "model.onnx")
-    assert files[0].verification.passed
+    assert files[0].verification.max_rel_error < 1e-5
 
 
 def test_timm_models_keep_name_arguments_and_data_config(tmp_path):

@@ -301,7 +301,7 @@ def test_mixed_precision_shrinks_and_exports_in_float32(examples: Any, tmp_path:
     inputs = image_inputs(model)
     assert logits(model, inputs).dtype == torch.float32
     file = export_model(model, inputs, tmp_path / "model.onnx")[0]
-    assert file.verification.passed
+    assert file.verification.max_rel_error < 1e-5
     import onnx
 
     graph = onnx.load(file.path).graph
