@@ -20,9 +20,9 @@ from nncf_compactprune.channels.shapes import ValuesNeeded, without_arithmetic
 from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WIDTHS, AttributeTerm, MacTerm
 from nncf_compactprune.errors import TraceError
 from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.marks import Writes
 from nncf_compactprune.host.tensors import carries_channels, carries_hooks, model_tensors, named_modules
 from nncf_compactprune.host.torch_internals import (
-    TorchDispatchMode,
     register_module_forward_hook,
     register_module_forward_pre_hook,
     tree_leaves,
@@ -91,7 +91,7 @@ def _batch_size(example_inputs: Any) -> int:
     return max(int(tensors[0].shape[0]), 1) if tensors else 1
 
 
-class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tracer(Writes):  # type: ignore[no-untyped-call]
     """The dispatch mode that rules talk to.
 
     :param rules: ATen packet name (``"aten.convolution"``) to rule.
@@ -102,7 +102,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(
         self, model: nn.Module, space: LabelSpace, rules: Mapping[str, Callable[..., None]], *, shapes_only: bool
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.model = model
         self.space = space
         self.mac_terms: list[MacTerm] = []
@@ -145,7 +145,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             register_module_forward_hook(self._leave, always_call=True),
         ]
         try:
-            with evaluating(self.model, example_inputs), _TorchCalls(self), self:
+            with evaluating(self.model, example_inputs, mode=self), _TorchCalls(self), self:
                 return call_model(self.model, example_inputs)
         except (TraceError, ValuesNeeded):
             raise
@@ -288,6 +288,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.memory.save(func, args, kwargs)
         labelled, constant = False, True
         for arg in (*args, *kwargs.values()):
             for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):

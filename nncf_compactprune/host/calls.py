@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nncf_compactprune.host.marks import Marks
+from nncf_compactprune.host.marks import Marks, Writes
 from nncf_compactprune.host.tensors import named_modules
 
 
@@ -29,7 +29,9 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module, inputs: Any = None, *, changes: bool = False) -> Iterator[None]:
+def evaluating(
+    model: nn.Module, inputs: Any = None, *, changes: bool = False, mode: Writes | None = None
+) -> Iterator[None]:
     """The one way to run a model that leaves no mark: eval mode, no gradients, no autocast.
 
     Afterwards training flags and random states (torch, numpy, Python) are as before, and so is all that
@@ -38,8 +40,9 @@ def evaluating(model: nn.Module, inputs: Any = None, *, changes: bool = False) -
     :param inputs: what the model runs on; what it writes into these tensors is taken back too.
     :param changes: the body changes the model on purpose. Then only mode, flags and random states are taken back; put
         each run in an :func:`unmarked` of its own.
+    :param mode: sees the operations in place of one that only looks for writes: two modes cost twice the time.
     """
-    with nullcontext() if changes else unmarked(model, inputs):
+    with nullcontext() if changes else unmarked(model, inputs, mode=mode):
         training = [module for _, module in named_modules(model) if module.training]
         if training:
             model.eval()
@@ -52,15 +55,20 @@ def evaluating(model: nn.Module, inputs: Any = None, *, changes: bool = False) -
 
 
 @contextmanager
-def unmarked(model: nn.Module, inputs: Any = None, *, contents: bool = True) -> Iterator[None]:
+def unmarked(
+    model: nn.Module, inputs: Any = None, *, contents: bool = True, mode: Writes | None = None
+) -> Iterator[None]:
     """Takes back what runs inside leave in a model (see :mod:`~nncf_compactprune.host.marks`), in whatever mode.
 
     :param inputs: what the model runs on; what it writes into these tensors is taken back too.
     :param contents: take back what is written into tensors. Without it, a hook may change weights while the model runs.
+    :param mode: a mode that the body enters itself, and that saves what operations write into; None: one is entered.
     """
     marks = Marks(model, inputs, contents=contents)
+    writes = mode if mode is not None else Writes()
+    writes.memory = marks.memory
     try:
-        with marks.writes:
+        with writes if mode is None else nullcontext():
             yield
     finally:
         marks.undo()
@@ -77,7 +85,8 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _same_random_states(model: nn.Module) -> Iterator[None]:
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    parameters = model.parameters() if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
     python, legacy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):

@@ -19,6 +19,8 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import filterfalse, islice
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,8 @@ LEVELS = 3
 _LruCache = type(functools.lru_cache(lambda: None))
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size})
 _HOLLOW = frozenset({dict, OrderedDict, list, set, deque})
+_OF_EVERY_MODULE = tuple(vars(nn.Module()))  # first its flag, then containers
+_LAZY = (UninitializedParameter, UninitializedBuffer)
 _Undo = Callable[[], object]
 
 
@@ -56,13 +60,13 @@ class Marks:
         self._states: list[_Undo] = []
         self._tensors: list[tuple[Tensor, Tensor, Tensor | None, bool]] = []
         self._caches: list[Any] = []
-        self.writes = Writes()
+        self.memory = Memory()
         modules = [module for _, module in named_modules(model) if not isinstance(module, torch.jit.ScriptModule)]
         classes = own_classes(modules)
         self._packages = {cls.__module__.partition(".")[0] for cls in classes}
         self._seen.update(map(id, modules))
         for module in modules:
-            self._look_at_dict(vars(module), 0)
+            self._look_at_module(vars(module))
         for cls in classes:
             self._classes(cls)
         self._look_at_all((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), 0)
@@ -73,7 +77,7 @@ class Marks:
 
     def undo(self) -> None:
         """Brings everything back."""
-        self.writes.undo()
+        self.memory.undo()
         for tensor, data, grad, requires_grad in self._tensors:
             if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape or tensor.dtype != data.dtype:
                 tensor.data = data
@@ -81,9 +85,8 @@ class Marks:
                 tensor.requires_grad_(requires_grad)
             if tensor.is_leaf and tensor.grad is not grad:
                 tensor.grad = grad
-        for live in self._empty:
-            if live:
-                live.clear()
+        for live in filter(None, self._empty):
+            live.clear()
         for live, before in self._dicts:
             _restore_dict(live, before)
         for live, before in self._others:
@@ -102,7 +105,7 @@ class Marks:
             kind = type(value)
             if kind in plain:
                 continue
-            if kind in hollow and not value:  # most of what a module keeps: no hooks of ten kinds
+            if kind in hollow and not value:
                 empty.append(value)
             elif id(value) not in self._seen:
                 self._look_at(value, level)
@@ -132,18 +135,29 @@ class Marks:
         elif kind.__module__.partition(".")[0] in self._packages and hasattr(value, "__dict__"):
             self._look_at_dict(vars(value), level + 1)
 
+    def _look_at_module(self, live: dict[str, Any]) -> None:
+        before = dict(live)
+        size = len(_OF_EVERY_MODULE)
+        if tuple(islice(before, size)) != _OF_EVERY_MODULE:
+            self._look_at_dict(live, 0)
+            return
+        self._dicts.append((live, before))
+        values = list(before.values())
+        self._empty += filterfalse(None, values[1:size])  # most of them: hooks of ten kinds
+        self._look_at_all(filter(None, values[1:size]), 0)
+        self._look_at_all(values[size:], 0)
+
     def _look_at_dict(self, live: dict[Any, Any], level: int) -> None:
         before = dict(live)
         self._dicts.append((live, before))
         self._look_at_all(before.values(), level)
 
     def _tensor(self, tensor: Tensor) -> None:
-        if not self._contents:
-            return
-        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) or tensor.layout is not torch.strided:
+        # the exact type: isinstance runs Python code for these two classes
+        if not self._contents or type(tensor) in _LAZY or tensor.layout is not torch.strided:
             return
         self._tensors.append((tensor, tensor.data, tensor.grad if tensor.is_leaf else None, tensor.requires_grad))
-        self.writes.watch(tensor)
+        self.memory.watch(tensor)
 
     def _classes(self, cls: type) -> None:
         before = {name: value for name, value in vars(cls).items() if not name.startswith("__")}
@@ -151,11 +165,10 @@ class Marks:
         self._look_at_all((v for v in before.values() if isinstance(v, (*_HOLLOW, Tensor))), 1)
 
 
-class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies the memory of a watched tensor before the first operation that writes into it."""
+class Memory:
+    """The memory of watched tensors, copied before the first operation that writes into it."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._watched: dict[int, Any] = {}
         self._saved: list[tuple[Any, Any]] = []
 
@@ -171,18 +184,34 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage.copy_(before)
         self._saved.clear()
 
+    def save(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Copies what an operation is about to write into.
+
+        :param func: the operation.
+        :param args: its positional arguments.
+        :param kwargs: its keyword arguments.
+        """
+        for place, name in written_arguments(func):
+            value = args[place] if place < len(args) else kwargs.get(name)
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                    storage = self._watched.pop(tensor.untyped_storage().data_ptr(), None)
+                    if storage is not None:
+                        self._saved.append((storage, storage.clone()))
+
+
+class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation before it writes. A subclass calls ``self.memory.save`` before it runs an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.memory = Memory()
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for place, name in written_arguments(func):
-                value = args[place] if place < len(args) else kwargs.get(name)
-                for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                    if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-                        storage = self._watched.pop(tensor.untyped_storage().data_ptr(), None)
-                        if storage is not None:
-                            self._saved.append((storage, storage.clone()))
+        self.memory.save(func, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -256,13 +285,11 @@ def random_state(value: Any) -> _Undo | None:
 
 
 def _restore_dict(live: dict[Any, Any], before: dict[Any, Any]) -> None:
-    if list(live) != list(before):
+    if len(live) != len(before) or not all(map(is_, live, before)):
         live.clear()
         live.update(before)
-        return
-    for key, value in before.items():
-        if live[key] is not value:
-            live[key] = value
+    elif not all(map(is_, live.values(), before.values())):
+        live.update(before)
 
 
 def _restore(live: Any, before: Any) -> None:
