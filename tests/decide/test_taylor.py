@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.networks import images, trained
+from torch import nn
 
 from nncf_compactprune import prune
 from nncf_compactprune.channels import trace
@@ -97,3 +98,25 @@ def test_gradients_are_the_mean_over_all_processes(monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     for name, gradient in mean_gradients(model, batches()).items():
         torch.testing.assert_close(together[name], gradient)
+
+
+class Doubles(nn.Module):
+    """Writes into a buffer that its gradients are computed with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 5)
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.scale.mul_(2)
+        return self.head(self.layer(x) * self.scale)
+
+
+def test_gradients_belong_to_what_the_forward_pass_wrote() -> None:
+    torch.manual_seed(0)
+    model, x, y = Doubles(), torch.randn(6, 3), torch.arange(6) % 5
+    gradients = mean_gradients(model, [(x, y)])
+    assert model.scale.eq(1).all()
+    (expected,) = torch.autograd.grad(F.cross_entropy(model(x), y), [model.layer.weight])
+    torch.testing.assert_close(gradients["layer.weight"], expected)

@@ -93,7 +93,8 @@ def mean_gradients(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict
                 scores = class_scores(call_model(model, inputs))
                 wanted = checked_labels(labels, scores.shape[1]).to(scores.device)
                 loss = nn.functional.cross_entropy(scores.float(), wanted, reduction="sum")
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                # before the context takes back what the forward pass wrote: autograd may have kept it
+                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), found, strict=True):
                 if gradient is not None:
                     total += gradient
