@@ -31,6 +31,7 @@ from nncf_compactprune.plugins import Plugins, default_plugins
 
 _LABELS = "_compactprune_labels"
 _CONSTANT = "_compactprune_constant"
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def trace(
@@ -116,6 +117,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         self._stack: list[tuple[str, nn.Module]] = []
         self.attributes: list[AttributeTerm] = []
         self.chunking = False
+        self.inside_operation = False
         self.tensors = model_tensors(model)
         for name, tensor in self.tensors.named():
             if carries_channels(tensor):
@@ -295,6 +297,9 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
                 if isinstance(tensor, Tensor):
                     labelled = labelled or self.has_labels(tensor)
                     constant = constant and self.is_constant(tensor)
+        rule = self._rule(func) if labelled else None
+        if labelled and rule is None and func.has_kernel_for_dispatch_key(_COMPOSITE):
+            return self._taken_apart(func, args, kwargs)
         out = without_arithmetic(func, args, unchanged=not labelled) if self._shapes_only else None
         if out is None:
             out = func(*args, **kwargs)
@@ -302,9 +307,6 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
             return out
         if constant and isinstance(out, Tensor):
             self._note(out, _CONSTANT, True)
-        rule = self._resolved.get(func, _UNRESOLVED)
-        if rule is _UNRESOLVED:
-            rule = self._resolved[func] = self._resolve(func)
         if rule is None:
             self.no_rule(func, args, kwargs, "no rule for the operation")
             return out
@@ -314,6 +316,21 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
             nncf_logger.warning("The rule of %s failed in '%s': %s", func, self.module, error)
             self.no_rule(func, args, kwargs, "the rule failed for this use of the operation")
         return out
+
+    def _taken_apart(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Runs an operation as the smaller ones it consists of. Torch does so itself, except in inference mode."""
+        before, self.inside_operation = self.inside_operation, True
+        try:
+            with self:
+                return func.decompose(*args, **kwargs)
+        finally:
+            self.inside_operation = before
+
+    def _rule(self, func: Any) -> Callable[..., None] | None:
+        rule = self._resolved.get(func, _UNRESOLVED)
+        if rule is _UNRESOLVED:
+            rule = self._resolved[func] = self._resolve(func)
+        return rule
 
     def _resolve(self, func: Any) -> Callable[..., None] | None:
         name = str(func.overloadpacket)

@@ -302,6 +302,8 @@ class _Recorder(Tracer):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if self.inside_operation:  # the cut model's run sees the whole operation
+            return super().__torch_dispatch__(func, types, args, kwargs)
         inputs = [self.labels(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         out = super().__torch_dispatch__(func, types, args, kwargs)
         results = _results(out)
