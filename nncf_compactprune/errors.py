@@ -139,6 +139,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     >>> nearest("glboal", ["uniform", "global"])
     " Did you mean 'global'?"
+
+    :param name: what was given.
+    :param known: the valid names.
     """
     matches = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f" Did you mean '{matches[0]}'?" if matches else ""

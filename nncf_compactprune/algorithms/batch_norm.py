@@ -22,6 +22,7 @@ def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False)
 
     Nothing happens with 0 samples, without a BatchNorm, or without a training loader.
 
+    :param context: the model and its training loader.
     :param samples: how many examples of the training loader to use, at least.
     :param asked_for: warn where there is no training loader.
     """
@@ -56,7 +57,11 @@ def pool_over_ranks(model: torch.nn.Module) -> None:
 
 
 def first_batches(batches: Iterator[Any], samples: int) -> list[Any]:
-    """The first batches with at least this many examples in all."""
+    """The first batches with at least this many examples in all.
+
+    :param batches: of tensors, examples first.
+    :param samples: how many examples are wanted.
+    """
     chosen, seen = [], 0
     for batch in batches:
         first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)

@@ -197,7 +197,7 @@ class ChannelPruning(CompressionAlgorithm):
     @compression_rate.setter
     def compression_rate(self, value: float) -> None:
         if self._masks is None:
-            msg = f"the model is cut already: the compression rate stays at {self._rate:.3f}"
+            msg = f"compression_rate: the model is cut already. The rate stays at {self._rate:.3f}. Set it earlier."
             raise CompactPruneError(msg)
         self._rate = value
         self.plan = self._agreed(value)
@@ -351,7 +351,7 @@ def _checked(scores: Tensor, group: str) -> npt.NDArray[np.float64]:
     values = scores.detach().double().cpu().numpy()
     if not np.isfinite(values).all():
         msg = (
-            f"group '{group}': the importance criterion gave a score that is not finite. Are there NaNs in the weights?"
+            f"group '{group}': the importance criterion gave a score that is not finite. Look for NaNs in the weights."
         )
         raise BudgetError(msg)
     return values

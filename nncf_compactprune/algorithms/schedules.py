@@ -9,13 +9,21 @@ from nncf_compactprune.plugins.hookspecs import Schedule, hookimpl
 
 
 def one_shot(epoch: int, *, initial: float, target: float, steps: int) -> float:
-    """Everything at once."""
+    """Everything at once.
+
+    :param epoch: not used.
+    :param initial: not used.
+    :param target: share removed, in [0, 1).
+    :param steps: not used.
+    """
     return target
 
 
 def exponential(epoch: int, *, initial: float, target: float, steps: int) -> float:
     """Share removed after ``epoch`` of ``steps`` epochs, fast at first (NNCF's exponential ratio).
 
+    :param epoch: counted from 0, where pruning starts.
+    :param steps: epochs from start to target.
     :param initial: share removed at epoch 0; :param target: at epoch ``steps`` and after.
     """
     if epoch >= steps or initial >= target:

@@ -168,7 +168,7 @@ def _entries(document: dict[str, Any], plugins: Plugins, findings: list[Finding]
     wanted = 'Expected an object with "algorithm", or a list of such objects.'
     if "compression" not in document:
         close = [key for key in document if nearest(key, ["compression"])]
-        hint = f" Did you mean that where you wrote {show(close[0])}?" if close else ""
+        hint = f' Rename {show(close[0])} to "compression".' if close else ""
         findings.append((("compression",), f"missing. {wanted}{hint}"))
         return []
     section = document["compression"]

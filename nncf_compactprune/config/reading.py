@@ -191,7 +191,11 @@ def _plain(value: Any, path: JsonPath, findings: list[Finding], callables_under:
 
 
 def has(value: Any, step: Any) -> bool:
-    """Tells whether a value has this key or index."""
+    """Tells whether a value has this key or index.
+
+    :param value: a parsed JSON value.
+    :param step: a key or an index.
+    """
     if isinstance(value, dict):
         return step in value
     return isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value)
@@ -218,7 +222,12 @@ def render(path: JsonPath) -> str:
 
 
 def config_error(name: str, findings: Iterable[Finding], document: dict[str, Any]) -> ConfigError:
-    """Makes one error of all findings, in the order of the document."""
+    """Makes one error of all findings, in the order of the document.
+
+    :param name: of the document, for messages.
+    :param findings: pairs of JSON path and message.
+    :param document: the parsed document, for the order.
+    """
 
     def position(finding: Finding) -> list[int]:
         key: list[int] = []

@@ -43,6 +43,9 @@ def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]
 
     A channel of a grouped or repeated group stands for several positions of its producer; ``round_to`` counts
     positions.
+
+    :param group: the channel group.
+    :param limits: bounds of its width.
     """
     repeats = group.members[0].indices.shape[1]
     step = limits.round_to // math.gcd(limits.round_to, repeats)
@@ -94,13 +97,21 @@ class AllocationProblem:
         return all(self.graph.cost[kind](widths) <= most for kind, most in self.budgets.items())
 
     def round_up(self, group: int, width: float) -> int:
-        """The smallest allowed width of at least ``width``."""
+        """The smallest allowed width of at least ``width``.
+
+        :param group: the group's index.
+        :param width: in channels; may be a fraction.
+        """
         options = self.allowed[group]
         return int(options[min(int(np.searchsorted(options, width - 1e-9)), len(options) - 1)])
 
 
 def uniform(problem: AllocationProblem, scores: Scores) -> Widths:
-    """The same share of every group: the largest share whose widths fit (bisection; scores play no part)."""
+    """The same share of every group: the largest share whose widths fit (bisection; scores play no part).
+
+    :param problem: allowed widths, costs and budgets.
+    :param scores: not used.
+    """
 
     def widths_at(share: float) -> Widths:
         return np.array([problem.round_up(g, share * size) for g, size in enumerate(problem.sizes)], np.float64)
@@ -109,7 +120,11 @@ def uniform(problem: AllocationProblem, scores: Scores) -> Widths:
 
 
 def global_ranking(problem: AllocationProblem, scores: Scores) -> Widths:
-    """One threshold for all channels, on scores scaled to mean 1 in each group (as the layers' scales differ)."""
+    """One threshold for all channels, on scores scaled to mean 1 in each group (as the layers' scales differ).
+
+    :param problem: allowed widths, costs and budgets.
+    :param scores: one score a channel for each group, ``[group.size]``; larger ones are kept.
+    """
     scaled = [np.sort(s / max(float(np.mean(s)), 1e-12))[::-1] for s in scores]
     thresholds = np.unique(np.concatenate(scaled)) if scaled else np.zeros(0)
 
@@ -139,13 +154,21 @@ def _largest(problem: AllocationProblem, widths_at: Callable[[float], Widths], l
 
 def greedy(problem: AllocationProblem, scores: Scores) -> Widths:
     """Removes step by step what costs the least score for the most budget: :func:`lazy_greedy` on the scores lost
-    (scaled to mean 1 in each group, as in :func:`global_ranking`)."""
+    (scaled to mean 1 in each group, as in :func:`global_ranking`).
+
+    :param problem: allowed widths, costs and budgets.
+    :param scores: one score a channel for each group, ``[group.size]``; larger ones are kept.
+    """
     scaled = [np.sort(s / max(float(np.mean(s)), 1e-12)) for s in scores]
     return lazy_greedy(problem, [np.concatenate([[0.0], np.cumsum(s)]) for s in scaled])
 
 
 def least_loss(problem: AllocationProblem, scores: Scores) -> Widths:
-    """As :func:`greedy`, for scores that are losses in one unit all over the network: nothing is scaled."""
+    """As :func:`greedy`, for scores that are losses in one unit all over the network: nothing is scaled.
+
+    :param problem: allowed widths, costs and budgets.
+    :param scores: one loss a channel for each group, ``[group.size]``, in one unit for the whole network.
+    """
     return lazy_greedy(problem, [np.concatenate([[0.0], np.cumsum(np.sort(s))]) for s in scores])
 
 
@@ -159,6 +182,7 @@ def lazy_greedy(problem: AllocationProblem, curves: Scores) -> Widths:
 
     When the budget holds, steps are taken back where it allows, dearest first.
 
+    :param problem: allowed widths, costs and budgets.
     :param curves: for each group the loss at every number removed, ``[channels]``, convex, rising.
     :return: widths, ``[groups]``.
     """
@@ -226,6 +250,8 @@ def _given_back(problem: AllocationProblem, curves: Scores, widths: Widths, leve
 def choose(widths: Widths, scores: Scores) -> list[npt.NDArray[np.bool_]]:
     """Keeps the highest scores of every group; among equals the earlier channel.
 
+    :param widths: channels kept, ``[groups]``.
+    :param scores: one score a channel for each group, ``[group.size]``; larger ones are kept.
     :return: for each group which channels stay, shape ``[group.size]``.
     """
     result = []

@@ -35,6 +35,7 @@ def checked_labels(labels: Any, classes: int, where: str = "train_loader") -> Te
 
     :param labels: a tensor or a sequence; ``[n]`` or ``[n, 1]``, integers in [0, classes).
     :param classes: the model's number of classes.
+    :param where: what to call the labels in messages.
     :raises DataError: there are none, they are no integers, of another shape, or out of range.
     """
     if labels is None:
@@ -47,8 +48,8 @@ def checked_labels(labels: Any, classes: int, where: str = "train_loader") -> Te
         raise DataError(msg) from error
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         msg = (
-            f"{where}: expected integer class indices as labels, got {values.dtype}. Soft or one-hot labels have to be "
-            "turned into indices first (labels.argmax(1))."
+            f"{where}: expected integer class indices as labels, got {values.dtype}. Turn soft or one-hot labels "
+            "into indices first (labels.argmax(1))."
         )
         raise DataError(msg)
     if values.dim() == 2 and values.shape[1] == 1:

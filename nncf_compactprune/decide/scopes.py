@@ -42,6 +42,8 @@ def prunable_groups(
     An ignored layer keeps its output channels; its input channels may still go with the layer before. A coupled group
     is ignored when one of its producers is, and targeted when one of them is.
 
+    :param model: the network.
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
     :param graph: of the model.
     :param ignored: scopes that are left out; :param target: scopes that are meant, or None for all.
     :return: one entry for each group of the graph.
@@ -65,6 +67,8 @@ def parameters_in_scope(
 ) -> set[str]:
     """Which of the parameters the scopes leave.
 
+    :param model: the network.
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
     :param parameters: names to choose from.
     :param ignored: scopes that are left out; :param target: scopes that are meant, or None for all.
     :raises ScopeError: a scope matches nothing, or is no valid pattern.
@@ -80,6 +84,8 @@ def operations_out_of_scope(
 ) -> set[str]:
     """NNCF's names of the operations that the scopes leave out.
 
+    :param model: the network.
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
     :param ignored: scopes that are left out; :param target: scopes that are meant, or None for all.
     :raises ScopeError: a scope matches nothing, or is no valid pattern.
     """
@@ -94,7 +100,11 @@ def operations_out_of_scope(
 
 
 def operations_by_parameter(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
-    """Names of the NNCF operations that each parameter goes into, in the order of execution."""
+    """Names of the NNCF operations that each parameter goes into, in the order of execution.
+
+    :param model: the network.
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+    """
     result: dict[str, list[str]] = {}
     for operation, parameters in _nncf_operations(model, example_inputs).items():
         for parameter in parameters:
@@ -103,7 +113,11 @@ def operations_by_parameter(model: nn.Module, example_inputs: Any) -> dict[str, 
 
 
 def names_of(model: nn.Module, example_inputs: Any) -> dict[str, Found]:
-    """Every name that a scope may match, with what is behind it."""
+    """Every name that a scope may match, with what is behind it.
+
+    :param model: the network.
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+    """
     tensors = model_tensors(model)
     own = {name: name for name, _ in tensors.named()} | tensors.tied
     names: dict[str, Found] = {}

@@ -50,6 +50,7 @@ def summed(values: Sequence[Tensor]) -> list[Tensor]:
 def require_agreement(text: str, what: str) -> None:
     """Compares a text over all ranks, by its SHA-256.
 
+    :param text: what every rank must have alike.
     :param what: what the text is, for the message.
     :raises CompactPruneError: on every rank, if any differs, naming who has which.
     """

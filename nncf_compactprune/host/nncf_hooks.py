@@ -70,6 +70,8 @@ def hooks(model: nn.Module) -> list[Hook]:
 def hook_parameter(model: nn.Module, name: str, hook: nn.Module) -> Any:
     """Lets a hook change a parameter before each use. The model is wrapped, in place, where it is not yet.
 
+    :param model: the model; it is wrapped in place.
+    :param hook: is called with the parameter and returns what is used instead.
     :param name: of the parameter.
     :return: a handle with ``remove()``.
     """
@@ -79,13 +81,21 @@ def hook_parameter(model: nn.Module, name: str, hook: nn.Module) -> Any:
 def hook_input(model: nn.Module, operation: str, port: int, hook: nn.Module) -> Any:
     """Lets a hook change an operation's input; see :func:`hook_parameter`.
 
+    :param model: the model; it is wrapped in place.
+    :param hook: is called with the input and returns what is used instead.
     :param operation: NNCF's name of it; :param port: which input.
     """
     return register_pre_function_hook(_wrapped(model), operation, port, hook)
 
 
 def hook_output(model: nn.Module, operation: str, port: int, hook: nn.Module) -> Any:
-    """Lets a hook change an operation's output; see :func:`hook_input`."""
+    """Lets a hook change an operation's output; see :func:`hook_input`.
+
+    :param model: the model; it is wrapped in place.
+    :param operation: NNCF's name of the operation.
+    :param port: which output.
+    :param hook: is called with the output and returns what is used instead.
+    """
     return register_post_function_hook(_wrapped(model), operation, port, hook)
 
 
@@ -97,6 +107,7 @@ def _wrapped(model: nn.Module) -> nn.Module:
 def remove_hooks(model: nn.Module, which: Callable[[nn.Module], bool] = lambda hook: True) -> None:
     """Takes hooks off, and NNCF's wrapper with the last one.
 
+    :param model: the model, wrapped or not.
     :param which: whether a hook goes; all, by default.
     """
     if NNCF_HOOKS not in model._modules:
@@ -153,7 +164,11 @@ def nncf_graph(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def operations(model: nn.Module, example_inputs: Any) -> Iterator[tuple[str, set[str]]]:
-    """Name and parameters of every operation of NNCF's graph; see :func:`nncf_graph`."""
+    """Name and parameters of every operation of NNCF's graph; see :func:`nncf_graph`.
+
+    :param model: in the mode to run it in; no bare ``nn.Sequential``.
+    :param example_inputs: a tensor, a tuple or a dict.
+    """
     graph = nncf_graph(model, example_inputs)
     for node in graph.get_all_nodes():
         constants = {getattr(before.layer_attributes, "name", "") for before in graph.get_previous_nodes(node)}

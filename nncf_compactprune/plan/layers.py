@@ -40,6 +40,7 @@ def disagreement(module: nn.Module, kept: Mapping[int, Dims]) -> str:
     Weight, bias and statistics of torch's layers must keep the same channels, and groups of channels be cut alike.
     Subclasses are held to the rule of their base; other modules have no rule.
 
+    :param module: the layer, before the cut.
     :param kept: what is kept of each tensor, by ``id``.
     """
     own = {

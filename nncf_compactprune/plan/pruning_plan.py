@@ -360,7 +360,10 @@ def make_plan(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]], *, alg
     widths = []
     for group, mask in zip(graph.groups, keep, strict=True):
         if mask.shape != (group.size,) or not mask.any():
-            msg = f"group '{group.name}': expected {group.size} decisions with at least one channel kept."
+            msg = (
+                f"group '{group.name}': expected {group.size} decisions with at least one channel kept, got "
+                f"{mask.size} with {int(mask.sum())} kept. Keep at least one channel of every group."
+            )
             raise PlanError(msg)
         widths.append(int(mask.sum()))
         if not mask.all():

@@ -122,7 +122,7 @@ class Plugins:
         known = ", ".join(repr(key) for key in sorted(self.algorithms))
         hint = nearest(name, self.algorithms) or (f" Known here: {known}." if known else "")
         if not hint:
-            hint = " No algorithm is registered at all: install the package, so that its entry points are found."
+            hint = " No algorithm is registered. Install the package, so that its entry points are found."
         msg = f"unknown algorithm {name!r}.{hint}"
         raise PluginError(msg)
 

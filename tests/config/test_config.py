@@ -416,7 +416,7 @@ WANTED = 'Expected an object with "algorithm", or a list of such objects.'
     ("config", "expected"),
     [
         ({}, f"compression: missing. {WANTED}"),
-        ({"compresion": ENTRY}, f'compression: missing. {WANTED} Did you mean that where you wrote "compresion"?'),
+        ({"compresion": ENTRY}, f'compression: missing. {WANTED} Rename "compresion" to "compression".'),
         ({"compression": []}, f"compression: empty. {WANTED}"),
         ({"compression": "catro"}, 'compression: expected an object with "algorithm", got "catro".'),
         ({"compression": [None]}, 'compression[0]: expected an object with "algorithm", got null.'),

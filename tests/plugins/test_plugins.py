@@ -182,7 +182,9 @@ def test_a_plugin_registers_once() -> None:
 
 def test_unknown_algorithm_is_told_with_the_nearest_name() -> None:
     plugins = Plugins()
-    with pytest.raises(PluginError, match=r"unknown algorithm 'catro'. No algorithm is registered at all"):
+    with pytest.raises(
+        PluginError, match=r"unknown algorithm 'catro'. No algorithm is registered\. Install the package"
+    ):
         plugins.get_algorithm("catro")
     plugins.register(fake_plugin(compactprune_algorithms=lambda: [Catro]))
     with pytest.raises(PluginError, match=r"unknown algorithm 'catroo'. Did you mean 'catro'\?"):

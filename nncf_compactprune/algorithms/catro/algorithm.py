@@ -78,7 +78,7 @@ class CatroParams(ChannelPruningParams):
     @model_validator(mode="after")
     def _classes_at_once(self) -> CatroParams:
         if self.classes is not None and self.schedule != "one_shot":
-            msg = '\'classes\' cuts the classifier, which is no matter of degree: set "schedule": "one_shot".'
+            msg = '\'classes\' cuts the classifier, and a classifier is cut at once: set "schedule": "one_shot".'
             raise ValueError(msg)
         return self
 
@@ -155,13 +155,15 @@ class Catro(ChannelPruning):
         if not seen:
             kind = type(self.context.model).__name__
             msg = (
-                f"'catro' saw no convolution or matrix product consume a channel of {kind}: it cannot tell what they "
-                "are for. Use another algorithm."
+                f"'catro' saw no convolution or matrix product consume a channel of {kind}, so it cannot score the "
+                "channels. Use another algorithm."
             )
             raise CompactPruneError(msg)
         if missing:
             names = ", ".join(self.graph.groups[g].name for g in missing)
-            nncf_logger.warning("catro: ranked by filter norms, as no consumer was seen: %s.", names)
+            nncf_logger.warning(
+                "catro: these groups are ranked by filter norms, because no consumer was seen: %s.", names
+            )
         curves = []
         for index, context in enumerate(criterion_contexts(self.context.model, self.graph)):
             norms = l2(context).double().cpu().square() if index in missing else torch.zeros(context.group.size)

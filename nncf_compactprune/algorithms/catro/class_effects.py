@@ -71,7 +71,7 @@ class ClassStatistics(ABC):
                 self.samples += len(labels)
         empty, samples = summed([(self.samples == 0).double(), self.samples])
         if int(empty):
-            msg = "train_loader: gave no sample to at least one process. Every process needs some of its own."
+            msg = "train_loader: at least one process got no sample. Give every process samples of its own."
             raise DataError(msg)
         self.samples = samples
         self.all_reduce()

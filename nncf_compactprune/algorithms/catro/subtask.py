@@ -58,6 +58,11 @@ def with_classifier_cut(
 ) -> PruningPlan:
     """The plan that also cuts the layers whose outputs are the model's scores down to some classes.
 
+    :param plan: the plan to extend.
+    :param model: the dense model.
+    :param graph: the dense model's channels.
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+    :param plugins: where rules come from.
     :param classes: ascending.
     :raises CompactPruneError: the scores do not come straight from linear layers or convolutions.
     """

@@ -95,7 +95,11 @@ class RemovalCurve:
 
 
 def trace_ratio_curve(between: Floats, within: Floats) -> RemovalCurve:
-    """The trace-ratio optimum of every width; the loss is the share of the scatter between classes that goes."""
+    """The trace-ratio optimum of every width; the loss is the share of the scatter between classes that goes.
+
+    :param between: scatter of class means, ``[channels]``, non-negative.
+    :param within: scatter inside classes, ``[channels]``, non-negative.
+    """
     kept = np.array([trace_ratio(between, within, width).kept for width in range(len(between), 0, -1)])
     total = max(float(between.sum()), np.finfo(np.float64).tiny)
     return RemovalCurve(1 - kept @ between / total, kept)
@@ -128,6 +132,9 @@ def damped(gram: Floats, exponent: float) -> Floats:
 
     Losses are taken at the dense network, where the groups that look cheapest look too cheap: they are all cut at
     once, and what they lose adds up.
+
+    :param gram: the loss form, ``[channels, channels]``.
+    :param exponent: the power, in [0, 1].
     """
     mean = float(np.diag(gram).mean())
     return gram * mean**-exponent if mean > 0 else gram

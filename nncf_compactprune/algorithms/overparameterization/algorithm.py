@@ -173,8 +173,7 @@ class LinearOverparameterization(CompressionAlgorithm):
         idle = [name for name, hook in self._weights.hooks.items() if not hook.used]
         if idle:
             msg = (
-                f"'{idle[0]}' is not used as a parameter of an operation that NNCF's hooks see. Leave its layer out by "
-                "ignored_scopes."
+                f"'{idle[0]}': NNCF's hooks see no operation that uses this parameter. Add its layer to ignored_scopes."
             )
             raise CompactPruneError(msg)
         shadow = self._shadow
@@ -225,7 +224,7 @@ class LinearOverparameterization(CompressionAlgorithm):
             raise CompactPruneError(msg)
         if state["teacher"] is not None and state["teacher"] != self._teacher_digest:
             msg = (
-                "compression_state: the teacher is another one than in that run. Load the dense model's trained "
+                "compression_state: the teacher differs from the one in that run. Load the dense model's trained "
                 "weights before create_compressed_model, or give that run's teacher."
             )
             raise DistillationError(msg)

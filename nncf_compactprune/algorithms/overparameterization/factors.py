@@ -88,7 +88,11 @@ class Geometry:
         return matrices.reshape(self.shape[0], *kernel, self.ins).movedim(-1, 1)
 
     def core_weight(self, core: Tensor, expansion: int) -> Tensor:
-        """The core as the weight of the chain's middle layer, in the layer's own layout."""
+        """The core as the weight of the chain's middle layer, in the layer's own layout.
+
+        :param core: ``[groups, r·n, taps, r·m]``.
+        :param expansion: r.
+        """
         wide = list(self.shape)
         wide[0], wide[1] = expansion * self.shape[0], expansion * self.shape[1]
         return Geometry(tuple(wide), self.groups, self.transposed).weight(core)
@@ -115,6 +119,10 @@ def factorise(
     do momentum and decay. The expansion r then has no effect at all; it is a square factorisation in rotated
     coordinates. A random R makes the added directions take part, at the same exact start.
 
+    :param weight: the layer's weight, in its own layout.
+    :param geometry: how the weight is read as matrices.
+    :param expansion: r, at least 1.
+    :param generator: a CPU generator for the random draws.
     :param core_scale: standard deviation of R's entries, relative to the root mean square of the weight's. 0: no R.
     :return: in the weight's dtype, float32 at least, on the weight's device.
     """

@@ -92,7 +92,11 @@ class Reparameterization:
 
 @torch.no_grad()
 def fold(model: nn.Module, *, write: bool = True) -> None:
-    """Merges every factorised weight of a model (the one at hand, or a copy of it) and removes the hooks."""
+    """Merges every factorised weight of a model (the one at hand, or a copy of it) and removes the hooks.
+
+    :param model: the model, or a copy of it.
+    :param write: write the products into the weights; otherwise the weights stay as they are.
+    """
     parameters = dict(model.named_parameters())
     for hook in hooks(model):
         if isinstance(hook.module, FactorizedWeight):

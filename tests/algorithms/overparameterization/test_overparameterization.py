@@ -213,7 +213,7 @@ def test_resume_with_another_teacher_or_configuration_is_refused():
     stranger = model32()
     with torch.no_grad():
         stranger.head.weight += 1
-    with pytest.raises(DistillationError, match=r"teacher is another one than in that run\. Load the dense model"):
+    with pytest.raises(DistillationError, match=r"teacher differs from the one in that run\. Load the dense model"):
         create_compressed_model(stranger, config(lop(distillation=SIMILARITY)), compression_state=state)
     with pytest.raises(CompactPruneError, match=r"had 6 layers with expansion 4, but the configuration gives 6 with 2"):
         create_compressed_model(model32(), config(lop(expansion=2, distillation=SIMILARITY)), compression_state=state)
