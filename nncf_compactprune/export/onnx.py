@@ -15,8 +15,9 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 
 from nncf_compactprune.errors import ExportError, nearest
+from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order
-from nncf_compactprune.export.prepared import Array, Prepared, reason_of
+from nncf_compactprune.export.prepared import Array, Prepared
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
 _PROVIDERS = {"CPU": "CPUExecutionProvider", "CUDA": "CUDAExecutionProvider"}
@@ -82,24 +83,20 @@ class OnnxFormat(ExportFormat):
 def _write_fp32(ready: Prepared, path: Path) -> None:
     """Traces the model and writes it in float32."""
     shapes = tuple({0: "batch"} if ready.dynamic_batch and t.dim() else {} for t in ready.trace_inputs.tensors)
-    try:
-        with warnings.catch_warnings():
-            # torch's own deprecation, raised while its exporter copies its own tree specs.
-            warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.`", FutureWarning)
-            # That the inputs share one batch is what is wanted.
-            warnings.filterwarnings("ignore", ".*The axis name: batch will not be used", UserWarning)
-            program = torch.onnx.export(
-                ready.flat,
-                ready.trace_inputs.tensors,
-                dynamo=True,
-                verbose=False,
-                input_names=ready.input_names,
-                output_names=ready.output_names,
-                dynamic_shapes=(shapes,) if ready.dynamic_batch else None,
-            )
-    except Exception as error:
-        msg = f"torch's ONNX exporter failed: {reason_of(error)}."
-        raise ExportError(msg) from error
+    with exporting("torch's ONNX exporter failed", ready), warnings.catch_warnings():
+        # torch's own deprecation, raised while its exporter copies its own tree specs.
+        warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.`", FutureWarning)
+        # That the inputs share one batch is what is wanted.
+        warnings.filterwarnings("ignore", ".*The axis name: batch will not be used", UserWarning)
+        program = torch.onnx.export(
+            ready.flat,
+            ready.trace_inputs.tensors,
+            dynamo=True,
+            verbose=False,
+            input_names=ready.input_names,
+            output_names=ready.output_names,
+            dynamic_shapes=(shapes,) if ready.dynamic_batch else None,
+        )
     if program is None:
         msg = "torch's ONNX exporter returned no program."
         raise ExportError(msg)

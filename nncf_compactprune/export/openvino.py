@@ -13,6 +13,7 @@ from torch import nn
 from torch.jit._trace import TracerWarning
 
 from nncf_compactprune.errors import ExportError
+from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order
 from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
 from nncf_compactprune.plugins.hookspecs import hookimpl
@@ -86,16 +87,12 @@ class OpenVinoFormat(ExportFormat):
 
 def _converted(ready: Prepared) -> Any:
     """Traces the model into an ``openvino.Model`` with our names and only the batch dim open."""
-    try:
-        with warnings.catch_warnings():
-            # "might not generalize to other inputs": whether it does is what the verification finds out.
-            warnings.simplefilter("ignore", TracerWarning)
-            # torch's advice to OpenVINO, whose converter traces.
-            warnings.filterwarnings("ignore", "`torch.jit.[a-z_]+` is deprecated", DeprecationWarning)
-            converted = openvino.convert_model(ready.flat, example_input=ready.trace_inputs.tensors)
-    except Exception as error:
-        msg = f"OpenVINO could not convert the model: {reason_of(error)}."
-        raise ExportError(msg) from error
+    with exporting("OpenVINO could not convert the model", ready), warnings.catch_warnings():
+        # "might not generalize to other inputs": whether it does is what the verification finds out.
+        warnings.simplefilter("ignore", TracerWarning)
+        # torch's advice to OpenVINO, whose converter traces.
+        warnings.filterwarnings("ignore", "`torch.jit.[a-z_]+` is deprecated", DeprecationWarning)
+        converted = openvino.convert_model(ready.flat, example_input=ready.trace_inputs.tensors)
     if len(converted.inputs) != len(ready.input_names) or len(converted.outputs) != len(ready.output_names):
         msg = (
             f"OpenVINO converted the model to {len(converted.inputs)} inputs and {len(converted.outputs)} outputs, "

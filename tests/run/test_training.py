@@ -162,6 +162,11 @@ def test_all_wrong_run_keys_are_told_at_once_with_their_paths() -> None:
     assert "Did you mean 'sgd'?" in str(caught.value)
 
 
+def test_an_unknown_export_format_is_told_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"export\.formats: expected formats among onnx, .*'onxn'.* mean 'onnx'"):
+        run_config(model="m", export={"formats": ["onxn"]})
+
+
 def test_missing_model_is_told() -> None:
     with pytest.raises(ConfigError, match=r"c\.json: model: missing\. Expected a string\."):
         run_config()
