@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.prepared import FlatModel, Prepared, reason_of
+from nncf_compactprune.host.torch_internals import TorchDispatchMode
 
 _FOREIGN = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "openvino")
 # Says for each of torchvision's operations that torchvision is not there, whatever the model.

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import openvino
 from torch import nn
-from torch.jit._trace import TracerWarning
 
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order
 from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
+from nncf_compactprune.host.torch_internals import TracerWarning
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 from nncf_compactprune.host.nncf_hooks import unwrap_if_empty
@@ -27,3 +30,19 @@ def restore_forward(model: nn.Module) -> None:
         unwrap_if_empty(model)
         if getattr(vars(model).get("forward"), "__func__", None) is type(model).forward:
             del vars(model)["forward"]
+
+
+@contextmanager
+def tied(model: Any, tie: Callable[[Any], object]) -> Iterator[None]:
+    """Ties a model's weights for the body, as in use. ``from_pretrained`` builds them apart, to fill each of them.
+
+    :param model: a ``PreTrainedModel`` that is being built.
+    :param tie: its ``tie_weights``, taken before ``from_pretrained`` replaced it.
+    """
+    tie(model)
+    yield
+    for name in getattr(model, "all_tied_weights_keys", ()):
+        owner, _, leaf = name.rpartition(".")
+        weight = model.get_parameter(name)
+        apart = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
+        setattr(model.get_submodule(owner), leaf, apart)

@@ -30,6 +30,7 @@ from torch import nn
 from nncf_compactprune.channels.terms import HEAD_COUNTS
 from nncf_compactprune.cut.surgery import CONFIG_ATTRIBUTE, apply_plan, plan_of
 from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.host.huggingface import tied
 from nncf_compactprune.host.packages import require_package
 from nncf_compactprune.host.tensors import NNCF_HOOKS, model_tensors, named_modules
 from nncf_compactprune.plan import PruningPlan
@@ -126,10 +127,13 @@ def _cut_when_built(kind: Any, plan: PruningPlan | None) -> Any:
     """A subclass whose networks are cut before ``from_pretrained`` fills them: transformers then does the rest, with
     its names of old, its shards and its dtypes. The masks in a masked model's file are passed over."""
 
+    tie = kind.tie_weights
+
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, *args, **kwargs)
         if plan is not None:
-            with torch.device("cpu"):  # for the plan's own indices, where the network is built on the meta device
+            # On the CPU for the plan's own indices; the network is built on the meta device.
+            with torch.device("cpu"), tied(self, tie):
                 apply_plan(self, plan)
 
     passed_over = [*(kind._keys_to_ignore_on_load_unexpected or ()), re.escape(NNCF_HOOKS)]

@@ -70,6 +70,42 @@ def test_a_pruned_model_comes_back_bit_for_bit(build: Any, tmp_path: Path) -> No
     assert {k: v for k, v in dense_config(again.config).to_dict().items() if k in said} == {k: before[k] for k in said}
 
 
+def bert() -> tuple[Any, dict[str, torch.Tensor]]:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=20, **sizes)
+    return transformers.BertForMaskedLM(config), {"input_ids": torch.randint(0, 50, (2, 8))}
+
+
+def t5() -> tuple[Any, dict[str, torch.Tensor]]:
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=50)
+    words = torch.randint(0, 50, (2, 8))
+    return transformers.T5ForConditionalGeneration(config), {"input_ids": words, "decoder_input_ids": words}
+
+
+def whisper() -> tuple[Any, dict[str, torch.Tensor]]:
+    halves = {f"{half}_{key}": n for half in ("encoder", "decoder") for key, n in SIZES.items()}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    lengths = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}
+    config = transformers.WhisperConfig(d_model=32, vocab_size=60, **halves, **tokens, **lengths)
+    inputs = {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": torch.randint(3, 50, (2, 8))}
+    return transformers.WhisperForConditionalGeneration(config), inputs
+
+
+SIZES = {"layers": 1, "attention_heads": 4, "ffn_dim": 64}
+
+
+@pytest.mark.parametrize("build", [bert, t5, whisper])
+def test_tied_weights_come_back_tied(build: Any, tmp_path: Path) -> None:
+    model, inputs = build()
+    model.eval()
+    prune(model, inputs, budget={"params": 0.8}, round_to=1)
+    save_pruned_hf(model, tmp_path)
+    again = load_pruned_hf(tmp_path)
+    assert torch.equal(logits(model, inputs), logits(again, inputs))
+    assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+
+
 def test_pruned_for_some_classes_the_model_counts_them_anew(tmp_path: Path) -> None:
     """Its own loss reshapes the scores by the config's count."""
     model = vary(resnet())
