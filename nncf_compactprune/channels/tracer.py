@@ -23,6 +23,7 @@ from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.marks import Writes
 from nncf_compactprune.host.tensors import carries_channels, carries_hooks, model_tensors, named_modules
 from nncf_compactprune.host.torch_internals import (
+    COMPOSITE,
     register_module_forward_hook,
     register_module_forward_pre_hook,
     tree_leaves,
@@ -31,7 +32,6 @@ from nncf_compactprune.plugins import Plugins, default_plugins
 
 _LABELS = "_compactprune_labels"
 _CONSTANT = "_compactprune_constant"
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def trace(
@@ -298,7 +298,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
                     labelled = labelled or self.has_labels(tensor)
                     constant = constant and self.is_constant(tensor)
         rule = self._rule(func) if labelled else None
-        if labelled and rule is None and func.has_kernel_for_dispatch_key(_COMPOSITE):
+        if labelled and rule is None and func.has_kernel_for_dispatch_key(COMPOSITE):
             return self._taken_apart(func, args, kwargs)
         out = without_arithmetic(func, args, unchanged=not labelled) if self._shapes_only else None
         if out is None:

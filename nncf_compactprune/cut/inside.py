@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_compactprune.host.tensors import model_tensors, named_modules
+from nncf_compactprune.host.tensors import computed_tensors, model_tensors, named_modules, own_tensors
 from nncf_compactprune.plan import PruningPlan
 
 SAMPLE = 4096
@@ -72,7 +72,7 @@ class Probe:
         for name, module in named_modules(model):
             axes = [
                 (tensor.shape[dim], plan.indices(names[id(tensor)], dim))
-                for tensor in _own_tensors(module)
+                for tensor in _looked_at(module)
                 if id(tensor) in names
                 for dim in _outputs_first(module, plan.kept[names[id(tensor)]])
             ]
@@ -186,11 +186,10 @@ class Probe:
         return self._noise[: out.numel()].view(out.shape)
 
 
-def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of a module, vectors first (they lie along its output), re-parameterised ones too."""
-    owners = (module, *getattr(module, "parametrizations", {}).values())
-    own = [t for owner in owners for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None]
-    return iter(sorted(own, key=lambda tensor: tensor.dim() > 1))
+def _looked_at(module: nn.Module) -> list[Tensor]:
+    """Tensors of a module, vectors first (they lie along its output), parts of computed ones too."""
+    parts = [part for found in computed_tensors(module).values() for part in found]
+    return sorted([*own_tensors(module).values(), *parts], key=lambda tensor: tensor.dim() > 1)
 
 
 def _outputs_first(module: nn.Module, dims: Any) -> list[int]:

@@ -1,5 +1,6 @@
 """What the package takes from torch's private modules: base classes of layers, dispatch modes, trees of values."""
 
+import torch
 from torch.jit._trace import TracerWarning
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as RunningNorm
@@ -10,7 +11,11 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+#: the dispatch key of operations that are made of other operations
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
 __all__ = [
+    "COMPOSITE",
     "BatchNorm",
     "Convolution",
     "RunningNorm",

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from nncf_compactprune.host.calls import call_model, evaluating
-from nncf_compactprune.host.tensors import named_modules
+from nncf_compactprune.host.tensors import named_modules, own_tensors
 from nncf_compactprune.host.torch_internals import Convolution
 
 _LINEAR = ("input", "weight", "bias")
@@ -243,7 +243,7 @@ def refittable(model: nn.Module, example_inputs: Any) -> Layers:
     found = [name.removesuffix(".weight") for name in calls if name.endswith(".weight")]
     left: dict[str, str] = {}
     for name, module in modules.items():
-        weight = module._parameters.get("weight")
+        weight = own_tensors(module).get("weight")
         seen = calls.get(first[id(weight)], []) if weight is not None else []
         if seen or isinstance(module, (Convolution, nn.Linear)):
             reason = _why_not(module, seen)
@@ -257,13 +257,13 @@ def refittable(model: nn.Module, example_inputs: Any) -> Layers:
 
 
 def _why_not(module: nn.Module, seen: Sequence[Call]) -> str:
-    if module._parameters.get("weight") is None:
+    if own_tensors(module).get("weight") is None:
         return "its weight is computed from other parameters"
     if not seen:
         return "it does not run, or its weight is changed before it is used"
     if len(seen) > 1:
         return f"its weight is used {len(seen)} times"
-    if seen[0].bias is not module._parameters.get("bias"):
+    if seen[0].bias is not own_tensors(module).get("bias"):
         return "its bias is added apart, or changed before it is used"
     if seen[0].operation.kernel and seen[0].input.dim() != seen[0].weight.dim():
         return "it runs on examples without a batch"

@@ -39,7 +39,7 @@ from nncf_compactprune.cut.transaction import Transaction, transaction
 from nncf_compactprune.host.calls import unmarked
 from nncf_compactprune.host.nncf_hooks import remove_hooks
 from nncf_compactprune.host.nncf_progress import track
-from nncf_compactprune.host.tensors import model_tensors, named_modules
+from nncf_compactprune.host.tensors import model_tensors, named_modules, own_tensors
 from nncf_compactprune.host.torch_internals import BatchNorm
 
 MIN_STD_RATIO = 0.05  # a channel whose output all but vanished keeps a scale that does not blow up
@@ -199,7 +199,7 @@ def warn_of_left(left: Mapping[str, str]) -> None:
 
 
 def _bias(module: nn.Module) -> Tensor | None:
-    return module._parameters.get("bias")
+    return own_tensors(module).get("bias")
 
 
 def _weights(model: nn.Module, layers: Iterable[str]) -> dict[int, str]:
