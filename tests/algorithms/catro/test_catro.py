@@ -147,7 +147,7 @@ def test_groups_whose_consumers_are_not_seen_fall_back_on_filter_norms(monkeypat
     result = catro(model, {"macs": 0.4})
     kept = result.plan.kept["second.weight"][0]
     assert sorted(kept) == sorted(norms.topk(len(kept)).indices.tolist())
-    assert said == ["catro: ranked by filter norms, as no consumer was seen: second."]
+    assert said == ["catro: these groups are ranked by filter norms, because no consumer was seen: second."]
     with pytest.raises(CompactPruneError, match="saw no convolution or matrix product consume a channel of ByEinsum"):
         catro(ByEinsum(with_conv=False))
 
