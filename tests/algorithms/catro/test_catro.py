@@ -365,7 +365,7 @@ def test_the_command_line_reports_accuracy_on_the_classes(tmp_path: Path, capsys
         main(["run", str(path)])
     printed = capsys.readouterr().out
     assert ended.value.code == 0, printed
-    assert "Classes 3, 8: dense test accuracy among them" in printed
+    assert "Dense, among classes 3, 8: test accuracy" in printed
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["classes"] == [3, 8]
     assert report["pruned"]["accuracy"] > 0.8
