@@ -29,7 +29,8 @@ LEAVES = 60  # discs a picture: enough to cover it
 class Inversion:
     """How images are optimised.
 
-    :param steps: Adam steps a batch; :param lr: their size, falling to zero as a cosine.
+    :param steps: Adam steps a batch.
+    :param lr: their size, falling to zero as a cosine.
     :param class_weight: of the cross-entropy against a class per image, all classes in turn.
     :param smooth_weight: of the mean squared difference of neighbouring pixels.
     """
@@ -47,6 +48,8 @@ def statistics_loss(x: Tensor, norm: BatchNorm) -> Tensor:
     mu, sigma the stored ones. Ours: DeepInversion compares raw means and variances, which lets the widest layer rule.
 
     :param x: the norm's input, ``[n, c, ...]``.
+    :param norm: the BatchNorm, with running statistics.
+    :return: the loss, a scalar of at least 0.
     """
     dims = [0, *range(2, x.dim())]
     mean, var = x.mean(dims), x.var(dims, unbiased=False)
@@ -59,6 +62,7 @@ def statistics_loss(x: Tensor, norm: BatchNorm) -> Tensor:
 def dead_leaves(count: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Pictures of overlapping discs of random place, size (heavy-tailed, as in natural images) and colour.
 
+    :param count: number of pictures.
     :param shape: ``(c, h, w)``.
     :param generator: of the CPU.
     :return: ``[count, c, h, w]`` on the CPU, mean 0 and variance 1 over all.
@@ -95,7 +99,10 @@ def invert(
 
     A classifier without BatchNorm is inverted from its classes alone.
 
+    :param model: in any mode; its weights and statistics stay.
+    :param network: how to run it.
     :param start: ``[n, c, h, w]``: some dozens at least, as their joint statistics are matched.
+    :param settings: steps, their size, and weights of the losses.
     :param on_step: called after every step, for a progress bar.
     :return: images, same shape.
     """

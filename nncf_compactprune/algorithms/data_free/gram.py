@@ -28,7 +28,8 @@ class Moments:
     :param inputs: ``X^T X / n``, ``[groups, d, d]`` with d = in/groups * taps, about the mean.
     :param cross: ``X^T Y / n``, ``[groups, d, out/groups]``, about the means.
     :param energy: ``Y^2 / n``, ``[groups, out/groups]``, about the mean.
-    :param mean_in: ``[groups, d]``; :param mean_out: ``[groups, out/groups]``.
+    :param mean_in: ``[groups, d]``.
+    :param mean_out: ``[groups, out/groups]``.
     :param rows: number of patches.
     """
 
@@ -42,10 +43,11 @@ class Moments:
 
 
 def damped(inputs: Tensor, ridge: float) -> Tensor:
-    """Second moments that can be inverted: ``[groups, d, d]`` plus a share of each group's mean variance on the
-    diagonal.
+    """Second moments that can be inverted: a share of each group's mean variance is added to the diagonal.
 
+    :param inputs: second moments, ``[groups, d, d]``.
     :param ridge: the share, above 0.
+    :return: the same shape.
     """
     scale = inputs.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     eye = torch.eye(inputs.shape[1], dtype=inputs.dtype, device=inputs.device)

@@ -31,7 +31,7 @@ SHARED_WORTH = 3.0
 
 @dataclass
 class Consumer:
-    """One layer that reads a group's channels.
+    """One layer that takes in a group's channels.
 
     :param weight: ``[groups, out/groups, d]``.
     :param inputs: second moments of its inputs, ``[groups, d, d]``.
@@ -48,10 +48,12 @@ class Consumer:
 def importance(
     model: nn.Module, graph: ChannelGraph, found: Mapping[str, Moments], ridge: float, workers: int
 ) -> list[Tensor]:
-    """Scores of all groups: what losing a channel costs, in shares of the output variance of the layers that read it.
+    """Scores of all groups: what losing a channel costs, in shares of the output variance of its consumers.
 
-    A group none of whose readers is a layer with moments scores by the size of what produces it.
+    A group with moments of no consumer scores by the squared size of the weights that produce each channel.
 
+    :param model: the dense model.
+    :param graph: its groups.
     :param found: moments of the dense model's layers, by name.
     :param ridge: see :func:`surgeon_scores`.
     :param workers: threads; groups are independent of each other.
@@ -60,22 +62,24 @@ def importance(
     modules = dict(named_modules(model))
 
     def score(group: ChannelGroup) -> Tensor:
-        readers = consumers(group, modules, found)
-        return surgeon_scores(readers, ridge) if readers else _magnitude(group, modules)
+        known = consumers(group, modules, found)
+        return surgeon_scores(known, ridge) if known else _magnitude(group, modules)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         return list(pool.map(score, graph.groups))
 
 
-def readers_of(graph: ChannelGraph) -> set[str]:
-    """Names of the modules that read any group's channels."""
+def consumer_names(graph: ChannelGraph) -> set[str]:
+    """Names of the modules that consume any group's channels."""
     return {owner(member.parameter) for group in graph.groups for member in group.with_role("consumer")}
 
 
 def consumers(group: ChannelGroup, modules: Mapping[str, nn.Module], found: Mapping[str, Moments]) -> list[Consumer]:
-    """The layers with moments that read a group's channels.
+    """The consumers of a group that have moments.
 
-    :param modules: the model's, by name; :param found: moments by layer.
+    :param group: the channels.
+    :param modules: the model's, by name.
+    :param found: moments by layer.
     """
     members = [member for member in group.with_role("consumer") if owner(member.parameter) in found]
     # in a grouped transposed convolution, a channel has columns of its own group only
@@ -114,7 +118,7 @@ def _magnitude(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> Tensor:
 def surgeon_scores(consumers: Sequence[Consumer], ridge: float) -> Tensor:
     """Removes channels one by one, always the one whose loss the others make up for best.
 
-    :param consumers: all layers that read these channels; their losses add.
+    :param consumers: all layers that take these channels in; their losses add.
     :param ridge: added to the second moments, relative to their mean diagonal.
     :return: what each removal cost, ``[channels]``, not falling along the order of removal; larger is kept.
     """

@@ -50,6 +50,8 @@ class GenerationConfig(Section):
 def check_generation(context: Context, config: GenerationConfig) -> None:
     """Refuses at once what generation would refuse after an hour.
 
+    :param context: its model is only looked at.
+    :param config: the entry's ``generation`` section.
     :raises DataFreeError: see :func:`nncf_compactprune.algorithms.data_free.sources.check`.
     """
     check(context.model, config.settings(), has_data=context.train_loader is not None)
@@ -59,6 +61,9 @@ def inputs_for(context: Context, config: GenerationConfig) -> tuple[ImageNetwork
     """Inputs for the model as it is now. What an earlier algorithm of the list made with equal settings serves again:
     pruning keeps what a network's inputs look like.
 
+    :param context: its model is only run; the inputs are kept in its ``shared``.
+    :param config: the entry's ``generation`` section.
+    :return: how to run the model, and the inputs.
     :raises DataFreeError: they cannot be made; the model is untouched.
     """
     network = ImageNetwork.of(context.model, context.example_inputs)

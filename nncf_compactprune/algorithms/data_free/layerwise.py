@@ -4,8 +4,8 @@ The paper compresses a trained network without data, layer by layer, on generate
 hand, so the parts are ours; each says so where it is:
 
 1. *Inputs*: images inverted from BatchNorm statistics, drawn BatchNorm outputs, or both (``sources.py``).
-2. *Which channels*: optimal brain surgery on whole channels, on the second moments of what their readers see
-   (``importance.py``); losses are shares of each reader's output variance, and comparable.
+2. *Which channels*: optimal brain surgery on whole channels, on the second moments of what their consumers see
+   (``importance.py``); losses are shares of each consumer's output variance, and comparable.
 3. *The cut* is exact with respect to the masks, as for every pruning algorithm here.
 4. *Making up for it*: each layer is re-fitted by ridge least squares to what the dense layer gives, in network order,
    on what the compressed prefix delivers; BatchNorm statistics follow (``reconstruction.py``).
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.algorithms.data_free import Reconstruction, Refit, least_squares
-from nncf_compactprune.algorithms.data_free.importance import importance, readers_of
+from nncf_compactprune.algorithms.data_free.importance import consumer_names, importance
 from nncf_compactprune.algorithms.data_free.inputs import FOLLOWS, GenerationConfig, check_generation, inputs_for
 from nncf_compactprune.algorithms.data_free.operations import refittable
 from nncf_compactprune.algorithms.data_free.reconstruction import dense_moments
@@ -80,11 +80,11 @@ class DataFreeLayerwise(ChannelPruning):
         super().prepare(state)
 
     def scores(self, graph: ChannelGraph) -> Sequence[Tensor]:
-        """The loss that re-fitted readers would have without each channel."""
+        """The loss that re-fitted consumers would have without each channel."""
         model = self.context.model
         network, inputs = inputs_for(self.context, self.config.generation)
         with evaluating(model):
-            names = readers_of(graph) & set(refittable(model, network.wrap(inputs.images[:1])).found)
+            names = consumer_names(graph) & set(refittable(model, network.wrap(inputs.images[:1])).found)
             found = dense_moments(model, network, inputs, names)
         self._dense = copy.deepcopy(model)
         return importance(model, graph, found, SCORE_RIDGE, torch.get_num_threads())

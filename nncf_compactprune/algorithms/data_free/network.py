@@ -46,6 +46,8 @@ class ImageNetwork:
     def of(cls, model: nn.Module, example_inputs: Any) -> ImageNetwork:
         """Looks at a model.
 
+        :param model: it is run once.
+        :param example_inputs: as it is called.
         :raises DataFreeError: there is not exactly one tensor among its inputs, or it holds no images.
         """
         tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
@@ -66,7 +68,11 @@ class ImageNetwork:
         return tree_map(lambda leaf: images if isinstance(leaf, Tensor) else leaf, self.example_inputs)
 
     def call(self, model: nn.Module, images: Tensor) -> Tensor:
-        """The model's first output on images ``[n, c, h, w]``."""
+        """The model's first output, or a classifier's scores.
+
+        :param model: the network, or a compressed copy.
+        :param images: ``[n, c, h, w]``.
+        """
         return scores_of(call_model(model, self.wrap(images)))
 
 
@@ -124,6 +130,11 @@ def _is_fresh(norm: BatchNorm) -> bool:
 
 
 def fingerprint(model: nn.Module, *more: Any) -> str:
-    """SHA-256 of all weights and statistics, and of what else a cached result depends on."""
+    """SHA-256 of all weights and statistics, and of what else a cached result depends on.
+
+    :param model: its counters of batches do not count.
+    :param more: values that differ where their ``repr`` does.
+    :return: hexadecimal digits.
+    """
     counted = {name: tensor for name, tensor in model_tensors(model).named() if "num_batches_tracked" not in name}
     return tensors_digest(counted, repr(more))

@@ -141,7 +141,8 @@ class Call:
     """One run of an operation.
 
     :param operation: what it does.
-    :param input: what really enters it; :param weight: its weight, quantized where a hook does that.
+    :param input: what really enters it.
+    :param weight: its weight, quantized where a hook does that.
     :param bias: its bias, or None.
     :param run: weight and bias to the output, on the same input.
     """

@@ -28,7 +28,8 @@ class Met:
     """What the reference model computes at one module.
 
     :param name: the module.
-    :param inputs: its first input; :param output: its output.
+    :param inputs: its first input.
+    :param output: its output.
     :param operation: what goes from one to the other, of a layer that can be re-fitted.
     """
 

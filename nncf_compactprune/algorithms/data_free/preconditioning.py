@@ -2,8 +2,8 @@
 absorption.
 
 After Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction". Where one scale holds
-for a whole weight, channels of very unlike size cost accuracy; through ReLU, a channel's size can be moved between the
-layer that makes it and the layer that reads it. Deviations: a folded BatchNorm stays as a shift (its statistics can
+for a whole weight, channels of very unlike size cost accuracy; through ReLU, a channel's size can be moved between its
+producer and its consumer. Deviations: a folded BatchNorm stays as a shift (its statistics can
 follow later changes); ReLU6 gets one limit for each channel, so that the scaled network stays exact, where the paper
 replaces it by ReLU; biases are absorbed only by layers without padding, where that is exact up to the tail that
 :data:`ABSORBED_SIGMAS` leaves.
@@ -47,8 +47,10 @@ class ChannelClip(nn.Module):
 class Pair:
     """Two layers with nothing between them but a BatchNorm and a ReLU, each run once.
 
-    :param first: makes the channels; :param second: alone reads them.
-    :param norm: the BatchNorm between, or empty; :param clip: the ReLU6 module between, or empty.
+    :param first: the producer of the channels.
+    :param second: their only consumer.
+    :param norm: the BatchNorm between, or empty.
+    :param clip: the ReLU6 module between, or empty.
     """
 
     first: str
@@ -58,7 +60,11 @@ class Pair:
 
 
 def find_pairs(model: nn.Module, example_inputs: Any) -> list[Pair]:
-    """All pairs, in network order; the model is as it was afterwards."""
+    """All pairs, in network order; the model is as it was afterwards.
+
+    :param model: without NNCF hooks.
+    :param example_inputs: as the model is called.
+    """
     with evaluating(model):
         graph = nncf_graph(model, example_inputs)
     modules = dict(named_modules(model))
@@ -78,7 +84,7 @@ def find_pairs(model: nn.Module, example_inputs: Any) -> list[Pair]:
             if isinstance(module, BatchNorm) and not norm and not clip and module.running_mean is not None:
                 norm = name
             elif _scalable(module):
-                if calls.count(name) == 1 and _reads_channels(modules[first], module):
+                if calls.count(name) == 1 and _consumes(module, modules[first]):
                     result.append(Pair(first, name, norm, clip))
                 break
             elif at.node_type in PASSING:
@@ -92,7 +98,12 @@ def find_pairs(model: nn.Module, example_inputs: Any) -> list[Pair]:
 
 
 def fold_batch_norms(log: Transaction, model: nn.Module, pairs: list[Pair]) -> None:
-    """Moves the scale of each pair's BatchNorm into the layer before it; what stays is a shift."""
+    """Moves the scale of each pair's BatchNorm into the layer before it; what stays is a shift.
+
+    :param log: notes every change.
+    :param model: changed in place.
+    :param pairs: of this model.
+    """
     modules = dict(named_modules(model))
     for pair in pairs:
         if not pair.norm:
@@ -109,22 +120,31 @@ def fold_batch_norms(log: Transaction, model: nn.Module, pairs: list[Pair]) -> N
 
 
 def equalise(log: Transaction, model: nn.Module, pairs: list[Pair]) -> None:
-    """Scales channels until both layers of every pair have the same range for each: ``s = sqrt(range_1 / range_2)``."""
+    """Scales channels until both layers of every pair have the same range for each: ``s = sqrt(range_1 / range_2)``.
+
+    :param log: notes every change.
+    :param model: changed in place.
+    :param pairs: of this model.
+    """
     modules = dict(named_modules(model))
     for _ in range(ROUNDS):
         for pair in pairs:
             first, second = modules[pair.first], modules[pair.second]
-            made, read = _rows(first).abs().amax(1), _columns(second).abs().amax(1)
-            usable = (made > 1e-9) & (read > 1e-9)
-            scale = torch.where(usable, (made / read.clamp_min(1e-12)).sqrt(), torch.ones_like(made))
+            produced, consumed = _rows(first).abs().amax(1), _columns(second).abs().amax(1)
+            usable = (produced > 1e-9) & (consumed > 1e-9)
+            scale = torch.where(usable, (produced / consumed.clamp_min(1e-12)).sqrt(), torch.ones_like(produced))
             _divide_channels(log, model, modules, pair, scale)
 
 
 def absorb_biases(log: Transaction, model: nn.Module, pairs: list[Pair]) -> None:
-    """Moves the part of a shift that (nearly) always passes ReLU into the bias of the reader.
+    """Moves the part of a shift that (nearly) always passes ReLU into the bias of the consumer.
 
     Before :func:`fold_batch_norms`, as the BatchNorm's weight tells the spread. Exact but for values that lie more than
     :data:`ABSORBED_SIGMAS` below the mean.
+
+    :param log: notes every change.
+    :param model: changed in place.
+    :param pairs: of this model.
     """
     modules = dict(named_modules(model))
     for pair in pairs:
@@ -144,6 +164,8 @@ def precondition(log: Transaction, model: nn.Module, example_inputs: Any) -> lis
     """Absorbs biases (their spread shows in the BatchNorm while it stands), folds, equalises; in place.
 
     :param log: undoes everything if what follows fails.
+    :param model: without NNCF hooks.
+    :param example_inputs: as the model is called.
     :return: the pairs found.
     """
     with evaluating(model, changes=True):
@@ -164,8 +186,8 @@ def _scalable(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear) and isinstance(module.weight, nn.Parameter)
 
 
-def _reads_channels(first: nn.Module, second: nn.Module | None) -> bool:
-    """Whether what the second layer reads is what the first makes, channel by channel."""
+def _consumes(second: nn.Module | None, first: nn.Module) -> bool:
+    """Whether the second layer takes in what the first gives, channel by channel."""
     return second is not None and len(_rows(first)) == len(_columns(second))
 
 

@@ -39,13 +39,15 @@ ROUNDING_RIDGE = 0.01
 class QuantizationParams(Section):
     """How a network is quantized.
 
-    :param weight_bits: :param activation_bits: 4 to 8.
+    :param weight_bits: 4 to 8.
+    :param activation_bits: 4 to 8.
     :param edge_bits: of the model's input, of the first layer's weights, and of the last layer's, where lower bits
-    cost most.
+        cost most.
     :param per_channel: a scale for each output channel of a weight.
     :param equalise: fold BatchNorms, equalise channels over layers and absorb biases first. For weights with one scale
         in networks with very unlike channels (depthwise ones); activations pay for it, so it is off by default.
     :param ridge: how strongly re-fitted weights are held to the float ones, relative to the inputs' variance.
+    :param target_device: where the network is to run; NNCF places its quantizers as this device fuses operations.
     """
 
     weight_bits: int = Field(default=8, ge=4, le=8)
@@ -163,6 +165,8 @@ def rounding_step(weights: Mapping[str, GridQuantizer], ridge: float, *, per_cha
     """The step that re-fits a layer, chooses its scales and puts its weights on the grid.
 
     :param weights: quantizers by layer; a layer without one is re-fitted only.
+    :param ridge: how strongly re-fitted weights are held to the float ones, relative to the inputs' variance.
+    :param per_channel: a scale for each output channel; else one for each weight.
     """
 
     def step(name: str, rows: Tensor, found: Moments) -> Tensor:

@@ -58,7 +58,11 @@ class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
 
     @torch.no_grad()
     def set(self, scale: Tensor, zero_point: int = 0) -> None:
-        """Sets step sizes ``[size]`` and the level that means 0."""
+        """Sets the grid.
+
+        :param scale: step sizes, ``[size]``, above 0.
+        :param zero_point: the level that means 0, in ``low .. high``.
+        """
         self.scale.copy_(scale.reshape(-1))
         self.zero_point.fill_(zero_point)
         self._note_numbers()
@@ -125,6 +129,7 @@ def search_range(x: Tensor, high: int) -> tuple[Tensor, int]:
     The layer behind gives an error that is linear in the activation's, so for layers that mix many channels the squared
     error of the activation is the squared error of the output, up to a factor.
 
+    :param x: the tensor, of any shape.
     :param high: the largest level; levels start at 0.
     :return: step size ``[1]`` and the level that means 0.
     """
@@ -156,9 +161,14 @@ def install(
 ) -> tuple[dict[str, GridQuantizer], list[GridQuantizer]]:
     """Puts quantizers on a model, in place, where NNCF would.
 
-    :param weight_bits: by layer name; :param activation_bits: of what layers read.
-    :param edge_activations: bits of the model's input, and of what the last layer reads.
+    :param model: without hooks.
+    :param network: how to run it.
+    :param inputs: what NNCF collects its statistics on; the first batches only.
+    :param weight_bits: by layer name, in network order, 2 to 8.
+    :param activation_bits: of what enters a layer, 2 to 8.
+    :param edge_activations: bits of the model's input, and of what enters the last layer.
     :param per_channel: a scale for every output channel of a weight; else one for each weight.
+    :param target_device: NNCF's name of the device whose fused operations decide the places.
     :param ignored: NNCF's names of operations that are not quantized.
     :return: quantizers of weights by layer, and of activations. Each finds its range on what comes first.
     """

@@ -63,6 +63,7 @@ def solve(weight: Tensor, found: Moments, ridge: float) -> Tensor:
     """Ridge least squares around given weights.
 
     :param weight: where the ridge pulls to, ``[groups, out/groups, d]``.
+    :param found: moments of what enters the layer, and of what it should give.
     :param ridge: strength relative to the inputs' mean variance.
     :return: the weights, same shape.
     """
@@ -72,7 +73,12 @@ def solve(weight: Tensor, found: Moments, ridge: float) -> Tensor:
 
 
 def relative_error(weight: Tensor, found: Moments) -> float:
-    """Squared error of ``W X - Y`` about the means, over the variance of Y."""
+    """Squared error of ``W X - Y`` about the means, over the variance of Y.
+
+    :param weight: W, ``[groups, out/groups, d]``.
+    :param found: moments of X and Y.
+    :return: at least 0; 1 is as good as a constant.
+    """
     rows = weight.transpose(1, 2)
     fit = (rows * (found.inputs @ rows)).sum(1) - 2 * (rows * found.cross).sum(1) + found.energy
     return float(fit.sum() / found.energy.sum().clamp_min(1e-30))
@@ -88,7 +94,13 @@ def least_squares(ridge: float) -> LayerStep:
 
 
 def as_they_are(name: str, rows: Tensor, found: Moments) -> Tensor:
-    """The step that leaves weights alone: biases and BatchNorm statistics are corrected, nothing else."""
+    """The step that leaves weights alone: biases and BatchNorm statistics are corrected, nothing else.
+
+    :param name: the layer's.
+    :param rows: its weight, ``[groups, out/groups, d]``.
+    :param found: its moments.
+    :return: ``rows``.
+    """
     return rows
 
 
@@ -221,7 +233,12 @@ def whole_or_nothing(model: nn.Module) -> Iterator[Transaction]:
 
 @torch.no_grad()
 def called_once(model: nn.Module, network: ImageNetwork, images: Tensor) -> set[str]:
-    """Names of the modules that one forward pass calls exactly once."""
+    """Names of the modules that one forward pass calls exactly once.
+
+    :param model: it is only run.
+    :param network: how to run it.
+    :param images: ``[n, c, h, w]``; one is enough.
+    """
     counts: Counter[str] = Counter()
     handles = [
         module.register_forward_hook(partial(lambda *_, name: counts.update([name]), name=name))
@@ -243,7 +260,8 @@ def dense_moments(
     """Moments of layers on a model's own inputs and outputs, in one pass.
 
     :param model: in eval mode.
-    :param network: how to run it; :param inputs: on what.
+    :param network: how to run it.
+    :param inputs: on what.
     :param names: of layers that :func:`refittable` found.
     """
     found: dict[str, Moments] = {}

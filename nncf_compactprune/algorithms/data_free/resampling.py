@@ -25,6 +25,8 @@ def resampling(model: nn.Module, rows: int, kept: Mapping[str, Mapping[int, Tens
 
     A draw depends on the module's name alone, so that a model and its cut copy see the same one.
 
+    :param model: with BatchNorms; its weights and statistics stay.
+    :param rows: how many of the last examples; 0 changes nothing.
     :param kept: of a cut model: the dense positions of each ``<name>.running_mean``'s channels, under dimension 0.
     """
     handles = [

@@ -19,8 +19,10 @@ CLIPS = tuple(1 - 0.025 * step for step in range(25))  # shares of the largest w
 def search_scales(weight: Tensor, inputs: Tensor, high: int, *, per_channel: bool) -> Tensor:
     """Step sizes whose nearest rounding disturbs the layer's output least, over a row of clipped ranges.
 
-    :param weight: ``[groups, out/groups, d]``; :param inputs: ``[groups, d, d]``.
+    :param weight: ``[groups, out/groups, d]``.
+    :param inputs: second moments of the inputs, ``[groups, d, d]``.
     :param high: the largest level; levels are ``-high .. high``.
+    :param per_channel: one scale for each output channel; else one for all.
     :return: ``[groups, out/groups, 1]``; all equal where not ``per_channel``.
     """
     largest = weight.abs().amax(2, keepdim=True)
@@ -40,13 +42,24 @@ def search_scales(weight: Tensor, inputs: Tensor, high: int, *, per_channel: boo
 
 
 def rounded(weight: Tensor, scale: Tensor, high: int) -> Tensor:
-    """The nearest values on the grid."""
+    """The nearest values on the grid.
+
+    :param weight: ``[groups, out/groups, ...]``.
+    :param scale: step sizes, ``[groups, out/groups, 1]``.
+    :param high: the largest level; levels are ``-high .. high``.
+    :return: the weight's shape.
+    """
     return (weight / scale).round().clamp(-high, high) * scale
 
 
 def round_in_turn(weight: Tensor, scale: Tensor, inputs: Tensor, high: int, ridge: float) -> Tensor:
     """Rounds column by column; columns not yet rounded take over each error as far as they can.
 
+    :param weight: ``[groups, out/groups, d]``.
+    :param scale: step sizes, ``[groups, out/groups, 1]``.
+    :param inputs: second moments of the inputs, ``[groups, d, d]``.
+    :param high: the largest level; levels are ``-high .. high``.
+    :param ridge: added to the second moments, relative to their mean diagonal.
     :return: weights on the grid, ``[groups, out/groups, d]``.
     """
     order = inputs.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True)

@@ -70,6 +70,8 @@ class Generation:
 def check(model: nn.Module, settings: Generation, *, has_data: bool) -> None:
     """Refuses what cannot work, before any work; the model is only looked at.
 
+    :param model: it is not run.
+    :param settings: of the generation.
     :param has_data: whether there is a loader.
     :raises DataFreeError: values that are not finite, statistics that are missing or never trained, a source without
         what it needs.
@@ -95,6 +97,8 @@ def layer_inputs(
     """Makes the inputs, on the model's device.
 
     :param model: trained; it is only run.
+    :param network: how to run it.
+    :param settings: of the generation.
     :param batches: of the loader, for ``"dataset"``.
     :raises DataFreeError: as :func:`check`; the model is no classifier and has no BatchNorm; the loader holds nothing.
     """

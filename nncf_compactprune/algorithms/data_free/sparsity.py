@@ -135,6 +135,7 @@ def sparse_step(ratios: Mapping[str, float], ridge: float, names: Set[str]) -> L
     """The step that re-fits a layer and sets weights to zero.
 
     :param ratios: share of zeros by layer; empty for 2:4.
+    :param ridge: how strongly re-fitted weights are held to the dense ones, relative to the inputs' variance.
     :param names: the layers to sparsify; others are re-fitted only.
     """
 

@@ -23,8 +23,11 @@ def shares(weights: Mapping[str, Tensor], found: Mapping[str, Moments], ratio: f
 
     The loss of a weight is ``w_i^2 / (H^-1)_ii`` in shares of the layer's output variance.
 
-    :param weights: ``[groups, out/groups, d]`` by layer; :param found: moments of the dense layers.
+    :param weights: ``[groups, out/groups, d]`` by layer.
+    :param found: moments of the dense layers.
     :param ratio: share of zeros over all layers, in [0, 1).
+    :param ridge: added to the second moments, relative to their mean diagonal.
+    :return: share of zeros by layer, at most :data:`MOST`.
     """
     losses = {}
     for name, weight in weights.items():
@@ -54,7 +57,8 @@ def sparsify(
     """Zeroes weights of one layer and re-fits the others.
 
     :param weight: ``[groups, out/groups, d]``; columns that belong together in a pattern lie beside each other.
-    :param inputs: ``[groups, d, d]``.
+    :param inputs: second moments of the inputs, ``[groups, d, d]``.
+    :param ridge: added to them, relative to their mean diagonal.
     :param ratio: share of zeros, in [0, 1).
     :param pattern: (n, m): n zeros in every m columns, where m divides d; else the layer stays whole.
     :return: weights with exact zeros.

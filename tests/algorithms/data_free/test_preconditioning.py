@@ -78,10 +78,11 @@ def test_folding_and_equalising_change_no_output(activation) -> None:
     assert ranges(model.features[0]) < 0.5 * before
     assert sum(isinstance(m, ChannelClip) for m in model.modules()) == (3 if activation is nn.ReLU6 else 0)
     for first, second in PAIRS:
-        layer, reader = model.get_submodule(first), model.get_submodule(second)
-        depthwise = reader.weight.shape[1] == 1
-        read = reader.weight.abs().flatten(1).amax(1) if depthwise else reader.weight.abs().amax((0, 2, 3))
-        assert torch.allclose(layer.weight.abs().flatten(1).amax(1), read, rtol=0.1)
+        layer, consumer = model.get_submodule(first), model.get_submodule(second)
+        depthwise = consumer.weight.shape[1] == 1
+        weight = consumer.weight.abs()
+        consumed = weight.flatten(1).amax(1) if depthwise else weight.amax((0, 2, 3))
+        assert torch.allclose(layer.weight.abs().flatten(1).amax(1), consumed, rtol=0.1)
     log.rollback()
     assert torch.equal(model(X), dense(X))
     assert not any(isinstance(m, ChannelClip) for m in model.modules())
@@ -102,14 +103,14 @@ def test_absorbing_biases_is_exact_where_relu_lets_everything_pass(monkeypatch) 
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.reset_running_stats()
         norm.momentum = None
-    model.features[4].bias.data += 100  # its reader is a 1 x 1 convolution with a bias
+    model.features[4].bias.data += 100  # its consumer is a 1 x 1 convolution with a bias
     model.train()(X)
     dense = copy.deepcopy(model.eval())
     with torch.no_grad():
         absorb_biases(Transaction(), model, find_pairs(model, X))
         assert bool((model.features[4].bias < 20).all())
         assert torch.allclose(model(X), dense(X), rtol=1e-6)
-    assert torch.equal(model.features[1].bias, dense.features[1].bias)  # its reader pads
+    assert torch.equal(model.features[1].bias, dense.features[1].bias)  # its consumer pads
 
 
 def test_precondition_does_all_and_leaves_no_wrapper() -> None:
