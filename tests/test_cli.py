@@ -11,11 +11,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from support.places import CONFIGS
 from support.user_files import NET_SOURCE
 
-from nncf_compactprune.cli import main
+from nncf_compactprune.cli import app, main
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.run.datasets import resolve_dataset
 from nncf_compactprune.run.pipeline import load_run
@@ -51,6 +52,13 @@ def write_config(folder: Path, name: str = "config.json", **changes: Any) -> Pat
     path = folder / name
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     return path
+
+
+def test_every_option_has_a_help_text() -> None:
+    commands = typer.main.get_command(app).commands
+    silent = [(name, option.name) for name, one in commands.items() for option in one.params if not option.help]
+    assert commands
+    assert not silent
 
 
 @pytest.fixture

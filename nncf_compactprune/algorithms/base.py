@@ -99,7 +99,12 @@ def targets(batch: Any) -> Any:
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """Moves every tensor."""
+    """Moves every tensor.
+
+    :param inputs: any nesting of tensors and other values.
+    :param device: where to.
+    :return: the same nesting.
+    """
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs)
 
 

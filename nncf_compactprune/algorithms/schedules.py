@@ -23,8 +23,9 @@ def exponential(epoch: int, *, initial: float, target: float, steps: int) -> flo
     """Share removed after ``epoch`` of ``steps`` epochs, fast at first (NNCF's exponential ratio).
 
     :param epoch: counted from 0, where pruning starts.
+    :param initial: share removed at epoch 0, in [0, 1).
+    :param target: share removed at epoch ``steps`` and after, in [0, 1).
     :param steps: epochs from start to target.
-    :param initial: share removed at epoch 0; :param target: at epoch ``steps`` and after.
     """
     if epoch >= steps or initial >= target:
         return target

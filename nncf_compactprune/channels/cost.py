@@ -65,7 +65,12 @@ class Polynomial:
         return round(float(total.sum()))
 
     def saved(self, widths: Floats, group: int, removed: int) -> float:
-        """What removing ``removed`` channels of one group saves, exactly."""
+        """What removing channels of one group saves, exactly.
+
+        :param widths: of all groups before, ``[groups]``.
+        :param group: its index.
+        :param removed: how many of its channels go.
+        """
         before = self.constants[self._terms_of_group[group]].copy()
         after = before.copy()
         neighbours, parts = self._parts_of(group)

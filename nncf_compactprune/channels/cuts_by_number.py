@@ -26,7 +26,9 @@ def follows_split(tracer: Tracer, labels: LabelArray, sizes: Sequence[int]) -> b
     A list of all sizes leaves the parts free of each other. An integer says the size of every part that it fits, so
     these keep the same positions. One size may be left unsaid where the whole is known (``[a, whole - a]``).
 
+    :param tracer: knows the running code and its numbers; notes those that count.
     :param labels: of the dimension that is split, shape ``[sum(sizes)]``.
+    :param sizes: of the parts, in order.
     """
     numbers = tracer.numbers_in_code()
     lists = [number for number in numbers if number.value == tuple(sizes)]
@@ -51,8 +53,10 @@ def follows_split(tracer: Tracer, labels: LabelArray, sizes: Sequence[int]) -> b
 def follows_slice(tracer: Tracer, labels: LabelArray, start: int, stop: int, *, from_end: bool) -> bool:
     """Whether the module's numbers say where a slice begins and ends; if so, they are noted.
 
+    :param tracer: knows the running code and its numbers; notes those that count.
     :param labels: of the dimension that is sliced.
-    :param start: first position, :param stop: the one after the last, both from 0 to the number of labels.
+    :param start: first position, from 0.
+    :param stop: the position after the last, at most the number of labels.
     :param from_end: the code counts from the end (``x[:, -self.width :]``).
     """
     numbers = tracer.numbers_in_code()

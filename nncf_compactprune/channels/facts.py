@@ -83,7 +83,12 @@ def compactprune_module_facts() -> Mapping[type[nn.Module], Facts]:
 
 
 def facts_for(module: nn.Module, registry: Mapping[type[nn.Module], Facts]) -> Facts | None:
-    """The facts function of the closest base class."""
+    """The facts function of the closest base class.
+
+    :param module: any.
+    :param registry: facts functions by class.
+    :return: the function, or None where no base class has one.
+    """
     for base in type(module).__mro__:
         if base in registry:
             return registry[base]

@@ -79,7 +79,9 @@ class AttributeFact:
     """A number that a module keeps about channels which its parameters do not show (``num_heads``), or a list of
     numbers (``splits``).
 
-    :param module: name; :param attribute: its attribute; :param unit: what one kept channel counts.
+    :param module: its name.
+    :param attribute: the attribute's name.
+    :param unit: what one kept channel counts.
     :param groups: group of each channel it counts, -1 where pinned, shape ``[channels]``.
     :param channels: position of each in its group, shape ``[channels]``.
     :param entries: the dense list, one run of channels an entry; empty for a number.
@@ -156,7 +158,16 @@ def build_graph(
     unsupported_ops: Mapping[str, int],
     allow_approximate: bool,
 ) -> ChannelGraph:
-    """Solves the labels and sorts the classes into groups and pins."""
+    """Solves the labels and sorts the classes into groups and pins.
+
+    :param tensors: the model's parameters and buffers.
+    :param space: their labels, with all equalities and pins.
+    :param mac_terms: multiply-accumulates of every operation, for the whole batch.
+    :param attributes: numbers that modules keep about channels.
+    :param batch: examples in the batch, at least 1; MACs are divided by it.
+    :param unsupported_ops: operations without a rule, with how often they met channels.
+    :param allow_approximate: offer groups whose removal changes a normalisation over channels.
+    """
     _pin_unused(space)
     solution = space.solve()
     free = solution.pin < 0

@@ -64,7 +64,9 @@ class Reason:
 class Pin:
     """Channels that somebody else pins.
 
-    :param parameter: name; :param dim: dimension; :param positions: which of its channels.
+    :param parameter: its name.
+    :param dim: the dimension.
+    :param positions: which of its channels, from 0.
     :param text: why, in words, operation and module included.
     :param location: ``file.py:line`` of the code, or empty.
     """
@@ -111,6 +113,11 @@ class LabelSpace:
 
         Of kernels (more than three dimensions) these are the first two; of buffers with two or three dimensions, which
         are tables (position embeddings, masks), the last; everywhere else all.
+
+        :param parameter: name of the parameter or buffer.
+        :param shape: its shape.
+        :param is_buffer: whether it is a buffer.
+        :return: one entry a dimension, None where it gets no labels.
         """
         candidates = range(len(shape))
         if len(shape) > 3 and shape[0] > 1:
@@ -146,7 +153,11 @@ class LabelSpace:
             self.roles.setdefault(slot, role)
 
     def unify(self, left: LabelArray, right: LabelArray) -> None:
-        """Declares ``left[i]`` and ``right[i]`` the same channel, for every i (broadcasting)."""
+        """Declares ``left[i]`` and ``right[i]`` the same channel, for every i.
+
+        :param left: labels, of any shape.
+        :param right: labels whose shape broadcasts with that of ``left``.
+        """
         if left is not right:
             if left.shape != right.shape:
                 left, right = np.broadcast_arrays(left, right)
@@ -154,7 +165,11 @@ class LabelSpace:
             self._right.append(right.ravel())
 
     def pin(self, labels: LabelArray, reason: Reason) -> None:
-        """States that no channel of ``labels`` may go (or, for an approximate reason, only by consent)."""
+        """States that no channel of ``labels`` may go (or, for an approximate reason, only by consent).
+
+        :param labels: of any shape.
+        :param reason: why.
+        """
         key = (reason.text, reason.module, reason.kind)
         index = self._reason_ids.get(key)
         if index is None:

@@ -35,7 +35,8 @@ class ValuesNeeded(Exception):
 def without_arithmetic(func: Any, args: Sequence[Any], *, unchanged: bool = False) -> Tensor | None:
     """The result of a convolution or matrix product as zeros of the right shape; None: run the operation.
 
-    :param func: the operation; :param args: its arguments.
+    :param func: the operation.
+    :param args: its arguments.
     :param unchanged: no operand carries channels. Then the operation is run: its result may be a table that the
         network keeps.
     :raises ValuesNeeded: the operation reads values.

@@ -27,6 +27,9 @@ def width_of(module: nn.Module, attribute: str) -> AttributeValue | None:
 
     The numbers of torch's own layers follow from their weights, so they are not asked. Nor are properties, private
     names, and names of geometry (a smaller stride makes a larger image).
+
+    :param module: any.
+    :param attribute: the attribute's name.
     """
     if attribute.startswith("_") or any(word in attribute for word in GEOMETRY):
         return None
@@ -45,7 +48,8 @@ def width_of(module: nn.Module, attribute: str) -> AttributeValue | None:
 class AttributeTerm:
     """A number that a module keeps about its channels and that parameters do not show, or a list of numbers.
 
-    :param module: name of the module; :param attribute: its attribute.
+    :param module: name of the module.
+    :param attribute: the attribute's name.
     :param unit: what one kept channel counts.
     :param labels: the channels.
     :param entries: the list, one run of ``labels`` an entry; empty for a number.

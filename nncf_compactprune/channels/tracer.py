@@ -95,6 +95,8 @@ def _batch_size(example_inputs: Any) -> int:
 class Tracer(Writes):  # type: ignore[no-untyped-call]
     """The dispatch mode that rules talk to.
 
+    :param model: it is only run.
+    :param space: receives labels, equalities and pins.
     :param rules: ATen packet name (``"aten.convolution"``) to rule.
     :param shapes_only: leave out the arithmetic of convolutions and matrix products (their results are zeros of the
         right shape); a run that reads values raises :class:`~nncf_compactprune.channels.shapes.ValuesNeeded`.
@@ -176,6 +178,10 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
 
         Heads are channels of their own: attention works inside each, so a whole head can go exactly. What the module
         says of their number is noted, to be told anew after a cut.
+
+        :param sizes: the factors, in the order of the view.
+        :param labels: of the dimension that is cut into them, ``[prod(sizes)]``.
+        :return: index into ``sizes``, or None.
         """
         if not self._stack:
             return None
@@ -228,7 +234,11 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         return id(tensor) in self._constants or hasattr(tensor, _CONSTANT)
 
     def set(self, tensor: Tensor, labels: Sequence[LabelArray | None]) -> None:
-        """States the labels of an operation's result."""
+        """States the labels of an operation's result.
+
+        :param tensor: the result; parameters and buffers keep their own.
+        :param labels: one entry a dimension.
+        """
         if id(tensor) in self._constants:
             return
         for array in labels:
@@ -244,11 +254,21 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         self._noted.append(weakref.ref(tensor))
 
     def unify(self, left: LabelArray, right: LabelArray) -> None:
-        """Declares labels equal position by position."""
+        """Declares labels equal position by position.
+
+        :param left: labels, of any shape.
+        :param right: labels whose shape broadcasts with that of ``left``.
+        """
         self.space.unify(left, right)
 
     def same(self, left: LabelArray | None, right: LabelArray | None, reason: str) -> LabelArray | None:
-        """Declares two dimensions of equal size the same; where only one carries labels, it is pinned."""
+        """Declares two dimensions of equal size the same; where only one carries labels, it is pinned.
+
+        :param left: labels of the one, or None.
+        :param right: labels of the other, same shape, or None.
+        :param reason: why it is pinned.
+        :return: the labels of both, or None where neither has any.
+        """
         if left is None or right is None:
             only = left if right is None else right
             if only is not None:
@@ -258,13 +278,25 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         return left
 
     def pin(self, labels: LabelArray | None, text: str, *, kind: str = "pinned", locate: bool = True) -> None:
-        """States why these channels must stay."""
+        """States why these channels must stay.
+
+        :param labels: the channels; None does nothing.
+        :param text: the reason, with the operation.
+        :param kind: see :class:`~nncf_compactprune.channels.labels.Reason`.
+        :param locate: whether the line of the user's code is noted too.
+        """
         if labels is not None:
             location = user_location(2) if locate and kind == "pinned" else ""
             self.space.pin(labels, Reason(text, self.module, location, kind))
 
     def pin_tensor(self, tensor: Tensor, text: str, *, kind: str = "pinned", locate: bool = True) -> None:
-        """Pins every labelled dimension of a tensor."""
+        """Pins every labelled dimension of a tensor.
+
+        :param tensor: with or without labels.
+        :param text: see :meth:`pin`.
+        :param kind: see :meth:`pin`.
+        :param locate: see :meth:`pin`.
+        """
         for array in self.labels(tensor):
             self.pin(array, text, kind=kind, locate=locate)
 
@@ -277,7 +309,11 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         self.space.mark(labels, role)
 
     def count_macs(self, total: int, *dims: LabelArray | None) -> None:
-        """Adds an operation of ``total`` dense MACs, proportional to the kept counts of the labelled ``dims``."""
+        """Adds the cost of an operation.
+
+        :param total: multiply-accumulates of the dense operation, for the whole batch.
+        :param dims: labels of the dimensions that the cost is proportional to; None for one that stays.
+        """
         arrays = tuple(array for array in dims if array is not None)
         constant = total
         for array in arrays:
@@ -342,7 +378,13 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         return rule
 
     def no_rule(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], why: str) -> None:
-        """Pins everything that an operation touches, and counts it as unsupported."""
+        """Pins everything that an operation touches, and counts it as unsupported.
+
+        :param func: the operation.
+        :param args: its positional arguments.
+        :param kwargs: its keyword arguments.
+        :param why: the reason, in front of the operation's name.
+        """
         name = str(func.overloadpacket)
         tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
         if any(self.has_labels(tensor) for tensor in tensors):

@@ -16,6 +16,9 @@ from nncf_compactprune.channels.labels import DimLabels, LabelArray
 def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
     """Pairs runs of old dimensions with runs of new ones of the same element count, dimensions of size 1 left out.
 
+    :param old: the old shape.
+    :param new: the new shape, same element count.
+
     >>> list(blocks([2, 12, 5], [2, 3, 4, 5]))
     [([0], [0]), ([1], [1, 2]), ([2], [3])]
     """
@@ -39,7 +42,12 @@ def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], 
 
 
 def merge(labels: Sequence[LabelArray | None], sizes: Sequence[int]) -> LabelArray | None:
-    """Labels of several dimensions flattened to one (row-major); at most one of them may carry labels."""
+    """Labels of several dimensions flattened to one (row-major).
+
+    :param labels: one entry a dimension; at most one is not None.
+    :param sizes: of the dimensions.
+    :return: shape ``[prod(sizes)]``, or None where no dimension carries labels.
+    """
     for axis, array in enumerate(labels):
         if array is not None:
             shape = [1] * len(sizes)
@@ -60,7 +68,8 @@ def split(
     same, the others do. Otherwise factors must be taken for constants, and positions across them are declared equal:
     all but the attention heads where ``head_axis`` knows them, the leading one (groups) elsewhere.
 
-    :param labels: shape ``[prod(sizes)]``.
+    :param labels: shape ``[prod(sizes)]``, or None.
+    :param sizes: of the new dimensions.
     :param unify: receives the equalities the cut implies.
     :param head_axis: which of the sizes counts attention heads, or None; also told the labels it will carry.
     """
@@ -91,9 +100,11 @@ def reshape_labels(
     """Labels of a tensor after a reshape.
 
     :param labels: one entry an old dimension.
-    :param old: the old shape; :param new: the new shape, same element count.
+    :param old: the old shape.
+    :param new: the new shape, same element count.
+    :param unify: receives implied equalities.
+    :param pin: receives labels that cannot follow, with the reason.
     :param head_axis: see :func:`split`.
-    :param unify: receives implied equalities; :param pin: receives labels that cannot follow, with the reason.
     """
     result: list[LabelArray | None] = [None] * len(new)
     for left, right in blocks(old, new):

@@ -87,7 +87,15 @@ def analyse(
 def culprits(
     model: nn.Module, plan: PruningPlan, graph: ChannelGraph, example_inputs: Any, *, plugins: Plugins | None = None
 ) -> list[Pin]:
-    """What to pin after a plan failed its self-check, so that the next trace leaves it whole; empty: nothing found."""
+    """What to pin after a plan failed its self-check, so that the next trace leaves it whole.
+
+    :param model: dense; left as it was.
+    :param plan: the plan that failed.
+    :param graph: the channels that it was made for.
+    :param example_inputs: as the model is called.
+    :param plugins: where rules and facts come from; the installed plugins by default.
+    :return: the pins; empty where nothing was found.
+    """
     culprit = find_culprit(model, plan, graph, example_inputs, plugins=plugins)
     if culprit is None:
         return []
@@ -155,6 +163,10 @@ def find_culprit(
     compute, in double precision where the network runs in it.
 
     :param model: dense; it is masked and cut on the way, and left as it was.
+    :param plan: the plan that failed.
+    :param graph: the channels that it was made for.
+    :param example_inputs: as the model is called.
+    :param plugins: where rules and facts come from; the installed plugins by default.
     :return: the groups to leave whole, or None where the cut model follows the masked one to the end.
     """
     fixed = _fixed_attribute(model, plan, graph, plugins)

@@ -17,7 +17,11 @@ from nncf_compactprune.plan import PruningPlan
 
 @contextmanager
 def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
-    """The dense model with everything that goes set to zero; its own weights are back afterwards, bit for bit."""
+    """The dense model with everything that goes set to zero; its own weights are back afterwards, bit for bit.
+
+    :param model: the dense model, masked in place.
+    :param plan: what stays; it fits the model.
+    """
     parameters = model_tensors(model).parameters
     with for_a_while() as log:
         for name in plan.kept:
@@ -28,7 +32,11 @@ def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
 
 
 def zero_removed(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
-    """A copy with every removed position set to zero."""
+    """A copy with every removed position set to zero.
+
+    :param data: a tensor of any shape.
+    :param dims: kept positions by dimension; all of a dimension that is not named.
+    """
     data = data.clone()
     for dim, positions in dims.items():
         removed = torch.ones(data.shape[dim], dtype=torch.bool, device=data.device)

@@ -50,7 +50,11 @@ class ChannelMask(HookModule):
 
     @torch.no_grad()
     def keep(self, dim: int, positions: Tensor | None) -> None:
-        """Sets what stays along one dimension; None keeps all."""
+        """Sets what stays along one dimension.
+
+        :param dim: one of ``dims``.
+        :param positions: what stays; None keeps all.
+        """
         mask = getattr(self, f"mask_{dim}")
         if positions is None:
             mask.fill_(1)

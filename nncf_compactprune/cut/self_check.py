@@ -88,8 +88,14 @@ def prune_in_place(
     turn a zero channel into a constant otherwise). Where a LayerNorm over channels was cut by consent, the masked
     model takes its statistics over the kept channels.
 
+    :param model: dense, cut in place.
+    :param plan: what stays.
     :param example_inputs: what both are run on, in eval mode: its first example, at half the resolution where that is
         large and the model takes it (see :func:`check_inputs`).
+    :param optimizer: its per-parameter state is cut alike.
+    :param ema: a module with the same parameter names, or a holder with a ``module`` attribute; cut alike.
+    :param plugins: where facts of modules come from; the installed plugins by default.
+    :param self_check: whether both models are run and compared.
     :param dry_run: put everything back after the check.
     :return: the comparison, or None without ``self_check``.
     :raises PlanError: the plan does not fit.

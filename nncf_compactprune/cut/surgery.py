@@ -78,7 +78,16 @@ def cut(
     ema: nn.Module | None = None,
     plugins: Plugins | None = None,
 ) -> None:
-    """The same inside a running transaction, for a plan that was validated."""
+    """The same as :func:`apply_plan` inside a running transaction, for a plan that was validated.
+
+    :param log: notes every change.
+    :param model: dense, cut in place.
+    :param plan: what stays; it fits the model.
+    :param optimizer: see :func:`apply_plan`.
+    :param ema: see :func:`apply_plan`.
+    :param plugins: see :func:`apply_plan`.
+    :raises FixedAttributeError: a module does not let an attribute be set; the transaction undoes what was done.
+    """
     shadow = None if ema is None else copy_in(ema, model)
     if shadow is not None:
         plan.validate(shadow)
@@ -170,7 +179,11 @@ def _own_shapes(module: nn.Module, dims: Mapping[int, Mapping[int, tuple[int, ..
 
 
 def select(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
-    """The kept part of a tensor, in the same memory format."""
+    """The kept part of a tensor, in the same memory format.
+
+    :param data: a tensor of any shape.
+    :param dims: kept positions by dimension; all of a dimension that is not named.
+    """
     channels_last = (
         data.dim() == 4 and not data.is_contiguous() and data.is_contiguous(memory_format=torch.channels_last)
     )

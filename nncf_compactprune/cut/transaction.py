@@ -45,7 +45,11 @@ class Transaction:
         run_step(change.do)
 
     def set_data(self, tensor: Tensor, data: Tensor) -> None:
-        """Replaces a tensor's data, keeping its identity; its gradient is dropped."""
+        """Replaces a tensor's data, keeping its identity; its gradient is dropped.
+
+        :param tensor: a parameter or buffer.
+        :param data: of any shape.
+        """
         old_data, old_grad = tensor.data, tensor.grad
 
         def do() -> None:
@@ -60,7 +64,12 @@ class Transaction:
         self._make(Change(f"the data of a tensor of shape {list(old_data.shape)}", do, undo))
 
     def set_attribute(self, target: object, name: str, value: Any) -> None:
-        """Sets an attribute."""
+        """Sets an attribute.
+
+        :param target: any object.
+        :param name: the attribute's name; it need not exist.
+        :param value: its new value.
+        """
         old = _own_attribute(target, name)
 
         def undo() -> None:
@@ -77,7 +86,12 @@ class Transaction:
         self._make(Change(f"{type(target).__name__}.{name}", lambda: setattr(target, name, value), undo))
 
     def set_item(self, target: dict[Any, Any], key: Any, value: Any) -> None:
-        """Sets a dictionary entry that exists."""
+        """Sets a dictionary entry that exists.
+
+        :param target: the dictionary.
+        :param key: of the entry.
+        :param value: its new value.
+        """
         old = target[key]
         self._make(
             Change(
@@ -88,7 +102,11 @@ class Transaction:
         )
 
     def delete_item(self, target: dict[Any, Any], key: Any) -> None:
-        """Deletes a dictionary entry."""
+        """Deletes a dictionary entry.
+
+        :param target: the dictionary; its other entries keep their order.
+        :param key: of the entry.
+        """
         old = list(target.items())
 
         def undo() -> None:

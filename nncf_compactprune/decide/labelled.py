@@ -131,6 +131,10 @@ def _listed(classes: Sequence[int]) -> str:
 def taken(inputs: Any, chosen: Tensor, samples: int) -> Any:
     """The chosen samples of every tensor with one row a sample.
 
+    :param inputs: any nesting of tensors; those without a row a sample are passed on.
+    :param chosen: positions of the samples, ``[chosen]``.
+    :param samples: how many there are.
+    :return: the same nesting.
     :raises DataError: inputs and labels differ in number.
     """
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]

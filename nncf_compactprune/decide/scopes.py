@@ -45,7 +45,8 @@ def prunable_groups(
     :param model: the network.
     :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
     :param graph: of the model.
-    :param ignored: scopes that are left out; :param target: scopes that are meant, or None for all.
+    :param ignored: scopes that are left out.
+    :param target: scopes that are meant, or None for all.
     :return: one entry for each group of the graph.
     :raises ScopeError: a scope matches nothing, or is no valid pattern.
     """
@@ -70,7 +71,8 @@ def parameters_in_scope(
     :param model: the network.
     :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
     :param parameters: names to choose from.
-    :param ignored: scopes that are left out; :param target: scopes that are meant, or None for all.
+    :param ignored: scopes that are left out.
+    :param target: scopes that are meant, or None for all.
     :raises ScopeError: a scope matches nothing, or is no valid pattern.
     """
     if not ignored and target is None:
@@ -86,7 +88,8 @@ def operations_out_of_scope(
 
     :param model: the network.
     :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
-    :param ignored: scopes that are left out; :param target: scopes that are meant, or None for all.
+    :param ignored: scopes that are left out.
+    :param target: scopes that are meant, or None for all.
     :raises ScopeError: a scope matches nothing, or is no valid pattern.
     """
     if not ignored and target is None:

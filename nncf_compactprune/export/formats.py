@@ -145,7 +145,12 @@ def existing(path: Path, plugins: Plugins | None = None) -> ExportFormat:
 
 
 def not_loaded(path: Path, kind: ExportFormat, error: Exception) -> ExportError:
-    """What to say of a file that its runtime does not load."""
+    """What to say of a file that its runtime does not load.
+
+    :param path: the file.
+    :param kind: its format.
+    :param error: what the runtime raised.
+    """
     return ExportError(f"{path}: {kind.runtime} cannot load it: {reason_of(error)}.")
 
 

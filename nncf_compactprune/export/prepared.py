@@ -44,6 +44,8 @@ class ModelInputs:
     def of(cls, model: nn.Module, example_inputs: Any) -> ModelInputs:
         """Reads a tensor, a sequence of tensors, or a mapping of keyword arguments.
 
+        :param model: whose ``forward`` names positional inputs.
+        :param example_inputs: as it is called.
         :raises ExportError: when there is no tensor, or a positional input is none.
         """
         if isinstance(example_inputs, Mapping):
@@ -155,6 +157,11 @@ def prepared(
 ) -> Iterator[Prepared]:
     """Yields the model ready for export; afterwards it is as it was (training flags and device included).
 
+    :param model: on any device, in any mode.
+    :param example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+    :param dynamic_batch: whether dim 0 of every input stays open.
+    :param input_names: one per input tensor; those of ``forward`` by default.
+    :param output_names: one per output tensor; see :func:`named_outputs` for the default.
     :raises ExportError: when the inputs or names do not fit, the forward fails, or an output is not finite.
     """
     inputs = ModelInputs.of(model, example_inputs)
@@ -187,6 +194,9 @@ def named_outputs(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]
     A lone tensor is named ``output``, a sequence's ``output_0``, ``output_1``, a mapping's by its keys; levels are
     joined with a dot.
 
+    :param output: what a model returns.
+    :param prefix: of the names.
+    :return: pairs of name and tensor.
     :raises ExportError: when it meets something else.
     """
     if isinstance(output, Tensor):
@@ -205,6 +215,7 @@ def named_outputs(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]
 def refuse_hooks(model: nn.Module, *, stripped_quantizers: bool) -> None:
     """Refuses a model that still carries NNCF hooks: what they compute belongs to training, not into a file.
 
+    :param model: it is only looked at.
     :param stripped_quantizers: accept what ``nncf.strip`` leaves of a quantized model: torch's own fake quantizers.
         Those that say ``exports_to_onnx`` are accepted always.
     :raises ExportError: naming the hooks found.

@@ -78,7 +78,11 @@ def compare(
 ) -> Verification:
     """Runs a session on every reference batch.
 
+    :param session: the file, opened in its runtime.
     :param shown_as: the path for messages and the result; the file may still be in its staging place.
+    :param references: batches with what torch computes on them.
+    :param output_names: one per output, in order.
+    :param tolerance: largest accepted error relative to the largest absolute output; None: see :data:`TOLERANCES`.
     :raises ExportError: naming file, runtime, output, batch, error and tolerance.
     """
     limit = TOLERANCES[session.arithmetic] if tolerance is None else tolerance

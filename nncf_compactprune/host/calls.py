@@ -18,6 +18,7 @@ from nncf_compactprune.host.tensors import named_modules
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
     """Calls a model.
 
+    :param model: in the mode that it is in.
     :param example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
     :return: what the model returns.
     """
@@ -37,6 +38,7 @@ def evaluating(
     Afterwards training flags and random states (torch, numpy, Python) are as before, and so is all that
     :mod:`~nncf_compactprune.host.marks` lists: a memo that the forward pass fills is gone again.
 
+    :param model: what the body runs.
     :param inputs: what the model runs on; what it writes into these tensors is taken back too.
     :param changes: the body changes the model on purpose. Then only mode, flags and random states are taken back; put
         each run in an :func:`unmarked` of its own.
@@ -60,6 +62,7 @@ def unmarked(
 ) -> Iterator[None]:
     """Takes back what runs inside leave in a model (see :mod:`~nncf_compactprune.host.marks`), in whatever mode.
 
+    :param model: what the body runs.
     :param inputs: what the model runs on; what it writes into these tensors is taken back too.
     :param contents: take back what is written into tensors. Without it, a hook may change weights while the model runs.
     :param mode: a mode that the body enters itself, and that saves what operations write into; None: one is entered.

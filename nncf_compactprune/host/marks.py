@@ -47,7 +47,8 @@ _Undo = Callable[[], object]
 class Marks:
     """Remembers a model's state, so that :meth:`undo` can bring it back.
 
-    :param model: what will run; :param inputs: what it will run on, any nesting of tensors.
+    :param model: what will run.
+    :param inputs: what it will run on, any nesting of tensors.
     :param contents: bring the contents of tensors back too.
     """
 

@@ -71,8 +71,8 @@ def hook_parameter(model: nn.Module, name: str, hook: nn.Module) -> Any:
     """Lets a hook change a parameter before each use. The model is wrapped, in place, where it is not yet.
 
     :param model: the model; it is wrapped in place.
-    :param hook: is called with the parameter and returns what is used instead.
     :param name: of the parameter.
+    :param hook: is called with the parameter and returns what is used instead.
     :return: a handle with ``remove()``.
     """
     return register_post_function_hook(_wrapped(model), name, 0, hook)
@@ -82,8 +82,9 @@ def hook_input(model: nn.Module, operation: str, port: int, hook: nn.Module) -> 
     """Lets a hook change an operation's input; see :func:`hook_parameter`.
 
     :param model: the model; it is wrapped in place.
+    :param operation: NNCF's name of the operation.
+    :param port: which input.
     :param hook: is called with the input and returns what is used instead.
-    :param operation: NNCF's name of it; :param port: which input.
     """
     return register_pre_function_hook(_wrapped(model), operation, port, hook)
 

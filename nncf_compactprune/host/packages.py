@@ -37,6 +37,8 @@ def pick(kind: str, name: str, known: Mapping[str, Value]) -> Value:
     """Returns ``known[name]``.
 
     :param kind: what a name stands for, for the message ("model scheme").
+    :param name: the name looked for.
+    :param known: values by name.
     :raises ResolveError: naming the nearest known name and all of them.
     """
     if name in known:

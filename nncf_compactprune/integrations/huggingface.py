@@ -98,6 +98,11 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
 
         Both are means over a batch. Under gradient accumulation each batch counts by its share of the examples of the
         whole step (``num_items_in_batch``), so that the step's gradient is that of one large batch.
+
+        :param outputs: what the model returns.
+        :param labels: of the batch; -100 is not counted.
+        :param num_items_in_batch: labels in the whole step, or None for the batch alone.
+        :return: a scalar.
         """
         loss = self._task(outputs, labels)
         if not self._model.training:

@@ -97,6 +97,7 @@ def fill(model: nn.Module, directory: str | PathLike[str]) -> None:
     as it does for a ViT, with no more than a warning.
 
     :param model: dense, masked, or cut to the checkpoint's plan.
+    :param directory: the checkpoint's folder.
     :raises CompactPruneError: the checkpoint does not hold this model's weights.
     """
     config: Any = model.config

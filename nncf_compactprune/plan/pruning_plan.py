@@ -59,7 +59,8 @@ class PruningPlan:
 
     :param kept: parameter or buffer name to dimension to kept positions, ascending.
     :param fingerprint: SHA-256 of the dense model's parameter names and shapes.
-    :param before: dense cost; :param after: cost of the pruned model.
+    :param before: dense cost.
+    :param after: cost of the pruned model.
     :param groups: width of every group before and after.
     :param pinned: (module, channels, reason) of what could not be pruned.
     :param algorithm: what decided it.

@@ -95,6 +95,7 @@ def inspect_model(
     :param name: as for :func:`~nncf_compactprune.run.models.resolve_model`; the config's model by default.
     :param config: a config file, for the model, its options, the input's shape and the scopes.
     :param sample_size: shape of the example input, batch included.
+    :param plugins: where models and rules come from; the installed plugins by default.
     :raises CompactPruneError: if the name or the config is wrong, or the model does not run.
     """
     plugins = plugins or default_plugins()

@@ -89,6 +89,8 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> None:
 
     BatchNorm's batch counters may be absent: many published files leave them out, and evaluation never reads them.
 
+    :param model: filled in place.
+    :param path: the file.
     :raises ResolveError: if the file is missing or no safetensors file, or names or shapes differ; the model is then
         unchanged.
     """
@@ -147,7 +149,11 @@ def save_weights(model: nn.Module, path: str | PathLike[str]) -> Path:
 
 
 def timm_model(rest: str, **options: Any) -> ResolvedModel:
-    """Builds ``timm.create_model(rest, **options)``, untrained unless the options say ``pretrained``."""
+    """Builds ``timm.create_model(rest, **options)``, untrained unless the options say ``pretrained``.
+
+    :param rest: timm's name of the model.
+    :param options: its keyword arguments (``{"num_classes": 10}``).
+    """
     timm = require_package("timm", "nncf-compactprune[timm]")
     if not timm.is_model(rest):
         msg = f"timm has no model '{rest}'.{nearest(rest, timm.list_models())}"
@@ -186,7 +192,11 @@ def hf_model(rest: str, **options: Any) -> ResolvedModel:
 
 
 def torchvision_model(rest: str, **options: Any) -> ResolvedModel:
-    """Builds ``torchvision.models.get_model(rest, **options)``, untrained."""
+    """Builds ``torchvision.models.get_model(rest, **options)``, untrained.
+
+    :param rest: torchvision's name of the model.
+    :param options: its keyword arguments (``{"num_classes": 10}``).
+    """
     models = require_package("torchvision.models", "torchvision")
     known = models.list_models(module=models)  # classification only: detection and video models take other inputs
     if rest not in known:
@@ -200,6 +210,9 @@ def python_model(rest: str, **options: Any) -> ResolvedModel:
     """Calls a user's own function, which returns a module or a pair of module and example inputs.
 
     A module's attribute ``input_size``, as ``(c, h, w)``, gives the example input's shape; 3 x 224 x 224 otherwise.
+
+    :param rest: ``module:function`` or ``file.py:function``.
+    :param options: the function's keyword arguments.
     """
     function = load_function(rest)
     built = _build(f"python:{rest}", lambda: function(**options))

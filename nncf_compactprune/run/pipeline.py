@@ -62,6 +62,7 @@ def run(
     :param source: a config file.
     :param overrides: see :func:`~nncf_compactprune.run.settings.read_settings`.
     :param say: is given one line for every step.
+    :param plugins: where names are looked up; the installed plugins by default.
     :raises CompactPruneError: as soon as anything is found wrong; what can be checked is checked before any training.
     """
     plugins = plugins or default_plugins()
@@ -77,6 +78,7 @@ def load_run(directory: str | PathLike[str], plugins: Plugins | None = None) -> 
     """Rebuilds the pruned model of a run: the dense architecture from its config, cut to its plan, with its weights.
 
     :param directory: what a run wrote.
+    :param plugins: where names are looked up; the installed plugins by default.
     :raises CompactPruneError: if a file is missing, or config, plan and weights do not belong together.
     """
     folder = Path(directory)

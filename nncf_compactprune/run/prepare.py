@@ -112,7 +112,11 @@ def _epoch_of_cut(entry: ChannelPruningConfig, epochs: int, plugins: Plugins) ->
 
 
 def remove_old_results(directory: Path, say: Say) -> None:
-    """Removes what an earlier run wrote here, so that no old file stands beside a new one. Other files stay."""
+    """Removes what an earlier run wrote here, so that no old file stands beside a new one. Other files stay.
+
+    :param directory: the run's; it need not exist.
+    :param say: is told how many files go.
+    """
     exported = (path for network in ("dense", "pruned") for path in sorted((directory / network).glob("model*")))
     files = [directory / name for name in RESULTS]
     old = [path for path in (*files, *exported) if path.is_file()]
@@ -177,6 +181,9 @@ def _real_example(resolved: ResolvedModel, dataset: ResolvedDataset) -> ExampleI
 def check_classes(resolved: ResolvedModel, example: ExampleInputs, dataset: ResolvedDataset) -> None:
     """Runs the model once on an image of the dataset.
 
+    :param resolved: the model.
+    :param example: the image, as the model is called.
+    :param dataset: where it is from.
     :raises ResolveError: it does not run, or has another number of outputs than the dataset has classes.
     """
     try:

@@ -119,7 +119,9 @@ def read_settings(
 ) -> Settings:
     """Reads and validates a config file.
 
+    :param source: the file.
     :param overrides: values by dotted path, such as ``{"epochs": 3, "compression.budget.macs": 0.4}``.
+    :param plugins: where algorithms are looked up; the installed plugins by default.
     :raises ConfigError: with all problems of the compression part, or all of the training part.
     """
     document = read_document(source, overrides)

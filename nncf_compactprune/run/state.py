@@ -86,6 +86,7 @@ class Run:
     def tell(self, record: EpochRecord, phase: str, epochs: int, compression_rate: float | None = None) -> None:
         """Keeps an epoch's record in the history, and says what it came to.
 
+        :param record: of the epoch.
         :param phase: ``dense`` or ``pruned``.
         :param epochs: how many there are.
         :param compression_rate: share of the cost removed, in [0, 1).

@@ -72,9 +72,13 @@ def train_epoch(
 ) -> tuple[float, float]:
     """Trains for one pass over the batches.
 
+    :param model: gives scores ``[n, classes]``; trained in place.
+    :param batches: inputs and labels ``[n]``.
+    :param optimizer: over the model's parameters.
+    :param criterion: scores and labels to the mean loss.
     :param controller: a compression controller; its scheduler is stepped and its loss added, as in NNCF's samples.
     :param title: what the progress bar is called, where one is shown.
-    :returns: mean loss per image and top-1 in [0, 1].
+    :return: mean loss per image and top-1 in [0, 1].
     """
     device = _device(model)
     model.train()
@@ -130,8 +134,12 @@ def fit(
 ) -> list[EpochRecord]:
     """Trains in place.
 
+    :param model: gives scores ``[n, classes]``.
     :param batches: iterated once per epoch.
+    :param optimizer: over the model's parameters.
+    :param epochs: how many, those before a snapshot included.
     :param lr_schedule: ``cosine`` falls from the optimizer's learning rate towards zero over the epochs.
+    :param criterion: scores and labels to the mean loss.
     :param controller: a compression controller, stepped as in NNCF's samples.
     :param on_epoch: called with each epoch's record.
     :param snapshots: where every epoch leaves a snapshot of the run.
@@ -139,7 +147,7 @@ def fit(
     :param resume: a snapshot of this phase to go on from; the model has its shapes (``create_compressed_model`` with
         its compression state). With the same batches in the same order the weights end as those of a run in one piece:
         on a CPU, bit for bit.
-    :returns: one record per epoch trained here.
+    :return: one record per epoch trained here.
     """
     schedule = None
     if lr_schedule == "cosine" and epochs:

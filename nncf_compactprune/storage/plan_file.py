@@ -55,6 +55,11 @@ def plan_for_weights(folder: Path, model: nn.Module, digest: str | None) -> Prun
     """The plan that belongs to the weights, checked against the model.
 
     Weights name their plan by its digest; without one (weights that were written otherwise) ``plan.json`` is taken.
+
+    :param folder: where plan and weights are.
+    :param model: dense.
+    :param digest: what the weights name, see :func:`plan_digest`, or None.
+    :raises PlanError: there is no such plan, or it does not fit the model.
     """
     path = folder / PLAN_FILE
     text = None

@@ -60,6 +60,9 @@ class Snapshot:
         """Puts everything back, in place, so that the next epoch is the one that would have followed.
 
         :param model: of the snapshot's shapes: built from its compression state.
+        :param optimizer: over the model's parameters.
+        :param schedule: of the learning rate, or None.
+        :param batches: the loader; the state of its own generators comes back.
         :raises CompactPruneError: model or optimizer are not those of the run.
         """
         try:
@@ -133,6 +136,11 @@ class Snapshots:
 
         :param phase: orders the parts of a run: 0 dense training, 1 fine-tuning.
         :param epoch: epochs of the phase that are done.
+        :param model: masks included.
+        :param optimizer: over its parameters.
+        :param schedule: of the learning rate, or None.
+        :param batches: the loader, for the state of its generators.
+        :param compression: the compression's state as JSON data, or None.
         """
         numbered = optimizer.state_dict()
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}

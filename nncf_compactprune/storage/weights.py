@@ -96,6 +96,14 @@ def stored_names(
     """The file's name for each of the model's tensors, once names, shapes and dtypes are found to fit.
 
     Reads the header only. Other writers may have kept another name of a shared tensor.
+
+    :param file: opened by safetensors.
+    :param path: its path, for messages.
+    :param model: dense.
+    :param plan: what the cut will leave.
+    :param tensors: the dense model's, by name.
+    :param strict: whether every tensor must be there, and no other.
+    :raises CompactPruneError: the file does not fit.
     """
     tied = model_tensors(model).tied
     shapes = plan.shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -123,7 +131,12 @@ def stored_names(
 
 
 def placed(dense: Tensor, kept: Mapping[int, Tensor], value: Tensor) -> Tensor:
-    """A copy of a dense tensor with the kept part replaced: what the cut will then select."""
+    """A copy of a dense tensor with the kept part replaced: what the cut will then select.
+
+    :param dense: a tensor of any shape.
+    :param kept: kept positions by dimension; all of a dimension that is not named.
+    :param value: of the kept part's shape.
+    """
     grid = [
         kept.get(dim, torch.arange(size)).to(dense.device).view([-1 if d == dim else 1 for d in range(dense.dim())])
         for dim, size in enumerate(dense.shape)

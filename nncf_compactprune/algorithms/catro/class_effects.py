@@ -48,7 +48,11 @@ class ClassStatistics(ABC):
 
     @abstractmethod
     def end_batch(self, scores: Tensor, labels: Tensor) -> None:
-        """The batch has run to its scores ``[n, classes]``."""
+        """The batch has run to its scores.
+
+        :param scores: ``[n, classes]``.
+        :param labels: class indices ``[n]``, where the scores are.
+        """
 
     @abstractmethod
     def all_reduce(self) -> None:
@@ -59,7 +63,9 @@ class ClassStatistics(ABC):
 
         No gradient of a parameter is computed or touched.
 
-        :param batches: model inputs with class indices.
+        :param model: it is only run.
+        :param batches: model inputs with class indices ``[n]``.
+        :raises DataError: a process got no sample.
         """
         with evaluating(model):
             for inputs, labels in track(batches, "Class statistics"):
@@ -142,7 +148,9 @@ class MarginEffects(ClassStatistics):
         Of n consumers, n times the sum is taken, which bounds ``(Σ_c t_c)²``: in a row of residual blocks, the effects
         by way of each do not cancel as their first order may.
 
-        None where no consumer of the group was seen.
+        :param group: its index in the graph.
+        :param contribution: weight of what channels contribute, at least 0.
+        :return: the form, in float64; None where no consumer of the group was seen.
         """
         consumers = [key for key in self.effects if key[0] == group]
         total = torch.zeros(self.graph.groups[group].size, self.graph.groups[group].size, dtype=torch.float64)
@@ -156,7 +164,9 @@ class MarginEffects(ClassStatistics):
 def margins(scores: Tensor, labels: Tensor, classes: Tensor | None = None) -> Tensor:
     """``z_y - log Σ_{c≠y} exp z_c``, ``[n]``.
 
-    :param scores: ``[n, classes]``; :param labels: ``[n]``; :param classes: those that count, default: all.
+    :param scores: ``[n, classes]``.
+    :param labels: class indices ``[n]``.
+    :param classes: those that count, default: all.
     """
     if classes is not None:
         others = torch.full_like(scores, -torch.inf)

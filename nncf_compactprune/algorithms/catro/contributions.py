@@ -36,7 +36,11 @@ class Contributions:
 
     @torch.no_grad()
     def update(self, call: Call, use: Use) -> None:
-        """Adds the samples of one call."""
+        """Adds the samples of one call.
+
+        :param call: the consumer's operation, with its input and weight.
+        :param use: where it takes the group's channels in.
+        """
         for at, (inputs, weights) in enumerate(_blocks(call, use.positions.to(call.x.device))):
             wide = torch.promote_types(inputs.dtype, torch.float32)
             mixed = _sketched(weights.to(wide))

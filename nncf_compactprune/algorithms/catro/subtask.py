@@ -61,9 +61,9 @@ def with_classifier_cut(
     :param plan: the plan to extend.
     :param model: the dense model.
     :param graph: the dense model's channels.
+    :param classes: ascending.
     :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
     :param plugins: where rules come from.
-    :param classes: ascending.
     :raises CompactPruneError: the scores do not come straight from linear layers or convolutions.
     """
     outputs = {p.name for p in graph.pinned if p.reason == "model output"}

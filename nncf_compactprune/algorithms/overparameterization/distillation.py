@@ -62,7 +62,12 @@ def similarity(features: Tensor, size: int | None = None) -> Tensor:
 
 def similarity_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over layers of ‖G_T − G_S‖²_F / b² (Tung & Mori 2019, eq. 4, who sum; with the mean, one weight does for
-    networks of any depth)."""
+    networks of any depth).
+
+    :param student: similarities ``[b, b]``, one a layer; see :func:`similarity`.
+    :param teacher: the same of its layers, in the same order.
+    :return: a scalar.
+    """
     losses = [(s - t).square().sum() / len(s) ** 2 for s, t in zip(student, teacher, strict=True)]
     return torch.stack(losses).mean()
 
@@ -70,7 +75,10 @@ def similarity_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
 def logits_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), mean over the batch (Hinton et al. 2015).
 
-    :param student: :param teacher: class scores ``[b, ..., classes]``, classes last.
+    :param student: class scores ``[b, ..., classes]``, classes last.
+    :param teacher: the same shape.
+    :param temperature: T, above 0.
+    :return: a scalar.
     """
     students = functional.log_softmax(student.float() / temperature, -1).flatten(0, -2)
     teachers = functional.log_softmax(teacher.float() / temperature, -1).flatten(0, -2)

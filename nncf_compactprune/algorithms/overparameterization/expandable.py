@@ -22,6 +22,8 @@ START_TOLERANCE = 1e-4  # of whole networks, where rounding adds up; one layer k
 def expandable_layers(model: nn.Module, example_inputs: Any) -> dict[str, str]:
     """Every convolution and linear layer that runs and whose weight is a trainable parameter of its own.
 
+    :param model: it is run once, in eval mode.
+    :param example_inputs: as the model is called.
     :return: weight name to module name, in the order of execution; a shared weight once.
     """
     names = {id(module): name for name, module in named_modules(model)}
@@ -53,6 +55,12 @@ def select_layers(
 ) -> tuple[dict[str, str], int]:
     """The layers to expand and to distil.
 
+    :param model: it is run once, in eval mode.
+    :param example_inputs: as the model is called.
+    :param ignored: scopes that are left out.
+    :param target: scopes that are meant, or None for all.
+    :param skip_first: leave the first layer out.
+    :param skip_last: leave the last layer out.
     :return: weight name to module name in the order of execution; and how many layers there were to choose from.
     :raises ScopeError: a scope matches nothing, or nothing is left.
     """
@@ -71,13 +79,23 @@ def select_layers(
 
 
 def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """What the model computes in eval mode, every tensor of it."""
+    """What the model computes in eval mode, every tensor of it.
+
+    :param model: it is only run.
+    :param example_inputs: as the model is called.
+    :return: copies, in the order of the output.
+    """
     with evaluating(model):
         return [leaf.clone() for leaf in tree_leaves(call_model(model, example_inputs)) if isinstance(leaf, Tensor)]
 
 
 def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-    """:raises SelfCheckError: an output changed by more than rounding."""
+    """Checks that expanding the layers changed nothing but rounding.
+
+    :param before: outputs of the model as it was.
+    :param after: outputs of the expanded model, same shapes.
+    :raises SelfCheckError: an output changed by more than rounding.
+    """
     for old, new in zip(before, after, strict=True):
         if not old.is_floating_point():
             continue

@@ -53,7 +53,12 @@ class FactorizedWeight(HookModule):
         return Factors(self.first, self.core, self.last)
 
     def assign(self, weight: Tensor, generator: torch.Generator, core_scale: float) -> None:
-        """Takes over a weight exactly, with dtype and device."""
+        """Takes over a weight exactly, with dtype and device.
+
+        :param weight: of the shape that ``geometry`` states.
+        :param generator: of the random part of the factors, on the CPU.
+        :param core_scale: see :func:`~nncf_compactprune.algorithms.overparameterization.factors.factorise`.
+        """
         made = factorise(weight, self.geometry, self.expansion, generator, core_scale=core_scale)
         for parameter, value in zip(self.factors, made, strict=True):
             parameter.data = value
@@ -107,7 +112,13 @@ class ChainPart(nn.Module):
         self.owner = (owner,)  # in a tuple, so that it is no submodule
 
     def pointwise(self, x: Tensor, factor: Tensor, *, linear: bool) -> Tensor:
-        """Multiplies the channels of ``x`` by a factor ``[groups, out, in]``."""
+        """Multiplies the channels of ``x`` by a factor.
+
+        :param x: ``[n, groups * in, ...]``, or ``[..., in]`` for a linear layer.
+        :param factor: ``[groups, out, in]``.
+        :param linear: whether channels come last.
+        :return: ``[n, groups * out, ...]``, or ``[..., out]``.
+        """
         groups, outs, ins = factor.shape
         if linear:
             return functional.linear(x, factor[0])

@@ -34,7 +34,8 @@ class Reparameterization:
 
     :param model: is wrapped for NNCF hooks (in place).
     :param layers: modules of :data:`~.factors.LAYERS` by the name of their weight.
-    :param expansion: :param mode: see :class:`FactorizedWeight`.
+    :param expansion: see :class:`FactorizedWeight`.
+    :param mode: see :class:`FactorizedWeight`.
     :param core_scale: see :func:`~nncf_compactprune.algorithms.overparameterization.factors.factorise`.
     :param operations: for the chain: names of the NNCF operations that use each weight.
     :param keep_merged: keep the merged weights of every training forward in ``merged`` (for a loss on them).

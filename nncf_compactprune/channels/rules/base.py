@@ -28,12 +28,25 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def argument(args: Sequence[Any], kwargs: Mapping[str, Any], index: int, name: str, default: Any = None) -> Any:
-    """An operation's argument, given by position or by keyword."""
+    """An operation's argument, given by position or by keyword.
+
+    :param args: the operation's positional arguments.
+    :param kwargs: its keyword arguments.
+    :param index: the argument's position.
+    :param name: the argument's name.
+    :param default: its value where it was not given.
+    """
     return args[index] if len(args) > index else kwargs.get(name, default)
 
 
 def named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
-    """An operation's argument as its own schema places it, its default included; None where it has no such argument."""
+    """An operation's argument as its own schema places it, its default included; None where it has no such argument.
+
+    :param func: the operation.
+    :param args: its positional arguments.
+    :param kwargs: its keyword arguments.
+    :param name: the argument's name in the schema.
+    """
     place = _place(func, name)
     return None if place is None else argument(args, kwargs, *place)
 
@@ -47,7 +60,11 @@ def _place(func: Any, name: str) -> tuple[int, str, Any] | None:
 
 
 def dims_of(value: Any, rank: int) -> list[int]:
-    """Normalises a dim argument (int, list or None for all) to non-negative dims."""
+    """Normalises a dim argument to non-negative dims.
+
+    :param value: one dimension, a list of them, or None for all; negative ones count from the end.
+    :param rank: number of dimensions.
+    """
     if value is None or (isinstance(value, (list, tuple)) and not value):
         return list(range(rank))
     values = value if isinstance(value, (list, tuple)) else [value]

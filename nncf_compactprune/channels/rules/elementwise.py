@@ -30,6 +30,12 @@ def broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], r
 
     A dimension of size 1 stretched over several positions is a channel that cannot go: without it nothing is left to
     stretch.
+
+    :param tracer: knows the tensors' labels.
+    :param tensors: the operands.
+    :param shape: of the result.
+    :param reason: why channels that meet an unlabelled dimension are pinned.
+    :return: the result's labels, one entry a dimension.
     """
     rank = len(shape)
     result: list[LabelArray | None] = [None] * rank

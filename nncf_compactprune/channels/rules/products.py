@@ -182,7 +182,13 @@ def attention(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
 
 
 def join(tracer: Tracer, arrays: Sequence[LabelArray | None], reason: str) -> LabelArray | None:
-    """Declares dimensions of equal size the same; where one of them is fixed, all are pinned."""
+    """Declares dimensions of equal size the same; where one of them is fixed, all are pinned.
+
+    :param tracer: receives equalities and pins.
+    :param arrays: labels of each dimension, None where it is fixed.
+    :param reason: why they are pinned.
+    :return: the labels of all, or None where there are none.
+    """
     labelled = [array for array in arrays if array is not None]
     for array in labelled[1:]:
         tracer.unify(labelled[0], array)

@@ -1,4 +1,8 @@
-"""Random changes of training images: each maps images ``[n, c, h, w]`` and a generator to such images."""
+"""Random changes of training images: each maps images ``[n, c, h, w]`` and a generator to such images.
+
+torchvision's transforms do not serve here: a call draws from torch's global generator, and once for a whole batch.
+These draw for each image, and from a generator whose state a snapshot can hold.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,24 @@ from torch.nn import functional
 
 
 def jitter(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turns by up to 0.2 rad, scales by up to 10 % and shifts by up to an eighth of the half width."""
+    """Turns by up to 0.2 rad, scales by up to 10 % and shifts by up to an eighth of the half width.
+
+    :param images: ``[n, c, h, w]``.
+    :param generator: of the CPU.
+    :return: new images, same shape.
+    """
     draws = torch.rand(4, len(images), generator=generator) * 2 - 1
     angle, scale = 0.2 * draws[0], 1 + 0.1 * draws[1]
     return _warp(images, scale * angle.cos(), scale * angle.sin(), 0.125 * draws[2:].T)
 
 
 def crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Pads by 4 pixels of zeros, crops at random and mirrors half of the images: CIFAR's usual augmentation."""
+    """Pads by 4 pixels of zeros, crops at random and mirrors half of the images: CIFAR's usual augmentation.
+
+    :param images: ``[n, c, h, w]``.
+    :param generator: of the CPU.
+    :return: new images, same shape.
+    """
     n, _, height, width = images.shape
     padded = functional.pad(images, (4, 4, 4, 4))
     top, left = torch.randint(9, (2, n, 1), generator=generator)
@@ -26,7 +40,12 @@ def crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Ten
 
 
 def resized_crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Cuts squares of 35 to 100 % of the area, resizes them back and mirrors half of the images."""
+    """Cuts squares of 35 to 100 % of the area, resizes them back and mirrors half of the images.
+
+    :param images: ``[n, c, h, w]``.
+    :param generator: of the CPU.
+    :return: new images, same shape.
+    """
     n = len(images)
     scale = (0.35 + 0.65 * torch.rand(n, generator=generator)).sqrt()
     shift = (torch.rand(n, 2, generator=generator) * 2 - 1) * (1 - scale[:, None])

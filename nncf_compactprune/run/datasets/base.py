@@ -47,6 +47,9 @@ class ResolvedDataset:
 
         An incomplete last batch is dropped unless it is the only one: BatchNorm cannot train on a single image.
 
+        :param batch_size: images in a batch.
+        :param augment: whether images are changed at random, where the dataset has an augmentation.
+        :param seed: of order and augmentation.
         :param sampler: the order instead of shuffling, such as a ``DistributedSampler``'s.
         """
         collate = _Collate(self.mean, self.std, self.augment if augment else None, seed)

@@ -15,7 +15,11 @@ from nncf_compactprune.run.datasets.image_folder import ImageFiles
 
 
 def only_classes(dataset: ResolvedDataset, classes: Sequence[int]) -> ResolvedDataset:
-    """The part of a dataset that belongs to some classes, labels counted from 0 in ascending order of the classes."""
+    """The part of a dataset that belongs to some classes, labels counted from 0 in ascending order of the classes.
+
+    :param dataset: the whole.
+    :param classes: indices of the classes, in any order.
+    """
     classes = output_classes(classes)
     return replace(
         dataset,

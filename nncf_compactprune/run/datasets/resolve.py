@@ -41,7 +41,12 @@ def resolve_dataset(
 
 
 def python_dataset(rest: str, **options: Any) -> ResolvedDataset:
-    """Calls a user's own function, which returns a :class:`ResolvedDataset`."""
+    """Calls a user's own function, which returns a :class:`ResolvedDataset`.
+
+    :param rest: ``module:function`` or ``file.py:function``.
+    :param options: the function's keyword arguments.
+    :raises ResolveError: there is no such function, or it does not take the options.
+    """
     try:
         dataset = load_function(rest)(**options)
     except TypeError as error:

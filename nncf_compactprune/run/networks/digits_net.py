@@ -43,7 +43,14 @@ STAGES = (
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Returns a bias-free "same" convolution followed by BatchNorm."""
+    """Returns a bias-free "same" convolution followed by BatchNorm.
+
+    :param inputs: input channels.
+    :param outputs: output channels.
+    :param kernel: height and width, odd.
+    :param stride: in both directions.
+    :param groups: of the convolution.
+    """
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
@@ -125,5 +132,9 @@ class DigitsNet(nn.Module):
 
 
 def digits_net(num_classes: int = 10, in_channels: int = 1) -> DigitsNet:
-    """Builds the demo network (about 200 thousand parameters), untrained."""
+    """Builds the demo network (about 200 thousand parameters), untrained.
+
+    :param num_classes: number of scores.
+    :param in_channels: image channels.
+    """
     return DigitsNet(num_classes, in_channels)
