@@ -161,8 +161,18 @@ class CompressionController:
     @compression_rate.setter
     def compression_rate(self, value: float) -> None:
         for algorithm in self.begun:
-            if isinstance(algorithm, ChannelPruning):
+            if algorithm.adjustable:
                 algorithm.compression_rate = value
+
+    @property
+    def maximal_compression_rate(self) -> float:
+        """The largest rate that can be set."""
+        return min((a.maximal_compression_rate for a in self.algorithms[: self._begun] if a.adjustable), default=0.0)
+
+    def disable_scheduler(self) -> None:
+        """The schedules of the algorithms with a rate end: what :attr:`compression_rate` is set to is the target."""
+        for algorithm in self.begun:
+            algorithm.disable_scheduler()
 
     def get_compression_state(self) -> dict[str, Any]:
         """JSON-able state: pass it to :func:`create_compressed_model` with the dense model, then load the weights."""
@@ -174,6 +184,18 @@ class CompressionController:
                 for at, a in enumerate(self.algorithms)
             ],
         }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes back to an earlier state of this run, in place; load the weights after. Schedules stay where they are.
+
+        :param state: what :meth:`get_compression_state` gave, of this run or of one with the same configuration.
+        :raises CompactPruneError: an algorithm cannot go back, as the model is cut.
+        """
+        states = _states(state, self.algorithms)
+        for at, algorithm in enumerate(self.begun):
+            earlier = states[at]
+            if earlier is not None:
+                algorithm.load_state(earlier)
 
     def strip(self) -> nn.Module:
         """Ends the compression: cuts what is still masked and removes every hook. In place; returns the model."""
@@ -233,7 +255,9 @@ def create_compressed_model(
     plugins = plugins or default_plugins()
     if not isinstance(config, CompressionConfig):
         config = load_config(config, plugins)
-    context = Context(model, example_inputs, plugins, train_loader, teacher=teacher)
+    aware = config.accuracy_aware_training
+    search = aware is not None and aware.searches
+    context = Context(model, example_inputs, plugins, train_loader, teacher=teacher, hold_masks=search)
     if example_inputs is None:
         context.example_inputs = _varied(config.example_inputs(context.device))
     algorithms = [_build(plugins, entry, context) for entry in config.compression]

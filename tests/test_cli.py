@@ -187,7 +187,7 @@ def test_run_takes_weights_instead_of_training_and_set_values(
         ({"compression": {"algorithm": "fbnet_prunin", "budget": {"macs": 0.5}}}, "Did you mean 'fbnet_pruning'?"),
         (
             {"accuracy_aware_training": {"mode": "early_exit", "params": {"maximal_absolute_accuracy_degradation": 1}}},
-            "config.json: accuracy_aware_training: training that watches the accuracy is not supported yet.",
+            'config.json: accuracy_aware_training: "params" must give "maximal_total_epochs".',
         ),
     ],
 )

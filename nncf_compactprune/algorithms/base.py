@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nncf_compactprune.config import AlgorithmConfig
+from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plugins import Plugins
 
@@ -40,6 +41,8 @@ class Context:
     :param optimizer: whose state follows when the model shrinks while training, or None.
     :param ema: a shadow copy that follows too, or None.
     :param teacher: what to distil from, or None: the model itself as it came.
+    :param hold_masks: channels stay masked until the end, even where the schedule or an optimizer would let them be
+        cut: a search for the compression rate goes back and forth.
     :param seconds: wall time by part of the work, for reports.
     :param shared: what algorithms of one list leave for those after them, by a key of their own.
     """
@@ -51,6 +54,7 @@ class Context:
     optimizer: Optimizer | None = None
     ema: nn.Module | None = None
     teacher: nn.Module | None = None
+    hold_masks: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -122,6 +126,8 @@ class CompressionAlgorithm(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    #: whether :attr:`compression_rate` can be set, up and down: what a search for the rate needs
+    adjustable: ClassVar[bool] = False
 
     def __init__(self, config: AlgorithmConfig, context: Context) -> None:
         self.config = config
@@ -177,6 +183,27 @@ class CompressionAlgorithm(ABC):
         msg = f"the compression rate of '{self.name}' cannot be set"
         raise NotImplementedError(msg)
 
+    @property
+    def maximal_compression_rate(self) -> float:
+        """The largest rate that can be set."""
+        return 1.0
+
+    def disable_scheduler(self) -> None:  # noqa: B027
+        """The schedule ends: from here on only :attr:`compression_rate` says how far to go, and it is the target. An
+        :attr:`adjustable` algorithm implements it."""
+
     def get_state(self) -> dict[str, Any]:
         """JSON-able state to continue from."""
         return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a state of this run: what is removed, not where the schedule is. Weights are loaded after.
+
+        :param state: what :meth:`get_state` gave earlier.
+        :raises CompactPruneError: there is no way back from where the algorithm is.
+        """
+        if dict(state) != self.get_state():
+            msg = (
+                f"'{self.name}' cannot go back to an earlier state. Build the model anew with it as compression_state."
+            )
+            raise CompactPruneError(msg)

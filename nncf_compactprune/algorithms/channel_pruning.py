@@ -84,6 +84,7 @@ class ChannelPruning(CompressionAlgorithm):
     """
 
     Config: ClassVar[type[AlgorithmConfig]] = ChannelPruningConfig
+    adjustable: ClassVar[bool] = True
     config: ChannelPruningConfig
 
     def __init__(self, config: ChannelPruningConfig, context: Context) -> None:
@@ -94,6 +95,8 @@ class ChannelPruning(CompressionAlgorithm):
         self._masks: Masks | None = None
         self.prunable: Sequence[bool] = ()  # which groups of the graph may be cut, [groups]
         self._rate = 0.0
+        self._scheduled = True
+        self._trained_masked = False  # since the masks changed last
         self._done = False
 
     # -- for subclasses ------------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ class ChannelPruning(CompressionAlgorithm):
 
         It reads :attr:`graph`, :attr:`prunable` and :meth:`problem`. Every process decides; the plans are compared.
 
-        :param rate: share of the cost to remove, up to :attr:`target_rate`.
+        :param rate: share of the cost to remove, up to :attr:`target_rate`; a search may ask for more.
         """
         with self.context.timed("scores"):
             raw = averaged(self.scores(self.graph))
@@ -119,18 +122,30 @@ class ChannelPruning(CompressionAlgorithm):
 
     def problem(self, rate: float) -> AllocationProblem:
         """What is to be shared out on the way to the target: every budget loosened by the same share of its way.
+        Beyond the target, every budget is tightened by the same share.
 
-        :param rate: share of the cost to remove, up to :attr:`target_rate`.
+        :param rate: share of the cost to remove.
         """
-        target, params = self.target_rate, self.config.params
-        share = 1.0 if target <= 0 else min(rate / target, 1.0)
+        target = self.target_rate
         budgets: dict[str, int] = {}
         for kind in KINDS:
-            dense = self.graph.cost[kind](self.graph.sizes)
-            final = min(self.config.budget.resolve(kind, dense), dense)
-            budgets[kind] = dense - math.floor((dense - final) * share) if share < 1 else final
-        limits = Limits(params.min_channels, params.max_ratio, params.round_to)
-        return AllocationProblem(self.graph, self.prunable, budgets, limits)
+            dense, saved = self._dense_and_saved(kind)
+            share = 1.0 if rate == target else rate / target if target > 0 else 0.0
+            budgets[kind] = dense - (saved if share == 1 else math.floor(saved * share))
+        if target <= 0 < rate:  # the configuration asks for nothing, a search does
+            dense = self.graph.macs
+            budgets["macs"] = dense - math.floor(dense * rate)
+        return AllocationProblem(self.graph, self.prunable, budgets, self._limits)
+
+    def _dense_and_saved(self, kind: Kind) -> tuple[int, int]:
+        """What the dense model costs, and how much of it the budget takes away."""
+        dense = self.graph.cost[kind](self.graph.sizes)
+        return dense, dense - min(self.config.budget.resolve(kind, dense), dense)
+
+    @property
+    def _limits(self) -> Limits:
+        params = self.config.params
+        return Limits(params.min_channels, params.max_ratio, params.round_to)
 
     def adaptation_context(self) -> Context:
         """Whose training loader re-estimates BatchNorm statistics after the cut."""
@@ -150,7 +165,7 @@ class ChannelPruning(CompressionAlgorithm):
         if state is not None:
             self._analyse(trial=not state["cut"])
             self._restore(state)
-        elif self.config.params.prunes_before_training:
+        elif self.config.params.prunes_before_training and not self.context.hold_masks:
             self._analyse_and_prune()
         else:
             self._analyse(trial=True)
@@ -158,15 +173,18 @@ class ChannelPruning(CompressionAlgorithm):
 
     def epoch_step(self, epoch: int) -> None:
         params = self.config.params
-        if self._done or epoch < params.num_init_steps:
+        if self._done or not self._scheduled or epoch < params.num_init_steps:
             return
         at = epoch - params.num_init_steps
         schedule = self.context.plugins.resolve("schedules", params.schedule)
         rate = schedule(at, initial=params.pruning_init, target=self.target_rate, steps=params.pruning_steps)
-        if rate >= self.target_rate and self.context.optimizer is not None:
+        if rate >= self.target_rate and self.context.optimizer is not None and not self.context.hold_masks:
             self._prune_now()
         elif rate != self._rate:
             self.compression_rate = rate
+
+    def step(self, step: int) -> None:
+        self._trained_masked = True
 
     @property
     def settled(self) -> bool:
@@ -177,7 +195,7 @@ class ChannelPruning(CompressionAlgorithm):
             self._prune_now()
 
     def stage(self) -> CompressionStage:
-        if self._done or self._rate >= self.target_rate:
+        if self._done or (self._rate >= self._goal and (self._scheduled or self._rate > 0)):
             return CompressionStage.FULLY_COMPRESSED
         return CompressionStage.PARTIALLY_COMPRESSED if self._rate > 0 else CompressionStage.UNCOMPRESSED
 
@@ -191,18 +209,39 @@ class ChannelPruning(CompressionAlgorithm):
         )
 
     @property
+    def _goal(self) -> float:
+        """The rate at which the compression is complete: the budget's, or the one set where there is no schedule."""
+        return self.target_rate if self._scheduled else self._rate
+
+    @property
+    def maximal_compression_rate(self) -> float:
+        floor = self.problem(0.0).floor
+        target, rates = self.target_rate, []
+        for kind in KINDS:
+            dense, saved = self._dense_and_saved(kind)
+            removable = dense - self.graph.cost[kind](floor)
+            if target > 0 and saved:
+                rates.append(target * removable / saved)
+            elif target <= 0 and kind == "macs":
+                rates.append(removable / max(dense, 1))
+        return max(min(rates, default=0.0) - 1e-9, 0.0)
+
+    def disable_scheduler(self) -> None:
+        self._scheduled = False
+
+    @property
     def compression_rate(self) -> float:
         return self._rate
 
     @compression_rate.setter
     def compression_rate(self, value: float) -> None:
+        """
+        :raises BudgetError: beyond :attr:`maximal_compression_rate`; everything is as before.
+        """
         if self._masks is None:
             msg = f"compression_rate: the model is cut already. The rate stays at {self._rate:.3f}. Set it earlier."
             raise CompactPruneError(msg)
-        self._rate = value
-        self.plan = self._agreed(value)
-        self._masks.share(self.context.ema)
-        self._masks.update(self.plan)
+        self._mask(self._agreed(value), value)
         self.context.plugins.emit("masked", plan=self.plan)
 
     @property
@@ -226,8 +265,27 @@ class ChannelPruning(CompressionAlgorithm):
             "plan": None if self.plan is None else self.plan.to_json(),
             "rate": self._rate,
             "cut": self._done,
+            "scheduled": self._scheduled,
             "params": self.config.params.model_dump(mode="json"),
         }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        plan = None if state["plan"] is None else PruningPlan.from_json(state["plan"])
+        if self._done:
+            if not state["cut"] or plan is None or plan.to_json() != self.final_plan.to_json():
+                msg = (
+                    f"'{self.name}': the model is cut, and cannot go back to another plan. Build it anew, with that "
+                    "state as compression_state."
+                )
+                raise CompactPruneError(msg)
+        elif state["cut"] and plan is not None:
+            self._cut(plan)
+            self._rate = float(state["rate"])
+        else:
+            if plan is not None:
+                plan.validate(self.context.model)
+            self._mask(plan, float(state["rate"]))
+            self._trained_masked = True  # the weights that belong to this state were
 
     def statistics(self) -> Mapping[str, Any]:
         plan = self.plan
@@ -298,13 +356,16 @@ class ChannelPruning(CompressionAlgorithm):
         return plan
 
     def _prune_now(self, plan: PruningPlan | None = None) -> None:
-        """Cuts to a plan, or to the schedule's last decision, or decides for the full budget; adapts BatchNorm."""
+        """Cuts to a plan, or to the last decision if that is complete, or decides for the full budget. Adapts BatchNorm
+        unless the network was trained with these channels masked: then it computes the same before and after."""
+        goal, decided = self._goal, None
         if plan is None:
-            decided = self.plan if self._rate >= self.target_rate else None
-            plan = decided or self._agreed(self.target_rate)
+            decided = self.plan if self._rate >= goal else None
+            plan = decided or self._agreed(goal)
         self._cut(plan)
-        self._rate = self.target_rate
-        self.after_cut(plan)
+        self._rate = goal
+        if decided is None or not self._trained_masked:
+            self.after_cut(plan)
         self.context.plugins.emit("pruned", plan=plan, self_check=self.self_check)
 
     def _cut(self, plan: PruningPlan) -> None:
@@ -334,17 +395,20 @@ class ChannelPruning(CompressionAlgorithm):
         self.plan = plan
         self._done = True
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        plan = None if state["plan"] is None else PruningPlan.from_json(state["plan"])
-        self._rate = float(state["rate"])
-        if state["cut"] and plan is not None:
-            self._cut(plan)
-        else:
+    def _mask(self, plan: PruningPlan | None, rate: float) -> None:
+        """Masks what the plan removes; nothing, without a plan."""
+        if self._masks is None:
             self._masks = Masks(self.context.model, self.graph)
-            self.plan = plan
-            if plan is not None:
-                plan.validate(self.context.model)
-                self._masks.update(plan)
+        self._masks.share(self.context.ema)
+        if plan is None:
+            self._masks.remove()
+        else:
+            self._masks.update(plan)
+        self.plan, self._rate, self._trained_masked = plan, rate, False
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._scheduled = bool(state.get("scheduled", True))
+        self.load_state(state)
 
 
 def _checked(scores: Tensor, group: str) -> npt.NDArray[np.float64]:

@@ -1,5 +1,6 @@
 """The configuration: NNCF's JSON grammar, typed; reading it; its mistakes in plain words."""
 
+from nncf_compactprune.config.accuracy_aware import AccuracyAwareParams, AccuracyAwareTraining
 from nncf_compactprune.config.budget import Budget
 from nncf_compactprune.config.inputs import InputInfo
 from nncf_compactprune.config.loading import CompressionConfig, load_algorithm, load_config, load_section
@@ -9,6 +10,8 @@ from nncf_compactprune.config.schema import json_schema
 from nncf_compactprune.config.sections import AlgorithmConfig, Section
 
 __all__ = [
+    "AccuracyAwareParams",
+    "AccuracyAwareTraining",
     "AlgorithmConfig",
     "Budget",
     "CompressionConfig",

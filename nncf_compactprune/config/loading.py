@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, field_validator
 
+from nncf_compactprune.config.accuracy_aware import AccuracyAwareTraining
 from nncf_compactprune.config.inputs import InputInfo
 from nncf_compactprune.config.messages import validated
 from nncf_compactprune.config.reading import (
@@ -32,15 +33,12 @@ from nncf_compactprune.config.reading import (
     read_document,
     show,
 )
-from nncf_compactprune.config.sections import AlgorithmConfig, NotYet, OneOrMany, Scopes
+from nncf_compactprune.config.sections import AlgorithmConfig, OneOrMany, Scopes
 from nncf_compactprune.errors import ConfigError, PluginError, Problem, nearest
 from nncf_compactprune.plugins import Plugins, default_plugins
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 TargetDevice = Literal["ANY", "CPU", "GPU", "NPU"]
-_NO_ACCURACY_AWARE = (
-    "training that watches the accuracy is not supported yet. Leave it out and train a fixed number of epochs."
-)
 Source = Document | str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -50,6 +48,7 @@ class CompressionConfig(BaseModel):
     :param compression: one configuration per algorithm, in the order in which they are applied. Scopes given at the top
         level are merged in, as in NNCF 2.x.
     :param target_device: where the compressed model will run; algorithms that quantize read it.
+    :param accuracy_aware_training: how much accuracy may be lost, for training loops that watch it.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
@@ -57,7 +56,7 @@ class CompressionConfig(BaseModel):
     input_info: Annotated[list[InputInfo], OneOrMany()] = Field(default_factory=list)
     target_device: TargetDevice | None = None
     compression: list[SerializeAsAny[AlgorithmConfig]]
-    accuracy_aware_training: Annotated[None, NotYet(_NO_ACCURACY_AWARE)] = Field(default=None, exclude=True)
+    accuracy_aware_training: AccuracyAwareTraining | None = None
     ignored_scopes: Scopes = Field(default_factory=list)
     target_scopes: Scopes | None = None
     _source: str = PrivateAttr("config")

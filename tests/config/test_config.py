@@ -401,8 +401,16 @@ AA = "accuracy_aware_training"
          'input_info: expected a "keyword" in every input or in none.'),
         ({"input_info": [{"sample_size": [1], "keyword": "a"}] * 2},
          'input_info: expected different keywords, got ["a", "a"].'),
-        ({AA: {"mode": "early_exit"}}, f"{AA}: training that watches the accuracy is not supported yet. Leave it out "
-                                       "and train a fixed number of epochs."),
+        ({AA: {"mode": "early_exit"}}, f"{AA}.params: missing. Expected an object."),
+        ({AA: {"mode": "early_exi", "params": {}}},
+         f'{AA}.mode: expected one of "early_exit", "adaptive_compression_level", got "early_exi". '
+         "Did you mean 'early_exit'?"),
+        ({AA: {"mode": "early_exit", "params": {"maximal_total_epochs": 1}}},
+         f'{AA}: "params" must say by how much the accuracy may fall: give "maximal_relative_accuracy_degradation" '
+         '(in percent) or "maximal_absolute_accuracy_degradation", got neither.'),
+        ({AA: {"mode": "early_exit", "params": {"maximal_relative_accuracy_degradation": 1, "patience_epochs": 2}}},
+         f'{AA}: "params" must give "maximal_total_epochs". "patience_epochs" belongs to mode '
+         '"adaptive_compression_level".'),
     ],
 )  # fmt: skip
 def test_messages_about_the_top_level(top_level: dict[str, Any], expected: Any) -> None:
