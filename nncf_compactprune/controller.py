@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 from collections import Counter
@@ -100,7 +101,7 @@ class CompressionController:
 
         :param states: of algorithms that an earlier run had begun; None for the others.
         """
-        while self._begun < len(self.algorithms) and all(a.settled for a in self.algorithms[: self._begun]):
+        while self._begun < len(self.algorithms) and all(a.settled for a in self.started):
             self.algorithms[self._begun].prepare(None if states is None else states[self._begun])
             self._begun += 1
 
@@ -114,9 +115,38 @@ class CompressionController:
             at += 1
 
     @property
+    def started(self) -> Sequence[CompressionAlgorithm]:
+        """The algorithms that have begun."""
+        return self.algorithms[: self._begun]
+
+    @property
     def model(self) -> nn.Module:
         """The model under compression."""
         return self._context.model
+
+    @property
+    def example_inputs(self) -> Any:
+        """What the model is traced, checked and exported with."""
+        return self._context.example_inputs
+
+    @property
+    def plugins(self) -> Plugins:
+        """Where algorithms, criteria, rules and formats come from."""
+        return self._context.plugins
+
+    def copied(self) -> CompressionController:
+        """A controller of a copy of the model, as far as this one is: what happens to the copy leaves this one alone.
+        Loader and plugins are shared; optimizer and EMA copy stay here."""
+        context = self._context
+        memo: dict[int, Any] = {id(context.plugins): context.plugins}
+        if context.train_loader is not None:
+            memo[id(context.train_loader)] = context.train_loader
+        left = context.optimizer, context.ema
+        context.optimizer = context.ema = None
+        try:
+            return copy.deepcopy(self, memo)
+        finally:
+            context.optimizer, context.ema = left
 
     def attach(self, *, optimizer: Optimizer | None = None, ema: nn.Module | None = None) -> None:
         """Lets the model shrink *while training*: as soon as the schedule reaches its target the channels are cut, the
@@ -128,18 +158,18 @@ class CompressionController:
         """
         self._context.optimizer = optimizer if optimizer is not None else self._context.optimizer
         self._context.ema = ema if ema is not None else self._context.ema
-        for algorithm in self.algorithms[: self._begun]:
+        for algorithm in self.started:
             algorithm.attached()
 
     def loss(self) -> Tensor | float:
         """What to add to the task's loss."""
-        return sum((algorithm.loss() for algorithm in self.algorithms[: self._begun]), 0.0)
+        return sum((algorithm.loss() for algorithm in self.started), 0.0)
 
     def statistics(self) -> Statistics:
         """Figures of every algorithm."""
         figures: dict[str, Mapping[str, Any]] = {}
         names = Counter[str]()
-        for algorithm in self.algorithms[: self._begun]:
+        for algorithm in self.started:
             names[algorithm.name] += 1
             at = names[algorithm.name]
             figures[algorithm.name if at == 1 else f"{algorithm.name} ({at})"] = algorithm.statistics()
@@ -148,7 +178,7 @@ class CompressionController:
     def compression_stage(self) -> CompressionStage:
         """The least advanced algorithm's stage; partial as soon as one has begun."""
         waiting = [CompressionStage.UNCOMPRESSED] * (len(self.algorithms) - self._begun)
-        stages = [algorithm.stage() for algorithm in self.algorithms[: self._begun]] + waiting
+        stages = [algorithm.stage() for algorithm in self.started] + waiting
         if len(set(stages)) == 1:
             return stages[0]
         return CompressionStage.PARTIALLY_COMPRESSED
@@ -156,7 +186,7 @@ class CompressionController:
     @property
     def compression_rate(self) -> float:
         """Largest share of the cost removed by any algorithm, in [0, 1)."""
-        return max(algorithm.compression_rate for algorithm in self.algorithms[: self._begun])
+        return max((algorithm.compression_rate for algorithm in self.started), default=0.0)
 
     @compression_rate.setter
     def compression_rate(self, value: float) -> None:
@@ -167,7 +197,7 @@ class CompressionController:
     @property
     def maximal_compression_rate(self) -> float:
         """The largest rate that can be set."""
-        return min((a.maximal_compression_rate for a in self.algorithms[: self._begun] if a.adjustable), default=0.0)
+        return min((a.maximal_compression_rate for a in self.started if a.adjustable), default=0.0)
 
     def disable_scheduler(self) -> None:
         """The schedules of the algorithms with a rate end: what :attr:`compression_rate` is set to is the target."""

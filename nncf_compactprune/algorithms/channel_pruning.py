@@ -22,7 +22,7 @@ from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.channels import ChannelGraph, Pin, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Registered, Section
 from nncf_compactprune.cut.diagnosis import analyse, culprits
-from nncf_compactprune.cut.masks import Masks, drop_masks
+from nncf_compactprune.cut.masks import Masks, drop_masks, kept_by_masks
 from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
 from nncf_compactprune.decide.budgets import AllocationProblem, Limits, allocate
 from nncf_compactprune.decide.scopes import prunable_groups
@@ -286,6 +286,31 @@ class ChannelPruning(CompressionAlgorithm):
                 plan.validate(self.context.model)
             self._mask(plan, float(state["rate"]))
             self._trained_masked = True  # the weights that belong to this state were
+
+    def adopt_masks(self, weights: Mapping[str, Tensor]) -> None:
+        """Masks what the masks in a model's state dict mask, before its weights are loaded. Nothing happens where the
+        model is cut, or is masked like that.
+
+        :param weights: a state dict of this model, from when it was masked.
+        """
+        if self._done:
+            return
+        plan = make_plan(self.graph, kept_by_masks(self.graph, weights), algorithm=self.name)
+        if self.plan is None or plan.kept != self.plan.kept:
+            self._mask(plan, self.rate_of(plan))
+        self._trained_masked = True
+
+    def rate_of(self, plan: PruningPlan) -> float:
+        """The compression rate that a plan comes to: the share removed of the cost that is budgeted, the larger of two.
+
+        :param plan: of this model.
+        """
+        shares = [1 - getattr(plan.after, k) / max(getattr(plan.before, k), 1) for k in KINDS if self._counts(k)]
+        return max(shares, default=0.0)
+
+    def _counts(self, kind: Kind) -> bool:
+        """Whether the rate is about this cost."""
+        return self._dense_and_saved(kind)[1] > 0 or (kind == "macs" and self.target_rate <= 0)
 
     def statistics(self) -> Mapping[str, Any]:
         plan = self.plan

@@ -5,9 +5,11 @@ A masked model and its compact form compute the same function; only the compact 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from nncf_compactprune.host.nncf_hooks import (
     HookModule,
     hook_parameter,
     remove_hooks,
+    state_of_hooks,
     unseen_by_nncf,
     unwrap_if_empty,
 )
@@ -129,6 +132,24 @@ class Masks:
         self._handles = []
         for model in self._models:
             unwrap_if_empty(model)
+
+
+def kept_by_masks(graph: ChannelGraph, state: Mapping[str, Tensor]) -> list[npt.NDArray[np.bool_]]:
+    """Which channels the masks in a model's state dict keep, for every group: ``[group.size]``.
+
+    :param graph: the dense model's channels.
+    :param state: with masks or without; without one, a group keeps all.
+    """
+    masks = {(of, name): value.flatten().cpu().numpy() != 0 for of, name, value in state_of_hooks(state)}
+    kept = []
+    for group in graph.groups:
+        keep = np.ones(group.size, bool)
+        for member in group.members:
+            mask = masks.get((member.parameter, f"mask_{member.dim}"))
+            if mask is not None and len(mask) == graph.parameters[member.parameter][member.dim]:
+                keep &= mask[member.indices].all(axis=1)
+        kept.append(keep)
+    return kept
 
 
 def drop_masks(model: nn.Module) -> None:

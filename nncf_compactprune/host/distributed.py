@@ -22,6 +22,17 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that writes files: rank 0, or the only one."""
+    return process_count() == 1 or dist.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if process_count() > 1:
+        dist.barrier()
+
+
 def averaged(values: Sequence[Tensor]) -> list[Tensor]:
     """The mean over all ranks, in float64; in a single process the values themselves.
 

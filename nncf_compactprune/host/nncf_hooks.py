@@ -7,9 +7,11 @@ storage of hooks is a submodule, which a bare ``nn.Sequential`` would run as a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from nncf.torch.function_hook import (
     wrap_model,
 )
 from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode, disable_function_hook_mode
-from nncf.torch.function_hook.hook_storage import decode_hook_name
+from nncf.torch.function_hook.hook_storage import RemovableHookHandle, decode_hook_name
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from nncf.torch.function_hook.wrapper import ForwardWithHooks
 from nncf.torch.layer_utils import StatefulModuleInterface
@@ -67,6 +69,43 @@ def hooks(model: nn.Module) -> list[Hook]:
     return found
 
 
+class HookHandle:
+    """Takes one hook off again. Copied together with its model, it belongs to the copy: NNCF's own handle would still
+    point to the original.
+
+    :param model: the hooked model.
+    :param handle: NNCF's handle.
+    :param before: whether the hook sees an operation's input.
+    """
+
+    def __init__(self, model: nn.Module, handle: RemovableHookHandle, *, before: bool) -> None:
+        self._model, self._handle, self._before = model, handle, before
+
+    def remove(self) -> None:
+        """Takes the hook off, if it is still there."""
+        self._handle.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookHandle:
+        model = copy.deepcopy(self._model, memo)
+        if NNCF_HOOKS not in model._modules:  # the last hook is gone already, and the wrapper with it
+            return HookHandle(model, self._handle, before=self._before)
+        storage = get_hook_storage(model)
+        of_kind = storage.pre_hooks if self._before else storage.post_hooks
+        return HookHandle(model, RemovableHookHandle(of_kind, self._handle.key, self._handle.id), before=self._before)
+
+
+def state_of_hooks(state: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Operation (or parameter), name and value of every tensor in a state dict that belongs to a hook.
+
+    :param state: a model's state dict.
+    """
+    for key, value in state.items():
+        _, is_hook, rest = key.rpartition(f"{NNCF_HOOKS}.")
+        if is_hook:
+            hook, _, name = rest.rpartition(".")
+            yield decode_hook_name(hook)[1], name, value
+
+
 def hook_parameter(model: nn.Module, name: str, hook: nn.Module) -> Any:
     """Lets a hook change a parameter before each use. The model is wrapped, in place, where it is not yet.
 
@@ -75,7 +114,7 @@ def hook_parameter(model: nn.Module, name: str, hook: nn.Module) -> Any:
     :param hook: is called with the parameter and returns what is used instead.
     :return: a handle with ``remove()``.
     """
-    return register_post_function_hook(_wrapped(model), name, 0, hook)
+    return HookHandle(model, register_post_function_hook(_wrapped(model), name, 0, hook), before=False)
 
 
 def hook_input(model: nn.Module, operation: str, port: int, hook: nn.Module) -> Any:
@@ -86,7 +125,7 @@ def hook_input(model: nn.Module, operation: str, port: int, hook: nn.Module) -> 
     :param port: which input.
     :param hook: is called with the input and returns what is used instead.
     """
-    return register_pre_function_hook(_wrapped(model), operation, port, hook)
+    return HookHandle(model, register_pre_function_hook(_wrapped(model), operation, port, hook), before=True)
 
 
 def hook_output(model: nn.Module, operation: str, port: int, hook: nn.Module) -> Any:
@@ -97,7 +136,7 @@ def hook_output(model: nn.Module, operation: str, port: int, hook: nn.Module) ->
     :param port: which output.
     :param hook: is called with the output and returns what is used instead.
     """
-    return register_post_function_hook(_wrapped(model), operation, port, hook)
+    return HookHandle(model, register_post_function_hook(_wrapped(model), operation, port, hook), before=False)
 
 
 def _wrapped(model: nn.Module) -> nn.Module:
@@ -162,6 +201,16 @@ def nncf_graph(model: nn.Module, example_inputs: Any) -> Any:
     finally:
         if own_wrapper:
             unwrap_if_empty(model)
+
+
+def write_graph(model: nn.Module, example_inputs: Any, path: Path) -> None:
+    """Writes NNCF's graph of a model as a ``.dot`` file; see :func:`nncf_graph`.
+
+    :param model: in the mode to run it in; no bare ``nn.Sequential``.
+    :param example_inputs: a tensor, a tuple or a dict.
+    :param path: of the file.
+    """
+    nncf_graph(model, example_inputs).visualize_graph(path)
 
 
 def operations(model: nn.Module, example_inputs: Any) -> Iterator[tuple[str, set[str]]]:

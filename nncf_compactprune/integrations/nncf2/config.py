@@ -1,0 +1,107 @@
+"""``NNCFConfig`` of NNCF 2.x: a dictionary that is checked when it is read, and carries loaders beside the JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from typing import Any, TypeVar, cast
+
+from nncf_compactprune.config import CompressionConfig, json_schema, load_config, load_section, read_document
+from nncf_compactprune.errors import CompactPruneError, nearest
+from nncf_compactprune.integrations.nncf2.init_args import NNCFExtraConfigStruct
+
+ConfigT = TypeVar("ConfigT", bound="NNCFConfig")
+StructT = TypeVar("StructT", bound=NNCFExtraConfigStruct)
+
+
+class NNCFConfig(dict[str, Any]):
+    """A configuration as NNCF 2.x's scripts pass it around.
+
+    It is an ordinary dictionary: ``config["log_dir"] = ...`` and ``config.update(...)`` work. What is said there is
+    checked by :meth:`from_dict`, :meth:`from_json`, and again where a model is compressed.
+
+    >>> config = NNCFConfig.from_dict({"compression": {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}}})
+    >>> config["compression"]["algorithm"]
+    'fbnet_pruning'
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._extra_structs: dict[str, NNCFExtraConfigStruct] = {}
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], nncf_dict: Mapping[str, Any]) -> ConfigT:
+        """Checks a dictionary and copies it.
+
+        :param nncf_dict: the configuration.
+        :raises ConfigError: with all problems.
+        """
+        cls.validate(nncf_dict)
+        return cls(deepcopy(dict(nncf_dict)))
+
+    @classmethod
+    def from_json(cls: type[ConfigT], path: str | os.PathLike[str]) -> ConfigT:
+        """Reads and checks a file, which may hold comments and trailing commas.
+
+        :param path: of the file.
+        :raises ConfigError: with all problems.
+        """
+        document = read_document(path)
+        compression_config(document.data, document.name)
+        return cls(document.data)
+
+    def register_extra_structs(self, struct_list: Iterable[NNCFExtraConfigStruct]) -> None:
+        """Attaches live objects, such as loaders.
+
+        :param struct_list: of the kinds in this package; one of a kind.
+        :raises CompactPruneError: there is one of this kind already.
+        """
+        for struct in struct_list:
+            name = struct.get_id()
+            if name in self._extra_structs:
+                msg = f"NNCFConfig: '{name}' is registered already. Register it once, or start from a fresh NNCFConfig."
+                raise CompactPruneError(msg)
+            self._extra_structs[name] = struct
+
+    def get_extra_struct(self, struct_cls: type[StructT]) -> StructT:
+        """What was attached.
+
+        :param struct_cls: of which kind.
+        :raises KeyError: nothing of the kind was.
+        """
+        return cast(StructT, self._extra_structs[struct_cls.get_id()])
+
+    def has_extra_struct(self, struct_cls: type[NNCFExtraConfigStruct]) -> bool:
+        """Whether something of a kind was attached."""
+        return struct_cls.get_id() in self._extra_structs
+
+    def get_all_extra_structs(self) -> list[NNCFExtraConfigStruct]:
+        """Everything that was attached."""
+        return list(self._extra_structs.values())
+
+    @staticmethod
+    def schema() -> dict[str, Any]:
+        """The JSON schema of configurations."""
+        return json_schema()
+
+    @staticmethod
+    def validate(loaded_json: Mapping[str, Any]) -> None:
+        """
+        :raises ConfigError: with all problems.
+        """
+        compression_config(loaded_json)
+
+
+def compression_config(config: Mapping[str, Any], name: str = "config") -> CompressionConfig:
+    """The typed configuration; keys of the training script's own, which may hold anything, are left out.
+
+    :param config: a dictionary, or an :class:`NNCFConfig`. Without ``"compression"`` nothing is to be compressed.
+    :param name: what to call it in messages.
+    :raises ConfigError: with all problems.
+    """
+    fields = CompressionConfig.model_fields
+    known = {key: value for key, value in config.items() if key in fields or nearest(key, ["compression"])}
+    if "compression" in known or len(known) > len(fields.keys() & known.keys()):
+        return load_config(read_document(known, name=name))
+    return load_section(read_document({**known, "compression": []}, name=name), CompressionConfig)
