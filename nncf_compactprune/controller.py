@@ -85,12 +85,14 @@ class CompressionController:
     """Drives the compression of one model; interface and names as in NNCF 2.x.
 
     :param context: the model and what its algorithms work with.
-    :param algorithms: in the order in which they act; :func:`create_compressed_model` builds them from a configuration.
+    :param algorithms: in the order of the configuration, from which :func:`create_compressed_model` builds them. They
+        act in this order too, but for those that begin earlier or later by their nature
+        (:class:`~nncf_compactprune.algorithms.base.Begins`).
     """
 
     def __init__(self, context: Context, algorithms: Sequence[CompressionAlgorithm]) -> None:
         self._context = context
-        self.algorithms = tuple(algorithms)
+        self.algorithms = tuple(sorted(algorithms, key=lambda algorithm: algorithm.begins))
         self.scheduler = Scheduler(self)
         self._begun = 0
         for algorithm in self.algorithms:
@@ -291,9 +293,8 @@ def create_compressed_model(
     if example_inputs is None:
         context.example_inputs = _varied(config.example_inputs(context.device))
     algorithms = [_build(plugins, entry, context) for entry in config.compression]
-    states = _states(compression_state, algorithms)
     controller = CompressionController(context, algorithms)
-    controller.begin(states)
+    controller.begin(_states(compression_state, controller.algorithms))
     if compression_state is not None:
         controller.scheduler.load_state(compression_state["scheduler"])
     return controller, model

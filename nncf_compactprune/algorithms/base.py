@@ -30,6 +30,22 @@ class CompressionStage(IntEnum):
     FULLY_COMPRESSED = 2
 
 
+class Begins(IntEnum):
+    """When an algorithm of a list begins: each waits until those before it, in this order, are settled.
+
+    Within one kind the order is that of the list. So NNCF's entries act rightly in whatever order they are written.
+    """
+
+    AT_ONCE = 0
+    """It watches the model from the start, and settles at once."""
+    IN_TURN = 1
+    """It changes shapes, or acts on the shapes that those before it left."""
+    AFTER_CUTS = 2
+    """It acts on single weights, which move when channels go."""
+    LAST = 3
+    """It acts on the model as it will be."""
+
+
 @dataclass
 class Context:
     """What an algorithm works with.
@@ -116,7 +132,7 @@ class CompressionAlgorithm(ABC):
     """One algorithm at work on one model.
 
     The controller calls :meth:`capture` on all algorithms of a list, then :meth:`prepare` once for each as soon as
-    those before it are :attr:`settled`, then :meth:`epoch_step` and :meth:`step` as training goes, and :meth:`strip` at
+    those before it (see :class:`Begins`) are :attr:`settled`, then :meth:`epoch_step` and :meth:`step` as training goes, and :meth:`strip` at
     the end. Everything else reads.
 
     :param config: the validated configuration entry, an instance of ``Config``.
@@ -128,6 +144,8 @@ class CompressionAlgorithm(ABC):
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     #: whether :attr:`compression_rate` can be set, up and down: what a search for the rate needs
     adjustable: ClassVar[bool] = False
+    #: its place in a list, whatever the order in which that is written
+    begins: ClassVar[Begins] = Begins.IN_TURN
 
     def __init__(self, config: AlgorithmConfig, context: Context) -> None:
         self.config = config

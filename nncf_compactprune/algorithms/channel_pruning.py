@@ -135,7 +135,7 @@ class ChannelPruning(CompressionAlgorithm):
         if target <= 0 < rate:  # the configuration asks for nothing, a search does
             dense = self.graph.macs
             budgets["macs"] = dense - math.floor(dense * rate)
-        return AllocationProblem(self.graph, self.prunable, budgets, self._limits)
+        return AllocationProblem(self.graph, self.prunable, budgets, self.limits)
 
     def _dense_and_saved(self, kind: Kind) -> tuple[int, int]:
         """What the dense model costs, and how much of it the budget takes away."""
@@ -143,9 +143,20 @@ class ChannelPruning(CompressionAlgorithm):
         return dense, dense - min(self.config.budget.resolve(kind, dense), dense)
 
     @property
-    def _limits(self) -> Limits:
+    def limits(self) -> Limits:
+        """What bounds the width of every group."""
         params = self.config.params
         return Limits(params.min_channels, params.max_ratio, params.round_to)
+
+    def rate_at(self, epoch: int) -> float:
+        """The share of the cost that the schedule removes in an epoch.
+
+        :param epoch: counted from 0, where pruning starts, after ``num_init_steps``.
+        """
+        params = self.config.params
+        schedule = self.context.plugins.resolve("schedules", params.schedule)
+        rate = schedule(epoch, initial=params.pruning_init, target=self.target_rate, steps=params.pruning_steps)
+        return float(rate)
 
     def adaptation_context(self) -> Context:
         """Whose training loader re-estimates BatchNorm statistics after the cut."""
@@ -175,9 +186,7 @@ class ChannelPruning(CompressionAlgorithm):
         params = self.config.params
         if self._done or not self._scheduled or epoch < params.num_init_steps:
             return
-        at = epoch - params.num_init_steps
-        schedule = self.context.plugins.resolve("schedules", params.schedule)
-        rate = schedule(at, initial=params.pruning_init, target=self.target_rate, steps=params.pruning_steps)
+        rate = self.rate_at(epoch - params.num_init_steps)
         if rate >= self.target_rate and self.context.optimizer is not None and not self.context.hold_masks:
             self._prune_now()
         elif rate != self._rate:
