@@ -25,7 +25,7 @@ from nncf_compactprune.cut.diagnosis import analyse, culprits
 from nncf_compactprune.cut.masks import Masks, drop_masks, kept_by_masks
 from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
 from nncf_compactprune.decide.budgets import AllocationProblem, Limits, allocate
-from nncf_compactprune.decide.scopes import prunable_groups
+from nncf_compactprune.decide.scopes import ScopeRules, prunable_groups
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
 from nncf_compactprune.host.distributed import averaged, process_count, require_agreement
 from nncf_compactprune.host.tensors import copy_in
@@ -85,6 +85,10 @@ class ChannelPruning(CompressionAlgorithm):
 
     Config: ClassVar[type[AlgorithmConfig]] = ChannelPruningConfig
     adjustable: ClassVar[bool] = True
+    #: how scopes are read
+    scope_rules: ScopeRules = ScopeRules()
+    #: what can leave groups out, for messages
+    left_out_by: ClassVar[str] = "the scopes"
     config: ChannelPruningConfig
 
     def __init__(self, config: ChannelPruningConfig, context: Context) -> None:
@@ -367,19 +371,22 @@ class ChannelPruning(CompressionAlgorithm):
         self.problem(self.target_rate)  # an impossible budget is told now, not after an hour of training
         self.context.plugins.emit("traced", graph=self._graph)
 
+    def may_go(self, graph: ChannelGraph) -> list[bool]:
+        """Which groups of channels the configuration leaves to prune: those in scope, by default.
+
+        :param graph: of the model.
+        """
+        config, context = self.config, self.context
+        scopes = config.ignored_scopes, config.target_scopes
+        return prunable_groups(context.model, context.example_inputs, graph, *scopes, self.scope_rules)
+
     def _select_groups(self, graph: ChannelGraph) -> list[bool]:
-        prunable = prunable_groups(
-            self.context.model,
-            self.context.example_inputs,
-            graph,
-            self.config.ignored_scopes,
-            self.config.target_scopes,
-        )
+        prunable = self.may_go(graph)
         if any(prunable):
             return prunable
         reasons = sorted({f"'{p.name}' ({p.size} channels): {p.reason}" for p in graph.pinned})
         shown = "\n  ".join(reasons[:10] + ([f"and {len(reasons) - 10} more"] if len(reasons) > 10 else []))
-        scoped = f"All {len(graph.groups)} groups are left out by the scopes. " if graph.groups else ""
+        scoped = f"All {len(graph.groups)} groups are left out by {self.left_out_by}. " if graph.groups else ""
         msg = f"nothing can be pruned in {type(self.context.model).__name__}. {scoped}Pinned:\n  {shown or 'nothing'}"
         raise NothingPrunableError(msg)
 

@@ -18,11 +18,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from nncf.common.logging import nncf_logger
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, field_validator
 
 from nncf_compactprune.config.accuracy_aware import AccuracyAwareTraining
 from nncf_compactprune.config.inputs import InputInfo
 from nncf_compactprune.config.messages import validated
+from nncf_compactprune.config.nncf2 import GONE, modernised
+from nncf_compactprune.config.nncf2_top_level import modern_top_level
 from nncf_compactprune.config.reading import (
     Document,
     Finding,
@@ -31,6 +34,7 @@ from nncf_compactprune.config.reading import (
     one_of,
     plain_object,
     read_document,
+    render,
     show,
 )
 from nncf_compactprune.config.sections import AlgorithmConfig, OneOrMany, Scopes
@@ -38,7 +42,7 @@ from nncf_compactprune.errors import ConfigError, PluginError, Problem, nearest
 from nncf_compactprune.plugins import Plugins, default_plugins
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
-TargetDevice = Literal["ANY", "CPU", "GPU", "NPU"]
+TargetDevice = Literal["ANY", "CPU", "GPU", "NPU", "CPU_SPR"]
 Source = Document | str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -49,12 +53,15 @@ class CompressionConfig(BaseModel):
         level are merged in, as in NNCF 2.x.
     :param target_device: where the compressed model will run; algorithms that quantize read it.
     :param accuracy_aware_training: how much accuracy may be lost, for training loops that watch it.
+    :param compression_lr_multiplier: factor of the gradients of parameters that an algorithm trains beside the
+        network's own; entries that have such parameters read it where they name none.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     input_info: Annotated[list[InputInfo], OneOrMany()] = Field(default_factory=list)
     target_device: TargetDevice | None = None
+    compression_lr_multiplier: float | None = Field(default=None, ge=0)
     compression: list[SerializeAsAny[AlgorithmConfig]]
     accuracy_aware_training: AccuracyAwareTraining | None = None
     ignored_scopes: Scopes = Field(default_factory=list)
@@ -104,11 +111,14 @@ def load_config(source: Source, plugins: Plugins | None = None) -> CompressionCo
     document = read_document(source)
     plugins = plugins if plugins is not None else default_plugins()
     findings: list[Finding] = []
-    entries = _entries(document.data, plugins, findings)
-    top_level = {**document.data, "compression": entries}
-    config = validated(CompressionConfig, top_level, (), findings)
+    warnings: list[Finding] = []
+    data = modern_top_level(document.data, warnings, findings)
+    entries = _entries(data, plugins, findings, warnings)
+    config = validated(CompressionConfig, {**data, "compression": entries}, (), findings)
     if config is None or findings:
         raise config_error(document.name, findings, document.data)
+    for path, message in warnings:
+        nncf_logger.warning(f"{document.name}: {render(path)}: {message}")
     config = config.model_copy(update={"compression": [_with_top_level(entry, config) for entry in config.compression]})
     config._source = document.name
     return config
@@ -140,9 +150,12 @@ def load_algorithm(
     """
     document = plain_object(source, entry, callables_under="")
     findings: list[Finding] = []
-    config = _entry(document, (), plugins if plugins is not None else default_plugins(), findings)
-    if config is None:
+    warnings: list[Finding] = []
+    config = _entry(document, (), plugins if plugins is not None else default_plugins(), findings, warnings)
+    if config is None or findings:
         raise config_error(source, findings, document)
+    for path, message in warnings:
+        nncf_logger.warning(f"{source}: {render(path)}: {message}")
     return config
 
 
@@ -152,6 +165,9 @@ def _with_top_level(entry: AlgorithmConfig, top: CompressionConfig) -> Algorithm
     ignored = list(dict.fromkeys([*entry.ignored_scopes, *top.ignored_scopes]))
     scopes = {"ignored_scopes": ignored, "target_scopes": targets}
     update: dict[str, Any] = {key: value for key, value in scopes.items() if key not in entry.unread}
+    multiplier = top.compression_lr_multiplier
+    if multiplier is not None and getattr(entry, "compression_lr_multiplier", multiplier) is None:
+        update["compression_lr_multiplier"] = multiplier
     params = getattr(entry, "params", None)
     if (
         top.target_device is not None
@@ -163,7 +179,9 @@ def _with_top_level(entry: AlgorithmConfig, top: CompressionConfig) -> Algorithm
     return entry.model_copy(update=update)
 
 
-def _entries(document: dict[str, Any], plugins: Plugins, findings: list[Finding]) -> list[AlgorithmConfig]:
+def _entries(
+    document: dict[str, Any], plugins: Plugins, findings: list[Finding], warnings: list[Finding]
+) -> list[AlgorithmConfig]:
     wanted = 'Expected an object with "algorithm", or a list of such objects.'
     if "compression" not in document:
         close = [key for key in document if nearest(key, ["compression"])]
@@ -174,14 +192,16 @@ def _entries(document: dict[str, Any], plugins: Plugins, findings: list[Finding]
     if section == []:
         findings.append((("compression",), f"empty. {wanted}"))
     if not isinstance(section, list):
-        entry = _entry(section, ("compression",), plugins, findings)
+        entry = _entry(section, ("compression",), plugins, findings, warnings)
         return [entry] if entry is not None else []
-    entries = [_entry(item, ("compression", index), plugins, findings) for index, item in enumerate(section)]
+    entries = [_entry(item, ("compression", at), plugins, findings, warnings) for at, item in enumerate(section)]
     return [entry for entry in entries if entry is not None]
 
 
-def _entry(entry: Any, path: JsonPath, plugins: Plugins, findings: list[Finding]) -> AlgorithmConfig | None:
-    """Validates one entry with the class of the algorithm that it names."""
+def _entry(
+    entry: Any, path: JsonPath, plugins: Plugins, findings: list[Finding], warnings: list[Finding]
+) -> AlgorithmConfig | None:
+    """Validates one entry, brought into today's spelling, with the class of the algorithm that it names."""
     if not isinstance(entry, dict):
         findings.append((path, f'expected an object with "algorithm", got {show(entry)}.'))
         return None
@@ -195,7 +215,13 @@ def _entry(entry: Any, path: JsonPath, plugins: Plugins, findings: list[Finding]
         try:
             algorithm = plugins.get_algorithm(entry["algorithm"])
         except PluginError as error:
-            findings.append((at, str(error)))
+            gone = GONE.get(entry["algorithm"])
+            findings.append((at, f"{show(entry['algorithm'])} is not supported: {gone}" if gone else str(error)))
         else:
-            return validated(algorithm.Config, entry, path, findings, {"plugins": plugins})
+            modern = modernised(entry, algorithm.Config)
+            own: list[Finding] = list(modern.findings)
+            config = validated(algorithm.Config, modern.entry, (), own, {"plugins": plugins})
+            findings.extend(((*path, *modern.as_written(where)), message) for where, message in own)
+            warnings.extend(((*path, *where), message) for where, message in modern.warnings)
+            return config
     return None

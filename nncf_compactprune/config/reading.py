@@ -54,6 +54,9 @@ def read_document(
         value = source
     else:
         name, value = read(source)
+        if isinstance(value, list):  # a file may hold the entries alone
+            whole = len(value) == 1 and isinstance(value[0], Mapping) and "compression" in value[0]
+            value = value[0] if whole else {"compression": value}
     document = plain_object(name, value)
     for path, override in (overrides or {}).items():
         _override(document, path, override, name)

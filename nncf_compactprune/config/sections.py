@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -85,6 +86,12 @@ class NotYet:
             raise ValueError(self.reason)
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+#: a whole number that JSON may write as ``15.0``
+Whole = Annotated[int, BeforeValidator(_whole)]
 Scopes = Annotated[list[str], OneOrMany()]
 
 

@@ -1,7 +1,8 @@
 """NNCF's scope grammar, read in one way for groups of channels, parameters and operations.
 
 A scope names an operation as NNCF's graph does (``conv1/conv2d/0``), a module (``layer1.0.conv1``, or ``layer1`` for
-all below it), or ``{re}`` and a pattern that is matched from the start of either.
+all below it), or ``{re}`` and a pattern that is matched from the start of either. Names of NNCF 2.x
+(``ResNet/Sequential[layer1]/BasicBlock[0]/NNCFConv2d[conv1]/conv2d_0``) are understood too, see :mod:`.nncf2_names`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from nncf_compactprune.channels import ChannelGraph, ChannelGroup
+from nncf_compactprune.decide.nncf2_names import OldNames
 from nncf_compactprune.errors import ScopeError, nearest
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_hooks import operations
@@ -30,12 +32,26 @@ class Found:
     operations: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class ScopeRules:
+    """How scopes are read.
+
+    :param nncf2: patterns are searched for in NNCF 2.x's names, as NNCF 2.x did, beside today's names. Else these are
+        looked at only where a scope fits no name of today.
+    :param validate: a scope that matches nothing is a mistake.
+    """
+
+    nncf2: bool = False
+    validate: bool = True
+
+
 def prunable_groups(
     model: nn.Module,
     example_inputs: Any,
     graph: ChannelGraph,
     ignored: Sequence[str],
     target: Sequence[str] | None,
+    rules: ScopeRules = ScopeRules(),
 ) -> list[bool]:
     """Which groups of channels the scopes leave to prune.
 
@@ -47,12 +63,13 @@ def prunable_groups(
     :param graph: of the model.
     :param ignored: scopes that are left out.
     :param target: scopes that are meant, or None for all.
+    :param rules: how scopes are read.
     :return: one entry for each group of the graph.
     :raises ScopeError: a scope matches nothing, or is no valid pattern.
     """
     if not ignored and target is None:
         return [True] * len(graph.groups)
-    left_out, chosen = _tensors(names_of(model, example_inputs), ignored, target)
+    left_out, chosen = _tensors(model, names_of(model, example_inputs), ignored, target, rules)
     return [
         not (left_out & produced) and (chosen is None or bool(chosen & produced))
         for produced in (_produced_by(group) for group in graph.groups)
@@ -65,6 +82,7 @@ def parameters_in_scope(
     parameters: Collection[str],
     ignored: Sequence[str],
     target: Sequence[str] | None,
+    rules: ScopeRules = ScopeRules(),
 ) -> set[str]:
     """Which of the parameters the scopes leave.
 
@@ -73,16 +91,21 @@ def parameters_in_scope(
     :param parameters: names to choose from.
     :param ignored: scopes that are left out.
     :param target: scopes that are meant, or None for all.
+    :param rules: how scopes are read.
     :raises ScopeError: a scope matches nothing, or is no valid pattern.
     """
     if not ignored and target is None:
         return set(parameters)
-    left_out, chosen = _tensors(names_of(model, example_inputs), ignored, target)
+    left_out, chosen = _tensors(model, names_of(model, example_inputs), ignored, target, rules)
     return {p for p in parameters if p not in left_out and (chosen is None or p in chosen)}
 
 
 def operations_out_of_scope(
-    model: nn.Module, example_inputs: Any, ignored: Sequence[str], target: Sequence[str] | None
+    model: nn.Module,
+    example_inputs: Any,
+    ignored: Sequence[str],
+    target: Sequence[str] | None,
+    rules: ScopeRules = ScopeRules(),
 ) -> set[str]:
     """NNCF's names of the operations that the scopes leave out.
 
@@ -90,16 +113,18 @@ def operations_out_of_scope(
     :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
     :param ignored: scopes that are left out.
     :param target: scopes that are meant, or None for all.
+    :param rules: how scopes are read.
     :raises ScopeError: a scope matches nothing, or is no valid pattern.
     """
     if not ignored and target is None:
         return set()
     names = names_of(model, example_inputs)
-    left_out = _matched(ignored, names, "ignored_scopes").operations
+    look_up = _LookUp(model, names, rules)
+    left_out = look_up(ignored, "ignored_scopes").operations
     if target is None:
         return left_out
     every = {operation for found in names.values() for operation in found.operations}
-    return left_out | (every - _matched(target, names, "target_scopes").operations)
+    return left_out | (every - look_up(target, "target_scopes").operations)
 
 
 def operations_by_parameter(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
@@ -154,31 +179,55 @@ def _nncf_operations(model: nn.Module, example_inputs: Any) -> dict[str, set[str
 
 
 def _tensors(
-    names: Mapping[str, Found], ignored: Sequence[str], target: Sequence[str] | None
+    model: nn.Module,
+    names: Mapping[str, Found],
+    ignored: Sequence[str],
+    target: Sequence[str] | None,
+    rules: ScopeRules,
 ) -> tuple[set[str], set[str] | None]:
-    chosen = None if target is None else _matched(target, names, "target_scopes").tensors
-    return _matched(ignored, names, "ignored_scopes").tensors, chosen
+    look_up = _LookUp(model, names, rules)
+    chosen = None if target is None else look_up(target, "target_scopes").tensors
+    return look_up(ignored, "ignored_scopes").tensors, chosen
 
 
-def _matched(scopes: Sequence[str], names: Mapping[str, Found], key: str) -> Found:
-    matched = Found()
-    for scope in scopes:
-        if scope.startswith(PATTERN):
-            try:
-                pattern = re.compile(scope.removeprefix(PATTERN))
-            except re.error as error:
-                msg = f"{key}: '{scope}' is no valid regular expression: {error}."
-                raise ScopeError(msg) from error
-            hits = [name for name in names if pattern.match(name)]
-        else:
-            hits = [scope] if scope in names else []
-        if not hits:
-            msg = (
-                f"{key}: '{scope}' matches no operation and no module.{nearest(scope, names)} "
-                "`nncf-compactprune inspect` lists the names."
-            )
-            raise ScopeError(msg)
-        for name in hits:
-            matched.tensors |= names[name].tensors
-            matched.operations |= names[name].operations
-    return matched
+class _LookUp:
+    """Finds what scopes mean among the names of one model."""
+
+    def __init__(self, model: nn.Module, names: Mapping[str, Found], rules: ScopeRules) -> None:
+        self._names = names
+        self._rules = rules
+        self._old = OldNames(model, {name: found.tensors for name, found in names.items()})
+
+    def __call__(self, scopes: Sequence[str], key: str) -> Found:
+        """
+        :param scopes: as the configuration gives them.
+        :param key: which key, for messages.
+        :raises ScopeError: a scope matches nothing, or is no valid pattern.
+        """
+        matched = Found()
+        for scope in scopes:
+            hits = self._hits(scope, key)
+            if not hits and self._rules.validate:
+                msg = (
+                    f"{key}: '{scope}' matches no operation and no module.{nearest(scope, self._names)} "
+                    "`nncf-compactprune inspect` lists the names."
+                )
+                raise ScopeError(msg)
+            for name in hits:
+                matched.tensors |= self._names[name].tensors
+                matched.operations |= self._names[name].operations
+        return matched
+
+    def _hits(self, scope: str, key: str) -> Collection[str]:
+        if not scope.startswith(PATTERN):
+            return [scope] if scope in self._names else self._old.named(scope)
+        text = scope.removeprefix(PATTERN)
+        try:
+            pattern = re.compile(text)
+        except re.error as error:
+            msg = f"{key}: '{scope}' is no valid regular expression: {error}."
+            raise ScopeError(msg) from error
+        hits = {name for name in self._names if pattern.match(name)}
+        if self._rules.nncf2 or not hits:
+            hits |= self._old.matching(text)
+        return hits

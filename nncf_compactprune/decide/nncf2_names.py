@@ -1,0 +1,143 @@
+"""NNCF 2.x's names of modules and operations, for the modules and operations of a model of today.
+
+NNCF 2.x named an operation by the classes and attributes of the modules that it runs in, from the outermost inwards,
+and the function with a running number: ``ResNet/Sequential[layer1]/BasicBlock[0]/NNCFConv2d[conv1]/conv2d_0``. Layers
+that it replaced have ``NNCF`` before their class. Today's name of the same operation is ``layer1/0/conv1/conv2d/0``.
+
+Class names change between versions of the libraries that define networks. A scope that fits no name is tried again with
+the attributes alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+
+from torch import nn
+
+#: layers that NNCF 2.x replaced by its own
+_REPLACED = tuple(
+    [f"{kind}{dims}d" for kind in ("Conv", "ConvTranspose", "BatchNorm") for dims in (1, 2, 3)]
+    + ["Linear", "GroupNorm", "LayerNorm", "Embedding", "EmbeddingBag"]
+)
+#: never called themselves: some versions left them out of the path
+_NOT_CALLED = ("ModuleList", "ModuleDict")
+_ELEMENT = re.compile(r"(\w+)(?:\[([^\[\]/]*)\])?")
+_CALL = re.compile(r"(\w+)_(\d+)")
+#: in a pattern: the class before an attribute in brackets, and the outermost class
+_CLASS_IN_PATTERN = re.compile(r"\w+(?=\\\[)")
+_ROOT_IN_PATTERN = re.compile(r"^(\^?)\w+(?=/)")
+
+
+class OldNames:
+    """What the names of a model were in NNCF 2.x.
+
+    :param model: the network.
+    :param names: today's names of modules and operations, each with the parameters and buffers behind it.
+    """
+
+    def __init__(self, model: nn.Module, names: Mapping[str, Collection[str]]) -> None:
+        self._modules = dict(model.named_modules())
+        self._names = names
+
+    def named(self, scope: str) -> set[str]:
+        """Today's names for one of NNCF 2.x's; empty where there is none.
+
+        :param scope: with or without the operation at its end.
+        """
+        return self._by_old.get(scope, set()) or self._by_attributes(scope)
+
+    def matching(self, pattern: str) -> set[str]:
+        """Today's names for those of NNCF 2.x in which a pattern is found, anywhere, as NNCF 2.x searched.
+
+        :param pattern: a regular expression.
+        """
+        loose = _ROOT_IN_PATTERN.sub(r"\1\\w+", _CLASS_IN_PATTERN.sub(r"\\w+", pattern))
+        for expression in dict.fromkeys((pattern, loose)):
+            found = re.compile(expression)
+            hits = [names for old, names in self._by_old.items() if found.search(old)]
+            if hits:
+                return set().union(*hits)
+        return set()
+
+    @cached_property
+    def _by_old(self) -> dict[str, set[str]]:
+        result: dict[str, set[str]] = {}
+        for name in self._names:
+            for old in self._old(name):
+                result.setdefault(old, set()).add(name)
+        return result
+
+    def _old(self, name: str) -> Iterator[str]:
+        """Every form that a name of today had."""
+        module, call = self._place(name)
+        for path in self._paths(module):
+            if call is None:
+                yield path
+            else:
+                function, number = call
+                for form in _forms(function):
+                    yield f"{path}/{form}_{number}"
+
+    def _place(self, name: str) -> tuple[str, tuple[str, str] | None]:
+        """The module that a name stands for or runs in, and function and number of an operation.
+
+        An operation on a module's own parameters runs in that module: today's name can miss parts of the way there.
+        """
+        if "/" not in name:
+            return name, None
+        *path, function, number = name.split("/")
+        module = ".".join(path).strip(".")
+        owners = {tensor.rpartition(".")[0] for tensor in self._names[name]}
+        return (owners.pop() if len(owners) == 1 else module), (function, number)
+
+    def _paths(self, module: str) -> Iterator[str]:
+        """The module's path with and without ``NNCF`` before a replaced layer and modules that are never called."""
+        elements = [[type(self._modules[""]).__name__]]
+        steps = module.split(".") if module else []
+        for depth, step in enumerate(steps):
+            at = self._modules.get(".".join(steps[: depth + 1]))
+            if at is None:
+                return
+            kind = type(at).__name__
+            forms = [f"{kind}[{step}]"]
+            if kind in _REPLACED:
+                forms.append(f"NNCF{kind}[{step}]")
+            if kind in _NOT_CALLED:
+                forms.append("")
+            elements.append(forms)
+        paths = [""]
+        for forms in elements:
+            paths = [f"{path}/{form}" if form else path for path in paths for form in forms]
+        yield from (path.removeprefix("/") for path in paths)
+
+    def _by_attributes(self, scope: str) -> set[str]:
+        """By the attributes in the brackets alone, whatever the classes are."""
+        steps = scope.split("/")
+        call = _CALL.fullmatch(steps[-1]) if len(steps) > 1 else None
+        matches = [_ELEMENT.fullmatch(step) for step in (steps[1:-1] if call else steps[1:])]
+        attributes = [match[2] for match in matches if match is not None and match[2] is not None]
+        if len(steps) < 2 or len(attributes) < len(matches):
+            return set()
+        module = ".".join(attributes)
+        if call is None:
+            return {module} & set(self._names)
+        places = {name: self._place(name) for name in self._names if "/" in name}
+        return {
+            name
+            for name, (owner, found) in places.items()
+            if owner == module and found is not None and call[1] in _forms(found[0]) and call[2] == found[1]
+        }
+
+
+def _forms(function: str) -> list[str]:
+    """Names that NNCF 2.x may have given to a function: as an operator, in place, or as it is.
+
+    >>> _forms("add_")
+    ['add_', 'add', '__add__', '__iadd__', '__radd__']
+
+    :param function: today's name of it.
+    """
+    plain = function.strip("_")
+    return list(dict.fromkeys([function, plain, f"{plain}_", f"__{plain}__", f"__i{plain}__", f"__r{plain}__"]))
