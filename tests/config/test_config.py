@@ -385,7 +385,7 @@ AA = "accuracy_aware_training"
 @pytest.mark.parametrize(
     ("top_level", "expected"),
     [
-        ({"target_device": "CPUU"}, 'target_device: expected one of "ANY", "CPU", "GPU", "NPU" or null, '
+        ({"target_device": "CPUU"}, 'target_device: expected one of "ANY", "CPU", "GPU", "NPU", "CPU_SPR" or null, '
                                     "got \"CPUU\". Did you mean 'CPU'?"),
         ({"input_info": {}}, "input_info.sample_size: missing. Expected a non-empty list of whole numbers."),
         ({"input_info": [{"sample_size": [1, 0]}]}, "input_info[0].sample_size[1]: expected a whole number above 0, "
@@ -474,7 +474,7 @@ def test_all_problems_come_at_once_in_document_order(tmp_path: Path) -> None:
     [
         (b"", 'empty. Expected a JSON object with "compression".'),
         (b" // nothing\n", 'empty. Expected a JSON object with "compression".'),
-        (b"[]", 'expected an object with "compression", got [].'),
+        (b"[]", 'compression: empty. Expected an object with "algorithm", or a list of such objects.'),
         (b"null", 'expected an object with "compression", got null.'),
         (b'{"a": 1,\n "b" 2}', "not valid JSON at line 2, column 6: expecting ':' delimiter."),
         (b'{"a": /* x\n */ 1 2}', "not valid JSON at line 2, column 7: expecting ',' delimiter."),

@@ -105,6 +105,12 @@ class FilterPruning(ChannelPruning):
             raise BudgetError(msg) from error
 
     @property
+    def maximal_compression_rate(self) -> float:
+        if not self._counts_filters:
+            return super().maximal_compression_rate
+        return _LARGEST_SHARE if self.config.params.ranks_all else 1 - 1e-9
+
+    @property
     def _counts_filters(self) -> bool:
         return self.config.params.pruning_flops_target is None
 

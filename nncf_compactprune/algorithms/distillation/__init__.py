@@ -1,0 +1,1 @@
+"""``knowledge_distillation``: the dense network teaches by its outputs, as in NNCF 2.x."""
