@@ -77,6 +77,8 @@ class Trial:
     :param lr: at the start of a cosine over all steps, which ends at 0.
     :param expansion: r of linear over-parameterization, or None for none.
     :param precision: of training; evaluation is always in float32.
+    :param scope: ``"inner"`` cuts inside the blocks only, ``"all"`` the residual stream too, as users get it.
+    :param round_to: widths are multiples of this.
     """
 
     depth: int
@@ -93,6 +95,8 @@ class Trial:
     similarity_weight: float = 0.0
     feature_size: int | None = None
     logits_weight: float = 0.0
+    scope: str = "inner"
+    round_to: int = 1
 
     @property
     def key(self) -> str:
@@ -214,8 +218,8 @@ def pruned_network(data: Data, trial: Trial) -> nn.Module:
         options = CRITERIA[trial.criterion]
         labelled = {"train_loader": data.few(trial.seed)} if trial.criterion in ("catro", "taylor") else {}
         prune(
-            model, normalised(data.images[:2]), budget={"macs": trial.budget}, target_scopes=INNER, round_to=1,
-            allocation=trial.allocation, **labelled, **options,
+            model, normalised(data.images[:2]), budget={"macs": trial.budget}, round_to=trial.round_to,
+            target_scopes=INNER if trial.scope == "inner" else None, allocation=trial.allocation, **labelled, **options,
         )  # fmt: skip
     return adapted(model, normalised(data.images[:ADAPTATION_IMAGES]))
 
