@@ -372,6 +372,7 @@ def prune(
     train_loader: Iterable[Any] | None = None,
     ignored_scopes: Sequence[str] = (),
     target_scopes: Sequence[str] | None = None,
+    initializer: Mapping[str, Any] | None = None,
     optimizer: Optimizer | None = None,
     ema: nn.Module | None = None,
     plugins: Plugins | None = None,
@@ -390,6 +391,8 @@ def prune(
     :param train_loader: batches for BatchNorm adaptation and for criteria that need data; none: no adaptation.
     :param ignored_scopes: what stays whole, in NNCF's scope grammar, see :mod:`nncf_compactprune.decide.scopes`.
     :param target_scopes: what alone may be pruned; default: everything.
+    :param initializer: what happens right after the cut, as in a configuration: ``{"refit": {}}`` re-fits the layers
+        around it to the dense ones.
     :param optimizer: its state is cut along.
     :param ema: a shadow copy of the model; it is cut along.
     :param plugins: where algorithms, criteria and rules come from; the installed plugins by default.
@@ -407,6 +410,8 @@ def prune(
     }
     if target_scopes is not None:
         entry["target_scopes"] = list(target_scopes)
+    if initializer is not None:
+        entry["initializer"] = dict(initializer)
     config = load_algorithm(entry, plugins, source="prune")
     context = Context(model, example_inputs, plugins, train_loader, optimizer, ema)
     built = _build(plugins, config, context)

@@ -14,13 +14,14 @@ from typing import Annotated, Any, ClassVar, Literal
 import nncf
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
+from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, Refits, check_refit
 from nncf_compactprune.channels import ChannelGraph, Pin, trace
-from nncf_compactprune.config import AlgorithmConfig, Budget, Registered, Section
+from nncf_compactprune.config import AlgorithmConfig, Budget, Initializer, Registered, Section
 from nncf_compactprune.cut.diagnosis import analyse, culprits
 from nncf_compactprune.cut.masks import Masks, drop_masks, kept_by_masks
 from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
@@ -44,7 +45,8 @@ class ChannelPruningParams(Section):
     :param pruning_steps: epochs from there to the full budget.
     :param allocation: how many channels each group loses: ``"uniform"``, ``"global"``, ``"greedy"``, ``"least_loss"``
         or a plugin's. In Python, it and ``schedule`` may be a callable of the plugin's kind.
-    :param round_to: widths are multiples of this (vector units like 8); groups may also stay whole.
+    :param round_to: widths are multiples of this (vector units like 8); groups may also stay whole. ``"auto"``: of 8 in
+        layers of 128 channels or more, of 4, 2 and 1 in layers half, a quarter and an eighth as wide.
     :param min_channels: least channels kept in any group.
     :param max_ratio: largest share removed from any group, in [0, 1].
     :param allow_approximate: also prune channels that a LayerNorm normalises over.
@@ -55,7 +57,7 @@ class ChannelPruningParams(Section):
     pruning_init: float = Field(default=0.0, ge=0, lt=1)
     pruning_steps: int = Field(default=10, ge=1)
     allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "global"
-    round_to: int = Field(default=8, ge=1)
+    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     min_channels: int = Field(default=1, ge=1)
     max_ratio: float = Field(default=0.9, ge=0, le=1)
     allow_approximate: bool = False
@@ -66,6 +68,16 @@ class ChannelPruningParams(Section):
         return self.schedule == "one_shot" and self.num_init_steps == 0
 
 
+class PruningInitializer(Initializer):
+    """What happens right after the cut, before training.
+
+    :param refit: re-fit every layer around the cut to what the dense layer gave; null: no re-fit. BatchNorm statistics
+        follow it, so ``batchnorm_adaptation`` then acts only where it is written down.
+    """
+
+    refit: RefitConfig | None = None
+
+
 class ChannelPruningConfig(AlgorithmConfig):
     """An entry of a pruning algorithm.
 
@@ -73,7 +85,18 @@ class ChannelPruningConfig(AlgorithmConfig):
     """
 
     budget: Budget
+    initializer: PruningInitializer = PruningInitializer()
     params: ChannelPruningParams = ChannelPruningParams()
+
+    @model_validator(mode="after")
+    def _refits_at_once(self) -> ChannelPruningConfig:
+        if self.initializer.refit is not None and not self.params.prunes_before_training:
+            msg = (
+                "initializer.refit goes back to what the dense layers gave, and a schedule leaves no dense layers: set "
+                '"schedule": "one_shot" and "num_init_steps": 0, or leave out the re-fit.'
+            )
+            raise ValueError(msg)
+        return self
 
 
 class ChannelPruning(CompressionAlgorithm):
@@ -97,6 +120,8 @@ class ChannelPruning(CompressionAlgorithm):
         self.self_check: SelfCheck | None = None
         self._graph: ChannelGraph | None = None
         self._masks: Masks | None = None
+        #: what a re-fit after the cut did; None before it, and where there is none
+        self.refits: Refits | None = None
         self.prunable: Sequence[bool] = ()  # which groups of the graph may be cut, [groups]
         self._rate = 0.0
         self._scheduled = True
@@ -166,13 +191,28 @@ class ChannelPruning(CompressionAlgorithm):
         """Whose training loader re-estimates BatchNorm statistics after the cut."""
         return self.context
 
-    def after_cut(self, plan: PruningPlan) -> None:
-        """The model was just cut: time to make up for it. BatchNorm adaptation on training data, by default."""
-        adapt_batch_norm(
-            self.adaptation_context(),
-            self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples,
-            asked_for="initializer" in self.config.model_fields_set,
-        )
+    def before_cut(self) -> Callable[[PruningPlan], None]:
+        """The model is about to be cut: time to keep what making up for the cut needs.
+
+        :return: makes up for it afterwards: by a re-fit where the entry has one, otherwise by BatchNorm adaptation on
+            training data.
+        """
+        initializer, context = self.config.initializer, self.adaptation_context()
+        asked_for = "initializer" in self.config.model_fields_set
+
+        def adapt(plan: PruningPlan) -> None:
+            adapt_batch_norm(context, initializer.batchnorm_adaptation.num_bn_adaptation_samples, asked_for=asked_for)
+
+        if initializer.refit is None:
+            return adapt
+        ridge, reference = initializer.refit.ridge, DenseReference.keep(context, initializer.refit.generation(context))
+
+        def refit(plan: PruningPlan) -> None:
+            self.refits = reference.refit(plan, ridge)
+            if "batchnorm_adaptation" in initializer.model_fields_set:
+                adapt(plan)
+
+        return refit
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -180,7 +220,10 @@ class ChannelPruning(CompressionAlgorithm):
         if state is not None:
             self._analyse(trial=not state["cut"])
             self._restore(state)
-        elif self.config.params.prunes_before_training and not self.context.hold_masks:
+            return
+        if self.config.initializer.refit is not None:
+            check_refit(self.context, self.config.initializer.refit)
+        if self.config.params.prunes_before_training and not self.context.hold_masks:
             self._analyse_and_prune()
         else:
             self._analyse(trial=True)
@@ -336,6 +379,7 @@ class ChannelPruning(CompressionAlgorithm):
             "groups pruned": f"{pruned} of {len(self.graph.groups)}",
             "pinned": len(self.graph.pinned),
             **({} if self.self_check is None else {"self-check": str(self.self_check)}),
+            **({} if self.refits is None else self.refits.statistics()),
         }
 
     # -- how -----------------------------------------------------------------------------------------------------
@@ -403,10 +447,11 @@ class ChannelPruning(CompressionAlgorithm):
         if plan is None:
             decided = self.plan if self._rate >= goal else None
             plan = decided or self._agreed(goal)
+        make_up = self.before_cut()
         self._cut(plan)
         self._rate = goal
         if decided is None or not self._trained_masked:
-            self.after_cut(plan)
+            make_up(plan)
         self.context.plugins.emit("pruned", plan=plan, self_check=self.self_check)
 
     def _cut(self, plan: PruningPlan) -> None:

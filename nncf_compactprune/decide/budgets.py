@@ -9,6 +9,7 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +32,27 @@ class Limits:
     :param min_channels: least channels kept.
     :param max_ratio: largest share removed, in [0, 1].
     :param round_to: widths are multiples of this many positions; a group that is no multiple may stay whole.
+        ``"auto"``: of a sixteenth of the group's positions, brought down to a power of two between 1 and 8.
     """
 
     min_channels: int = 1
     max_ratio: float = 1.0
-    round_to: int = 1
+    round_to: int | Literal["auto"] = 1
+
+    def step(self, positions: int) -> int:
+        """What widths of a group are multiples of.
+
+        Vector units like widths of 8, but a 16-wide layer would have two choices then, and the wide layers would pay
+        for it with capacity that no training brings back.
+
+        :param positions: outputs of the group's first producer.
+
+        >>> [Limits(round_to="auto").step(positions) for positions in (10, 16, 32, 100, 512)]
+        [1, 1, 2, 4, 8]
+        """
+        if self.round_to != "auto":
+            return self.round_to
+        return min(1 << max(positions // 16, 1).bit_length() - 1, 8)
 
 
 def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]:
@@ -48,7 +65,8 @@ def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]
     :param limits: bounds of its width.
     """
     repeats = group.members[0].indices.shape[1]
-    step = limits.round_to // math.gcd(limits.round_to, repeats)
+    positions = limits.step(repeats * group.size)
+    step = positions // math.gcd(positions, repeats)
     least = max(limits.min_channels, math.ceil((1 - limits.max_ratio) * group.size - 1e-9), 1)
     if least >= group.size:
         return np.array([group.size])
@@ -107,7 +125,8 @@ class AllocationProblem:
 
 
 def uniform(problem: AllocationProblem, scores: Scores) -> Widths:
-    """The same share of every group: the largest share whose widths fit (bisection; scores play no part).
+    """The same share of every group: the largest share whose widths fit (bisection). What the budget still allows goes
+    to the groups that rounding has left furthest below it. Scores play no part.
 
     :param problem: allowed widths, costs and budgets.
     :param scores: not used.
@@ -116,7 +135,18 @@ def uniform(problem: AllocationProblem, scores: Scores) -> Widths:
     def widths_at(share: float) -> Widths:
         return np.array([problem.round_up(g, share * size) for g, size in enumerate(problem.sizes)], np.float64)
 
-    return _largest(problem, widths_at, 0.0, 1.0)
+    return _filled(problem, _largest(problem, widths_at, 0.0, 1.0))
+
+
+def _filled(problem: AllocationProblem, widths: Widths) -> Widths:
+    """One allowed width more for each group, the narrowest share first, as long as the budgets hold."""
+    widths = widths.copy()
+    for group in np.argsort(widths / problem.sizes, kind="stable"):
+        trial = widths.copy()
+        trial[group] = problem.round_up(int(group), widths[group] + 1)
+        if problem.fits(trial):
+            widths = trial
+    return widths
 
 
 def global_ranking(problem: AllocationProblem, scores: Scores) -> Widths:
@@ -161,6 +191,36 @@ def greedy(problem: AllocationProblem, scores: Scores) -> Widths:
     """
     scaled = [np.sort(s / max(float(np.mean(s)), 1e-12)) for s in scores]
     return lazy_greedy(problem, [np.concatenate([[0.0], np.cumsum(s)]) for s in scaled])
+
+
+def balanced(problem: AllocationProblem, scores: Scores) -> Widths:
+    """As :func:`greedy`, by what the layers' inputs and outputs keep: see :func:`capacity_lost`.
+
+    :param problem: allowed widths, costs and budgets.
+    :param scores: one score a channel for each group, ``[group.size]``, not negative; larger ones are kept.
+    """
+    return lazy_greedy(problem, capacity_lost(problem, [np.cumsum(np.sort(s)) for s in scores]))
+
+
+def capacity_lost(problem: AllocationProblem, lost: Scores) -> list[npt.NDArray[np.float64]]:
+    """What a group loses at every width: the sum over the layer sides that it is part of, each −log of the share that
+    the side keeps, ``[channels + 1]``.
+
+    A side is the input or the output of one layer. The sum over the network is −log of the product of all shares: no
+    layer can make up for another that is nearly gone, and a residual stream counts as often as layers read and write
+    it. Layers of equal cost, with equal channels, keep equal shares, as in :func:`uniform`. Where a side has other
+    channels besides, in other groups or pinned, these count as kept.
+
+    :param problem: groups and the shapes of their parameters.
+    :param lost: for each group what goes with its least one, two, ... channels, ``[channels]``, rising, convex.
+    """
+    shapes = problem.graph.parameters
+    result = []
+    for group, losses in zip(problem.graph.groups, lost, strict=True):
+        share = np.concatenate([[0.0], losses]) / max(float(losses[-1]), 1e-30)
+        sides = [m.indices.size / shapes[m.parameter][m.dim] for m in group.with_role("producer", "consumer")]
+        result.append(-sum(np.log(np.clip(1 - min(part, 1.0) * share, 1e-9, 1)) for part in sides or [1.0]))
+    return result
 
 
 def least_loss(problem: AllocationProblem, scores: Scores) -> Widths:
@@ -285,4 +345,10 @@ def allocate(problem: AllocationProblem, scores: Scores, allocation: Allocation)
 @hookimpl
 def compactprune_allocations() -> Mapping[str, Allocation]:
     """Offers the built-in allocations."""
-    return {"uniform": uniform, "global": global_ranking, "greedy": greedy, "least_loss": least_loss}
+    return {
+        "uniform": uniform,
+        "global": global_ranking,
+        "greedy": greedy,
+        "balanced": balanced,
+        "least_loss": least_loss,
+    }

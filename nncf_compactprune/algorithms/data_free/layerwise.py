@@ -13,21 +13,19 @@ hand, so the parts are ours; each says so where it is:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
-from nncf_compactprune.algorithms.data_free import Reconstruction, Refit, least_squares
 from nncf_compactprune.algorithms.data_free.importance import consumer_names, importance
 from nncf_compactprune.algorithms.data_free.inputs import FOLLOWS, GenerationConfig, check_generation, inputs_for
 from nncf_compactprune.algorithms.data_free.operations import refittable
 from nncf_compactprune.algorithms.data_free.reconstruction import dense_moments
+from nncf_compactprune.algorithms.data_free.refit import RIDGE, DenseReference
 from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.config import AlgorithmConfig, Registered
 from nncf_compactprune.host.calls import evaluating
@@ -49,7 +47,7 @@ class DataFreeParams(ChannelPruningParams):
     )
     schedule: Literal["one_shot"] = "one_shot"
     allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "least_loss"
-    ridge: float = Field(default=0.03, gt=0)
+    ridge: float = Field(default=RIDGE, gt=0)
 
 
 class DataFreeConfig(ChannelPruningConfig):
@@ -68,12 +66,6 @@ class DataFreeLayerwise(ChannelPruning):
     Config: ClassVar[type[AlgorithmConfig]] = DataFreeConfig
     config: DataFreeConfig
 
-    def __init__(self, config: DataFreeConfig, context: Context) -> None:
-        super().__init__(config, context)
-        self.refits: list[Refit] = []
-        self.left: Mapping[str, str] = {}
-        self._dense: nn.Module | None = None
-
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
         if state is None:
             check_generation(self.context, self.config.generation)
@@ -86,32 +78,19 @@ class DataFreeLayerwise(ChannelPruning):
         with evaluating(model):
             names = consumer_names(graph) & set(refittable(model, network.wrap(inputs.images[:1])).found)
             found = dense_moments(model, network, inputs, names)
-        self._dense = copy.deepcopy(model)
         return importance(model, graph, found, SCORE_RIDGE, torch.get_num_threads())
 
-    def after_cut(self, plan: PruningPlan) -> None:
-        if self._dense is None:  # replayed from a state: its weights come from a checkpoint
-            return
-        model, dense = self.context.model, self._dense
-        network, inputs = inputs_for(self.context, self.config.generation)
-        kept = {name: plan.selection(name) for name in plan.kept}
-        step = least_squares(self.config.params.ridge)
-        with self.context.timed("reconstruction"), evaluating(model, changes=True), evaluating(dense):
-            run = Reconstruction(dense, model, inputs, network, kept, step)
-            self.refits, self.left = run.run(progress="Re-fitting layers"), run.left
-        self._dense = None
+    def before_cut(self) -> Callable[[PruningPlan], None]:
+        reference = DenseReference.keep(self.context, self.config.generation)
+
+        def refit(plan: PruningPlan) -> None:
+            self.refits = reference.refit(plan, self.config.params.ridge)
+
+        return refit
 
     def statistics(self) -> Mapping[str, Any]:
-        refits: dict[str, Any] = {"layers re-fitted": len(self.refits)}
-        if self.left:
-            refits["layers left"] = ", ".join(self.left)
-        if self.refits:
-            before, after = (
-                sum(getattr(r, when) for r in self.refits) / len(self.refits) for when in ("before", "after")
-            )
-            refits["mean layer error"] = f"{before:.3f} -> {after:.3f}"
         seconds = {f"seconds of {what}": f"{s:.1f}" for what, s in self.context.seconds.items()}
-        return {**super().statistics(), **refits, **seconds}
+        return {**super().statistics(), **seconds}
 
 
 @hookimpl

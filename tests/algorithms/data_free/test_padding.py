@@ -76,7 +76,7 @@ def compress(model: nn.Module, size: int, entry: dict, samples: int = 32) -> nn.
     ctrl, _ = create_compressed_model(model, config)
     ctrl.strip()
     assert "layers left" not in ctrl.algorithms[0].statistics()
-    assert len(ctrl.algorithms[0].refits) == len(refittable(model, torch.zeros(1, 3, size, size)).found)
+    assert len(ctrl.algorithms[0].refits.layers) == len(refittable(model, torch.zeros(1, 3, size, size)).found)
     return model
 
 

@@ -1,0 +1,132 @@
+"""Re-fitting a cut model to the dense one, for any pruning algorithm: keep the dense model, cut, re-fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import Field
+from torch import nn
+
+from nncf_compactprune.algorithms.base import Context
+from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig, check_generation, inputs_for
+from nncf_compactprune.algorithms.data_free.network import ImageNetwork
+from nncf_compactprune.algorithms.data_free.reconstruction import Reconstruction, Refit, least_squares
+from nncf_compactprune.algorithms.data_free.sources import LayerInputs
+from nncf_compactprune.config import Section
+from nncf_compactprune.errors import DataError
+from nncf_compactprune.host.calls import evaluating
+from nncf_compactprune.host.tensors import copy_in
+from nncf_compactprune.plan import PruningPlan
+
+RIDGE = 0.03
+SAMPLES = 2000  # of up to 64 x 64 pixels
+LEAST_SAMPLES = 300  # of larger ones, as all are run at once
+
+
+class RefitConfig(Section):
+    """``initializer.refit``: every layer around a cut is re-fitted to what the dense layer gave, before any training.
+
+    :param num_samples: how many images; null: 2,000 of up to 64 x 64 pixels, fewer of larger ones, never below 300.
+    :param source: ``"dataset"`` takes images of the training loader; ``"inversion"`` generates them from the network.
+    :param ridge: how strongly weights are held to what the cut left, relative to the inputs' variance.
+    """
+
+    num_samples: int | None = Field(default=None, ge=1)
+    source: Literal["dataset", "inversion"] = "dataset"
+    ridge: float = Field(default=RIDGE, gt=0)
+
+    def generation(self, context: Context) -> GenerationConfig:
+        """As the generators read it.
+
+        :raises DataFreeError: the network of this context takes no images.
+        """
+        _, height, width = ImageNetwork.of(context.model, context.example_inputs).shape
+        if self.source == "inversion":
+            return GenerationConfig(source="inversion", samples=self.num_samples)
+        fitting = max(LEAST_SAMPLES, min(SAMPLES, SAMPLES * 64 * 64 // (height * width)))
+        return GenerationConfig(source="dataset", samples=self.num_samples or fitting)
+
+
+def check_refit(context: Context, config: RefitConfig) -> None:
+    """Refuses at once what would fail after the cut.
+
+    :param context: the dense model and its training loader.
+    :param config: the section.
+    :raises DataError: images of the training loader are wanted, and there is none.
+    :raises DataFreeError: the network takes no images, or nothing can be generated from it.
+    """
+    if config.source == "dataset" and context.train_loader is None:
+        msg = (
+            'initializer.refit: its source is "dataset", but no train_loader was given. Give one, or use "source": '
+            '"inversion".'
+        )
+        raise DataError(msg)
+    check_generation(context, config.generation(context))
+
+
+@dataclass(frozen=True)
+class Refits:
+    """What a re-fit did.
+
+    :param layers: one entry a layer, in network order.
+    :param left: layers that it did not touch, each with the reason.
+    """
+
+    layers: Sequence[Refit] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+
+    def statistics(self) -> dict[str, str]:
+        """Figures to report, by name."""
+        figures = {"layers re-fitted": str(len(self.layers))}
+        if self.left:
+            figures["layers left"] = ", ".join(self.left)
+        if self.layers:
+            before, after = (
+                sum(getattr(layer, when) for layer in self.layers) / len(self.layers) for when in ("before", "after")
+            )
+            figures["mean layer error"] = f"{before:.3f} -> {after:.3f}"
+        return figures
+
+
+@dataclass(frozen=True)
+class DenseReference:
+    """The dense model, kept from before the cut, with the inputs to compare on.
+
+    :param context: its model is cut in between.
+    :param dense: a copy of the model before the cut.
+    :param network: how both are run.
+    :param inputs: what both run on.
+    """
+
+    context: Context
+    dense: nn.Module
+    network: ImageNetwork
+    inputs: LayerInputs
+
+    @classmethod
+    def keep(cls, context: Context, generation: GenerationConfig) -> DenseReference:
+        """Copies the model of a context, which is dense now.
+
+        :param context: the model, and the training loader where the images come from one.
+        :param generation: where the images come from.
+        """
+        network, inputs = inputs_for(context, generation)
+        return cls(context, copy.deepcopy(context.model), network, inputs)
+
+    def refit(self, plan: PruningPlan, ridge: float) -> Refits:
+        """Re-fits the context's model, which was cut meanwhile, in place; an EMA copy gets the same weights.
+
+        :param plan: what was cut.
+        :param ridge: see :class:`RefitConfig`.
+        """
+        context, model = self.context, self.context.model
+        kept = {name: plan.selection(name) for name in plan.kept}
+        with context.timed("reconstruction"), evaluating(model, changes=True), evaluating(self.dense):
+            run = Reconstruction(self.dense, model, self.inputs, self.network, kept, least_squares(ridge))
+            run.run(progress="Re-fitting layers")
+        if context.ema is not None:
+            copy_in(context.ema, model).load_state_dict(model.state_dict())
+        return Refits(run.refits, run.left)
