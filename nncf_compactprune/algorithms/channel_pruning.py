@@ -19,7 +19,8 @@ from torch import Tensor
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
-from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, Refits, check_refit
+from nncf_compactprune.algorithms.data_free.reconstruction import Refits
+from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, check_refit
 from nncf_compactprune.channels import ChannelGraph, Pin, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Initializer, Registered, Section
 from nncf_compactprune.cut.diagnosis import analyse, culprits
@@ -56,7 +57,7 @@ class ChannelPruningParams(Section):
     num_init_steps: int = Field(default=0, ge=0)
     pruning_init: float = Field(default=0.0, ge=0, lt=1)
     pruning_steps: int = Field(default=10, ge=1)
-    allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "global"
+    allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "uniform"
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     min_channels: int = Field(default=1, ge=1)
     max_ratio: float = Field(default=0.9, ge=0, le=1)

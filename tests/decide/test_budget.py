@@ -97,6 +97,23 @@ def test_round_to_counts_positions_of_the_producer():
     assert allowed_widths(group, Limits(round_to=8)).tolist() == [2, 4, 6, 8]
 
 
+def test_automatic_rounding_leaves_narrow_groups_every_width_and_wide_ones_vector_units(graph):
+    for group in graph.groups:
+        steps = set(np.diff(allowed_widths(group, Limits(round_to="auto"))[:-1]))
+        assert steps <= {max(1, min(8, group.size // 16))}
+    widths = ALLOCATIONS["uniform"](problem(graph, macs=0.5, limits=Limits(round_to="auto")), random_scores(graph))
+    assert graph.cost.macs(widths) <= 0.5 * graph.macs
+
+
+def test_uniform_gives_what_rounding_left_to_the_narrowest_shares(graph):
+    p = problem(graph, macs=0.5, limits=Limits(round_to=4))
+    widths = ALLOCATIONS["uniform"](p, random_scores(graph))
+    for group in range(len(widths)):
+        wider = widths.copy()
+        wider[group] = p.round_up(group, widths[group] + 1)
+        assert wider[group] == widths[group] or not p.fits(wider)
+
+
 def test_uniform_takes_the_same_share(graph):
     widths = ALLOCATIONS["uniform"](problem(graph, macs=0.5), random_scores(graph))
     shares = widths / graph.sizes

@@ -36,7 +36,7 @@ from nncf_compactprune.algorithms.catro.subtask import ClassSubset, with_classif
 from nncf_compactprune.algorithms.catro.trace_ratio import RemovalCurve, damped, joint_removal, trace_ratio_curve
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.config import AlgorithmConfig
-from nncf_compactprune.decide.budgets import AllocationProblem, capacity_lost, lazy_greedy, uniform
+from nncf_compactprune.decide.budgets import AllocationProblem, lazy_greedy, uniform
 from nncf_compactprune.decide.criteria import criterion_contexts
 from nncf_compactprune.decide.criteria.magnitude import l2
 from nncf_compactprune.decide.labelled import FewPerClass, class_scores, output_classes
@@ -59,7 +59,7 @@ class CatroParams(ChannelPruningParams):
     :param classes: prune for these classes only, and cut the classifier to them; indices, at least two.
     """
 
-    allocation: Literal["greedy", "balanced", "uniform"] = "greedy"
+    allocation: Literal["greedy", "uniform"] = "greedy"
     form: Literal["margin", "plain"] = "margin"
     samples_per_class: int = Field(default=50, ge=1)
     contribution: float = Field(default=3.0, ge=0)
@@ -116,8 +116,6 @@ class Catro(ChannelPruning):
 
     def _kept(self, problem: AllocationProblem, curves: Sequence[RemovalCurve]) -> list[npt.NDArray[np.bool_]]:
         losses = [curve.convex for curve in curves]
-        if self.config.params.allocation == "balanced":
-            losses = capacity_lost(problem, [loss[1:] for loss in losses])
         widths = (uniform if self.config.params.allocation == "uniform" else lazy_greedy)(problem, losses)
         removed = (self.graph.sizes - widths).astype(int)
         return [curve.kept[gone] for curve, gone in zip(curves, removed, strict=True)]

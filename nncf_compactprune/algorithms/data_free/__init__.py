@@ -2,7 +2,13 @@
 
 from nncf_compactprune.algorithms.data_free.generation import Inversion
 from nncf_compactprune.algorithms.data_free.network import ImageNetwork
-from nncf_compactprune.algorithms.data_free.reconstruction import Reconstruction, Refit, as_they_are, least_squares
+from nncf_compactprune.algorithms.data_free.reconstruction import (
+    Reconstruction,
+    Refit,
+    Refits,
+    as_they_are,
+    least_squares,
+)
 from nncf_compactprune.algorithms.data_free.sources import Generation, LayerInputs, layer_inputs
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "LayerInputs",
     "Reconstruction",
     "Refit",
+    "Refits",
     "as_they_are",
     "layer_inputs",
     "least_squares",

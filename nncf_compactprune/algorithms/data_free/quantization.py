@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
-from nncf_compactprune.algorithms.data_free import Reconstruction, Refit
+from nncf_compactprune.algorithms.data_free import Reconstruction, Refits
 from nncf_compactprune.algorithms.data_free.gram import Moments
 from nncf_compactprune.algorithms.data_free.inputs import FOLLOWS, GenerationConfig, check_generation, inputs_for
 from nncf_compactprune.algorithms.data_free.network import check_weights
@@ -77,8 +77,7 @@ class DataFreeQuantization(CompressionAlgorithm):
 
     def __init__(self, config: DataFreeQuantizationConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.refits: list[Refit] = []
-        self.left: Mapping[str, str] = {}
+        self.refits = Refits()
         self.quantizers = 0
         self._done = False
 
@@ -139,7 +138,7 @@ class DataFreeQuantization(CompressionAlgorithm):
 
             step = rounding_step(weights, params.ridge, per_channel=params.per_channel)
             run = Reconstruction(dense, model, inputs, network, step=step, used=used)
-            self.refits, self.left = run.run(progress="Quantizing layers"), run.left
+            self.refits = Refits(run.run(progress="Quantizing layers"), run.left)
         self.quantizers = len(weights) + len(activations)
         self._done = True
 
@@ -151,13 +150,14 @@ class DataFreeQuantization(CompressionAlgorithm):
 
     def statistics(self) -> Mapping[str, Any]:
         params = self.config.params
-        error = sum(r.after for r in self.refits) / max(len(self.refits), 1)
+        layers, left = self.refits.layers, self.refits.left
+        error = sum(layer.after for layer in layers) / max(len(layers), 1)
         return {
             "stage": self.stage().name.lower(),
             "bits": f"W{params.weight_bits}A{params.activation_bits}, edges {params.edge_bits}",
             "quantizers": self.quantizers,
             "mean layer error": f"{error:.4f}",
-            **({"layers left": ", ".join(self.left)} if self.left else {}),
+            **({"layers left": ", ".join(left)} if left else {}),
         }
 
 

@@ -19,7 +19,7 @@ form, the prior and the relative statistics are ours (only the abstract was at h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,6 +57,30 @@ class Refit:
     name: str
     before: float
     after: float
+
+
+@dataclass(frozen=True)
+class Refits:
+    """What a re-fit did.
+
+    :param layers: one entry a layer, in network order.
+    :param left: layers that it did not touch, each with the reason.
+    """
+
+    layers: Sequence[Refit] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+
+    def statistics(self) -> dict[str, str]:
+        """Figures to report, by name."""
+        figures = {"layers re-fitted": str(len(self.layers))}
+        if self.left:
+            figures["layers left"] = ", ".join(self.left)
+        if self.layers:
+            before, after = (
+                sum(getattr(layer, when) for layer in self.layers) / len(self.layers) for when in ("before", "after")
+            )
+            figures["mean layer error"] = f"{before:.3f} -> {after:.3f}"
+        return figures
 
 
 def solve(weight: Tensor, found: Moments, ridge: float) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -13,7 +12,7 @@ from torch import nn
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig, check_generation, inputs_for
 from nncf_compactprune.algorithms.data_free.network import ImageNetwork
-from nncf_compactprune.algorithms.data_free.reconstruction import Reconstruction, Refit, least_squares
+from nncf_compactprune.algorithms.data_free.reconstruction import Reconstruction, Refits, least_squares
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.config import Section
 from nncf_compactprune.errors import DataError
@@ -65,30 +64,6 @@ def check_refit(context: Context, config: RefitConfig) -> None:
         )
         raise DataError(msg)
     check_generation(context, config.generation(context))
-
-
-@dataclass(frozen=True)
-class Refits:
-    """What a re-fit did.
-
-    :param layers: one entry a layer, in network order.
-    :param left: layers that it did not touch, each with the reason.
-    """
-
-    layers: Sequence[Refit] = ()
-    left: Mapping[str, str] = field(default_factory=dict)
-
-    def statistics(self) -> dict[str, str]:
-        """Figures to report, by name."""
-        figures = {"layers re-fitted": str(len(self.layers))}
-        if self.left:
-            figures["layers left"] = ", ".join(self.left)
-        if self.layers:
-            before, after = (
-                sum(getattr(layer, when) for layer in self.layers) / len(self.layers) for when in ("before", "after")
-            )
-            figures["mean layer error"] = f"{before:.3f} -> {after:.3f}"
-        return figures
 
 
 @dataclass(frozen=True)

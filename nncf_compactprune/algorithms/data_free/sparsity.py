@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
-from nncf_compactprune.algorithms.data_free import Reconstruction, Refit
+from nncf_compactprune.algorithms.data_free import Reconstruction, Refits
 from nncf_compactprune.algorithms.data_free.gram import Moments
 from nncf_compactprune.algorithms.data_free.inputs import FOLLOWS, GenerationConfig, check_generation, inputs_for
 from nncf_compactprune.algorithms.data_free.operations import refittable
@@ -73,9 +73,8 @@ class DataFreeSparsity(CompressionAlgorithm):
 
     def __init__(self, config: DataFreeSparsityConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.refits: list[Refit] = []
+        self.refits = Refits()
         self.names: Set[str] = set()
-        self.left: Mapping[str, str] = {}
         self._done = False
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
@@ -114,7 +113,7 @@ class DataFreeSparsity(CompressionAlgorithm):
                 ratios = shares(weights, found, params.sparsity, params.ridge)
             step = sparse_step(ratios, params.ridge, names)
             run = Reconstruction(copy.deepcopy(model), model, inputs, network, step=step)
-            self.refits, self.left = run.run(progress="Sparsifying layers"), run.left
+            self.refits = Refits(run.run(progress="Sparsifying layers"), run.left)
         self._done = True
 
     def stage(self) -> CompressionStage:
@@ -127,7 +126,7 @@ class DataFreeSparsity(CompressionAlgorithm):
         return sum(int((w == 0).sum()) for w in weights) / max(sum(w.numel() for w in weights), 1)
 
     def statistics(self) -> Mapping[str, Any]:
-        left = {"layers left": ", ".join(self.left)} if self.left else {}
+        left = {"layers left": ", ".join(self.refits.left)} if self.refits.left else {}
         return {"stage": self.stage().name.lower(), "zeros": f"{self._zeros():.1%} of the layers' weights", **left}
 
 

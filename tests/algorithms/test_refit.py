@@ -1,0 +1,119 @@
+"""``initializer.refit``: a start that is nearer to the dense network, behind every pruning algorithm."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.data_free import randn, state, unchanged, with_statistics_of
+from support.networks import images, trained
+from torch import nn
+
+from nncf_compactprune import create_compressed_model, prune
+from nncf_compactprune.algorithms.base import Context
+from nncf_compactprune.algorithms.data_free.refit import RefitConfig
+from nncf_compactprune.errors import ConfigError, DataError, DataFreeError
+from nncf_compactprune.plugins import default_plugins
+
+X = images(torch.float32)
+DATA = F.avg_pool2d(randn(256, 3, 24, 24), 2) * 3
+LABELS = torch.arange(256) % 4
+LOADER = list(zip(DATA.split(64), LABELS.split(64), strict=True))
+
+
+def network(name: str = "residual") -> nn.Module:
+    return with_statistics_of(trained(name, dtype=torch.float32), DATA)
+
+
+@torch.no_grad()
+def distance(dense: nn.Module, model: nn.Module) -> float:
+    expected = dense.eval()(DATA)
+    return float((model.eval()(DATA) - expected).square().mean() / expected.var(0).mean())
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "squeeze_excite"])
+@pytest.mark.parametrize("algorithm", ["fbnet_pruning", "catro"])
+def test_a_refit_is_nearer_to_the_dense_network_than_statistics_alone_bring_it(name: str, algorithm: str) -> None:
+    dense = network(name)
+    found = {}
+    ways = {"adapted": None, "held": {"refit": {"ridge": 1e9}}, "re-fitted": {"refit": {}}}
+    for way, initializer in ways.items():
+        model = copy.deepcopy(dense)
+        prune(model, X, algorithm, budget={"macs": 0.6}, round_to=1, train_loader=LOADER, initializer=initializer)
+        found[way] = distance(dense, model)
+    assert found["re-fitted"] < 0.8 * min(found["adapted"], found["held"]), found
+
+
+def test_generated_images_need_no_loader() -> None:
+    dense, model = network(), network()
+    prune(model, X, budget={"macs": 0.6}, round_to=1, initializer={"refit": {"source": "inversion", "num_samples": 64}})
+    alone = copy.deepcopy(dense)
+    prune(alone, X, budget={"macs": 0.6}, round_to=1)
+    assert distance(dense, model) < 0.7 * distance(dense, alone)
+
+
+def test_a_config_refits_reports_and_an_ema_copy_follows() -> None:
+    model = network()
+    entry = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.6}, "params": {"schedule": "one_shot", "round_to": 1}}
+    document = {
+        "input_info": {"sample_size": [2, 3, 12, 12]},
+        "compression": {**entry, "initializer": {"refit": {"num_samples": 128}}},
+    }
+    ctrl, _ = create_compressed_model(model, document, LOADER)
+    said = ctrl.statistics().to_str()
+    before, after = map(float, re.search(r"([\d.]+) -> ([\d.]+)", said).groups())  # type: ignore[union-attr]
+    assert after < before
+    assert "layers re-fitted" in said
+
+    model, optimizer = network(), None
+    ema = copy.deepcopy(model)
+    prune(model, X, budget={"macs": 0.6}, round_to=1, train_loader=LOADER, ema=ema, optimizer=optimizer,
+          initializer={"refit": {"num_samples": 128}})  # fmt: skip
+    assert torch.equal(model.eval()(X), ema.eval()(X))
+
+
+def test_batchnorm_adaptation_follows_a_refit_only_where_it_is_written_down() -> None:
+    means = []
+    for more in ({}, {"batchnorm_adaptation": {"num_bn_adaptation_samples": 64}}):
+        model = network()
+        initializer = {"refit": {"num_samples": 256}, **more}
+        prune(model, X, budget={"macs": 0.6}, round_to=1, train_loader=LOADER, initializer=initializer)
+        means.append(torch.cat([m.running_mean for m in model.modules() if isinstance(m, nn.BatchNorm2d)]))
+    assert not torch.equal(*means)
+
+
+def test_fewer_images_where_they_are_large() -> None:
+    def images_of(size: int) -> int | None:
+        context = Context(nn.Flatten(), torch.zeros(1, 3, size, size), default_plugins())
+        return RefitConfig().generation(context).samples
+
+    assert [images_of(size) for size in (32, 64, 128, 224)] == [2000, 2000, 500, 300]
+
+
+@pytest.mark.parametrize(
+    ("initializer", "params", "error", "says"),
+    [
+        ({"refit": {}}, {}, DataError, 'no train_loader was given. Give one, or use "source": "inversion"'),
+        ({"refit": {}}, {"schedule": "exponential"}, ConfigError, 'a schedule leaves no dense layers: set "schedule"'),
+        ({"refit": {"samples": 3}}, {}, ConfigError, "initializer.refit.samples: unknown key"),
+        ({"refit": {"source": "inversions"}}, {}, ConfigError, 'expected one of "dataset", "inversion"'),
+    ],
+)
+def test_wrong_input_is_told_before_the_cut(initializer, params, error, says) -> None:
+    model = network()
+    before = state(model)
+    with pytest.raises(error, match=re.escape(says)):
+        prune(model, X, budget={"macs": 0.6}, round_to=1, initializer=initializer, **params)
+    assert unchanged(model, before)
+
+
+def test_a_network_without_images_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    loader = [(torch.randn(4, 8), torch.zeros(4))]
+    before = state(model)
+    with pytest.raises(DataFreeError, match="one floating input of shape"):
+        prune(model, torch.randn(2, 8), budget={"macs": 0.6}, train_loader=loader, initializer={"refit": {}})
+    assert unchanged(model, before)
