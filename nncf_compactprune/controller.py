@@ -237,12 +237,13 @@ class CompressionController:
         return self.model
 
     def export_model(
-        self, path: str | os.PathLike[str], *, precisions: Sequence[str] = ("fp32",)
+        self, path: str | os.PathLike[str], *, precisions: Sequence[str] | None = None
     ) -> list[ExportedFile]:
         """Strips the model and writes it to ONNX (``.onnx``) or OpenVINO IR (``.xml``), reopened and compared.
 
         :param path: the file; its suffix says the format, one of those that plugins offer.
-        :param precisions: ``fp32``, ``fp16``; with both, the second file has ``_fp16`` in its name.
+        :param precisions: ``fp32``, ``fp16``; with both, the second file has ``_fp16`` in its name. Default: ``fp32``,
+            or ``int8`` of a quantized model, which has no other.
         :raises StorageError: the file cannot be written.
         :raises ExportError: unknown suffix, or the file computes something else.
         """

@@ -126,6 +126,10 @@ class ExportError(CompactPruneError):
     """A model could not be exported, or the file does not compute what the model computes."""
 
 
+class QuantizationError(CompactPruneError):
+    """A model cannot be quantized: no calibration samples, nothing in scope, or NNCF does not take it."""
+
+
 class DataFreeError(CompactPruneError):
     """A network says too little of its own inputs, or its weights are no basis for compression without data."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from nncf_compactprune.export.formats import ExportFormat, Session
 from nncf_compactprune.export.latency import Latency, measure_latency
-from nncf_compactprune.export.model import ExportedFile, export_model
-from nncf_compactprune.export.prepared import Prepared
+from nncf_compactprune.export.model import QUANTIZED, ExportedFile, export_model
+from nncf_compactprune.export.prepared import Prepared, is_quantized
 from nncf_compactprune.export.verify import Verification, verify_export
 
 __all__ = [
+    "QUANTIZED",
     "ExportFormat",
     "ExportedFile",
     "Latency",
@@ -16,6 +17,7 @@ __all__ = [
     "Session",
     "Verification",
     "export_model",
+    "is_quantized",
     "measure_latency",
     "verify_export",
 ]

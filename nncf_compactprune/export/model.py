@@ -12,10 +12,12 @@ from torch import nn
 
 from nncf_compactprune.errors import ExportError, nearest
 from nncf_compactprune.export.formats import ExportFormat, export_formats, opened
-from nncf_compactprune.export.prepared import prepared
+from nncf_compactprune.export.prepared import is_quantized, prepared
 from nncf_compactprune.export.verify import Verification, compare
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.storage.writing import whole_files
+
+QUANTIZED = "int8"
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,16 @@ def export_model(
     """Exports a model, verifies every file in its runtime, and then puts the files in place: all of them, or none.
 
     A directory gets ``model.onnx``, ``model_fp16.onnx``, ``model.xml`` (with ``.bin``) and ``model_fp16.xml``, and the
-    files of formats that plugins add; a file name that ends like one of them gives that one file. Each format is traced
-    once, whatever the precisions.
+    files of formats that plugins add; of a quantized model ``model_int8.onnx`` and ``model_int8.xml``. A file name that
+    ends like one of them gives that one file. Each format is traced once, whatever the precisions.
 
-    :param model: a float32 model without NNCF hooks, or, for OpenVINO, a quantized one after ``nncf.strip``. It is
-        exported in evaluation mode and left as it was.
+    :param model: a float32 model without NNCF hooks, or a quantized one after ``ctrl.strip()``; for OpenVINO also one
+        after ``nncf.strip``. It is exported in evaluation mode and left as it was.
     :param example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
     :param directory_or_file: where to write; created if missing.
     :param formats: ``onnx``, ``openvino``, or a plugin's; default: all, or the one that the file name says.
-    :param precisions: ``fp32``, ``fp16``; default: all that a format has into a directory, its first into a file.
+    :param precisions: ``fp32``, ``fp16``; default: all that a format has into a directory, its first into a file. A
+        quantized model has one, ``int8``.
     :param name: stem of the files in a directory.
     :param input_names: default: the keywords, or the parameter names of ``forward``.
     :param output_names: default: the keys of a dict output, ``output`` or ``output_0``, ``output_1``, ...
@@ -75,7 +78,7 @@ def export_model(
     :raises ExportError: when the model cannot be exported, or a file computes something else.
     """
     known = export_formats(plugins)
-    paths = _paths(Path(directory_or_file), known, formats, precisions, name)
+    paths = _paths(Path(directory_or_file), known, formats, precisions, name, quantized=is_quantized(model))
     for format_ in paths:
         known[format_].refuse(model)
     files = [
@@ -113,6 +116,8 @@ def _paths(
     formats: Sequence[str] | None,
     precisions: Sequence[str] | None,
     name: str,
+    *,
+    quantized: bool,
 ) -> dict[str, dict[str, Path]]:
     """File paths by format and precision."""
     named = next((one for one in known.values() if where.suffix == one.suffix), None)
@@ -126,11 +131,20 @@ def _paths(
     if file and set(chosen) != {file.name}:
         msg = f"{where}: the file name says {file.name}, but formats is {chosen}. Give a directory instead."
         raise ExportError(msg)
-    offered = dict.fromkeys(precision for one in chosen for precision in known[one].precisions)
-    asked = _checked("precisions", precisions, offered)
+    offers = {one: [p for p in known[one].precisions if (p == QUANTIZED) == quantized] for one in chosen}
+    if formats is None and not file:  # all formats that there are for such a model
+        chosen = [one for one in chosen if offers[one]]
+    if precisions is not None and quantized != (QUANTIZED in precisions):
+        said = "the model is quantized, its files are int8" if quantized else "the model is not quantized"
+        msg = f"precisions: {said}, got {list(precisions)}. Leave precisions out."
+        raise ExportError(msg)
+    asked = _checked("precisions", precisions, dict.fromkeys(p for one in chosen for p in offers[one]))
     result: dict[str, dict[str, Path]] = {}
     for one in chosen:
-        own = known[one].precisions
+        own = offers[one]
+        if not own:
+            msg = f"formats: {known[one].title} files hold no {'quantized' if quantized else 'float'} model."
+            raise ExportError(msg)
         wanted = asked or (own[:1] if file else own)
         if missing := [precision for precision in wanted if precision not in own]:
             msg = f"precisions: {known[one].title} has {' and '.join(own)}, got '{missing[0]}'."

@@ -15,6 +15,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 
 from nncf_compactprune.errors import ExportError, nearest
+from nncf_compactprune.export.folding import folded
 from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order
 from nncf_compactprune.export.prepared import Array, Prepared
@@ -32,7 +33,7 @@ class OnnxFormat(ExportFormat):
     title = "ONNX"
     runtime = "ONNX Runtime"
     suffix = ".onnx"
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", "int8")
 
     def refuse(self, model: nn.Module) -> None:
         super().refuse(model)
@@ -47,6 +48,8 @@ class OnnxFormat(ExportFormat):
         for precision, path in paths.items():
             if precision == "fp16":
                 _convert_to_fp16(traced, path)
+            elif precision == "int8":
+                onnx.save(folded(onnx.load(traced)), path)
             else:
                 shutil.copyfile(traced, path)
         traced.unlink()
@@ -55,12 +58,14 @@ class OnnxFormat(ExportFormat):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         ports = session.get_inputs()
         names = tuple(port.name for port in ports)
-        half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in onnx.load(path).graph.initializer)
+        graph = onnx.load(path).graph
+        half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
+        quantized = any(node.op_type == "DequantizeLinear" for node in graph.node)
         return Session(
             self.runtime,
             names,
             any(port.shape and not isinstance(port.shape[0], int) for port in ports),
-            "fp16" if half else "fp32",
+            "int8" if quantized else "fp16" if half else "fp32",
             lambda arrays: [np.asarray(one) for one in session.run(None, dict(zip(names, arrays, strict=True)))],
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import openvino
+from openvino._offline_transformations import compress_quantize_weights_transformation
 from torch import nn
 
 from nncf_compactprune.errors import ExportError
@@ -26,7 +27,7 @@ class OpenVinoFormat(ExportFormat):
     title = "OpenVINO"
     runtime = "OpenVINO"
     suffix = ".xml"
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", "int8")
 
     def parts(self, path: Path) -> list[Path]:
         # The weights come first, so that no new .xml is ever without them.
@@ -39,6 +40,8 @@ class OpenVinoFormat(ExportFormat):
     def write(self, ready: Prepared, paths: Mapping[str, Path]) -> None:
         converted = _converted(ready)
         for precision, path in paths.items():
+            if precision == "int8":
+                compress_quantize_weights_transformation(converted)
             self._save(converted, path, fp16=precision == "fp16")
 
     def open(self, path: Path) -> Session:

@@ -237,6 +237,11 @@ def refuse_hooks(model: nn.Module, *, stripped_quantizers: bool) -> None:
         raise ExportError(msg)
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model computes with fake quantizers, so that its files are INT8."""
+    return any(isinstance(hook.module, torch.ao.quantization.FakeQuantizeBase) for hook in hooks(model))
+
+
 def refuse_other_dtypes(model: nn.Module) -> None:
     """The FP32 file is the model itself, so its parameters must be float32.
 

@@ -58,12 +58,16 @@ class Hook:
     module: nn.Module
 
 
-def hooks(model: nn.Module) -> list[Hook]:
-    """All hooks of a model, in NNCF's order; none where it is not wrapped."""
+def hooks(model: nn.Module, *, shared: bool = False) -> list[Hook]:
+    """All hooks of a model, in NNCF's order; none where it is not wrapped.
+
+    :param model: wrapped or not.
+    :param shared: list a hook that sits at several places once for each of them.
+    """
     if NNCF_HOOKS not in model._modules:
         return []
     found = []
-    for key, module in get_hook_storage(model).named_hooks():
+    for key, module in get_hook_storage(model).named_hooks(remove_duplicate=not shared):
         kind, operation, port = decode_hook_name(key)
         found.append(Hook(key, kind == "pre_hooks", operation, port, module))
     return found

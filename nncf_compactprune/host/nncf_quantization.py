@@ -1,4 +1,7 @@
-"""Where NNCF puts quantizers: the places (which activations share one) are its knowledge of what runtimes fuse."""
+"""NNCF's quantizers on a torch model: putting them there, and reading what they came to.
+
+Where they sit (which activations share one) is NNCF's knowledge of what runtimes fuse.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,127 @@ import copy
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import nncf
+import torch
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+from nncf.torch.function_hook import get_hook_storage, is_wrapped, wrap_model
+from nncf.torch.model_graph_manager import get_const_node
+from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
 from nncf.torch.quantization.layers import BaseQuantizer
-from torch import nn
+from nncf.torch.quantization.reference import torch_executor
+from torch import Tensor, nn
 
-from nncf_compactprune.host.nncf_hooks import Hook, hooks
+from nncf_compactprune.host.nncf_hooks import Hook, hooks, nncf_graph
+from nncf_compactprune.host.tensors import NNCF_HOOKS, named_modules, own_tensors
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What an 8-bit quantizer of NNCF rounds to.
+
+    :param signed: -128 ... 127, else 0 ... 255.
+    :param scale: step sizes, ``[channels]`` or ``[1]``.
+    :param zero_point: the levels that mean 0, of the same size.
+    :param axis: the dimension of the channels.
+    """
+
+    signed: bool
+    scale: Tensor
+    zero_point: Tensor
+    axis: int
+
+
+def is_quantizer(module: nn.Module) -> bool:
+    """Whether a hook is one of NNCF's quantizers."""
+    return isinstance(module, BaseQuantizer)
+
+
+def quantize_in_place(model: nn.Module, dataset: nncf.Dataset, **options: Any) -> None:
+    """``nncf.quantize``, which returns a copy, on the model itself: parameters keep their identity.
+
+    :param model: carries no hooks; as it was when NNCF fails.
+    :param dataset: for NNCF's statistics.
+    :param options: of ``nncf.quantize``.
+    """
+    with quiet(), not_compiled():
+        quantized = nncf.quantize(model, dataset, **options)
+    theirs = dict(named_modules(quantized))
+    with torch.no_grad():
+        for name, module in named_modules(model):
+            new = own_tensors(theirs[name])
+            for key, tensor in own_tensors(module).items():
+                tensor.copy_(new[key])  # biases are corrected, weights may be smoothed
+    if not is_wrapped(model):
+        wrap_model(model)
+    model._modules[NNCF_HOOKS] = get_hook_storage(quantized)
+
+
+def quantizer_state(model: nn.Module) -> dict[str, Any]:
+    """The hooks of a model as JSON-able data, for :func:`restore_quantizers`."""
+    state: dict[str, Any] = nncf.torch.get_config(model)
+    return state
+
+
+def restore_quantizers(model: nn.Module, state: dict[str, Any]) -> None:
+    """Puts quantizers where they were; their ranges come with the weights.
+
+    :param model: without hooks, changed in place.
+    :param state: what :func:`quantizer_state` gave.
+    """
+    nncf.torch.load_from_config(model, state)
+
+
+def levels_of(quantizer: nn.Module) -> Levels:
+    """What a quantizer of NNCF rounds to when the model is deployed. Half the range means the same step.
+
+    :param quantizer: one of NNCF's, with 8 bits.
+    """
+    if not isinstance(quantizer, BaseQuantizer):
+        msg = f"expected a quantizer of NNCF, got {type(quantizer).__name__}"
+        raise TypeError(msg)
+    low, _, scale, zero_point = quantizer.get_parameters_for_torch_fq()
+    shape = list(quantizer.scale_shape)
+    return Levels(low < 0, scale.detach(), zero_point.detach(), shape.index(max(shape)))
+
+
+def replace_quantizers(model: nn.Module, example_inputs: Any, replace: Any) -> int:
+    """Exchanges every quantizer of NNCF for another hook, in place. Weights take their rounded values: what a narrow or
+    a half range leaves out cannot come back.
+
+    :param model: in evaluation mode.
+    :param example_inputs: what NNCF's graph is built with.
+    :param replace: makes the new hook from a quantizer.
+    :return: how many quantizers there were.
+    """
+    storage = get_hook_storage(model)
+    with not_compiled():
+        graph = nncf_graph(model, example_inputs)
+    new: dict[int, nn.Module] = {}
+    for hook in hooks(model, shared=True):
+        if not isinstance(hook.module, BaseQuantizer):
+            continue
+        parameter = _weight(model, graph, hook)
+        if parameter is not None:
+            with torch.no_grad(), not_compiled():
+                parameter.copy_(hook.module.quantize(parameter))
+        if id(hook.module) not in new:
+            new[id(hook.module)] = replace(hook.module)
+        storage.set_submodule(hook.key, new[id(hook.module)])
+    return len(new)
+
+
+def _weight(model: nn.Module, graph: Any, hook: Hook) -> nn.Parameter | None:
+    """The parameter that a quantizer sees, None for activations."""
+    name = hook.operation
+    if hook.before:
+        constant = get_const_node(graph.get_node_by_name(hook.operation), hook.port, graph)
+        if constant is None:
+            return None
+        name = constant.layer_attributes.name
+    return dict(model.named_parameters()).get(name)
 
 
 def quantizer_places(
@@ -27,7 +143,7 @@ def quantizer_places(
     :param ignored: NNCF's names of operations that are not quantized.
     :return: one hook of the copy for each quantizer.
     """
-    with _quiet():
+    with quiet():
         quantized = nncf.quantize(
             copy.deepcopy(model),
             nncf.Dataset(batches),
@@ -38,11 +154,30 @@ def quantizer_places(
             ignored_scope=nncf.IgnoredScope(names=sorted(ignored), validate=False),
             advanced_parameters=AdvancedQuantizationParameters(disable_bias_correction=True),
         )
-    return [hook for hook in hooks(quantized) if isinstance(hook.module, BaseQuantizer)]
+    return [hook for hook in hooks(quantized) if is_quantizer(hook.module)]
+
+
+class _Eager:
+    """NNCF's quantization as torch operations, one after the other."""
+
+    Quantize_forward = torch_executor.forward
+    Quantize_backward = torch_executor.backward
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def not_compiled() -> Iterator[None]:
+    """NNCF's quantizers run as plain torch operations. At their first call on a CPU NNCF otherwise compiles an
+    extension, which takes a minute and needs a compiler, and pays off in training only."""
+    before = QuantizedFunctionsCPU._loaded_namespace
+    QuantizedFunctionsCPU._loaded_namespace = before or _Eager
+    try:
+        yield
+    finally:
+        QuantizedFunctionsCPU._loaded_namespace = before
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
     """NNCF warns of few samples."""
     logger = logging.getLogger("nncf")
     level = logger.level

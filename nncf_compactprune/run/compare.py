@@ -11,7 +11,7 @@ import torch
 
 from nncf_compactprune.cut.self_check import SelfCheck
 from nncf_compactprune.errors import ResolveError
-from nncf_compactprune.export import ExportedFile, export_model, measure_latency
+from nncf_compactprune.export import QUANTIZED, ExportedFile, export_model, is_quantized, measure_latency
 from nncf_compactprune.host.packages import require_package
 from nncf_compactprune.report import Comparison, NetworkFigures, plot_widths, to_json, to_markdown
 from nncf_compactprune.run.compress import Compressed
@@ -60,19 +60,27 @@ def _export(run: Run, networks: Mapping[str, Network]) -> dict[str, Sequence[Exp
     files: dict[str, Sequence[ExportedFile]] = {}
     with tracked(networks, "Exporting") as names:
         for name in names:
-            target = run.directory / name
-            files[name] = export_model(networks[name].model, run.example, target, chosen.formats, chosen.precisions)
+            model, target = networks[name].model, run.directory / name
+            precisions = None if is_quantized(model) else chosen.precisions  # a quantized network has one only
+            files[name] = export_model(model, run.example, target, chosen.formats, precisions)
     return files
 
 
 def _latency(files: Files, example: ExampleInputs) -> dict[str, dict[str, float]]:
-    """Median milliseconds by network and file label; dense and pruned of one kind are timed in turn."""
+    """Median milliseconds by network and file label; dense and pruned of one format and precision are timed in turn.
+    An INT8 file takes turns with the dense files of its format."""
     result: dict[str, dict[str, float]] = {network: {} for network in files}
-    with tracked(list(zip(*files.values(), strict=True)), "Measuring latency") as pairs:
-        for pair in pairs:
-            timed = measure_latency({network: file.path for network, file in zip(files, pair, strict=True)}, example)
-            for network, latency in timed.items():
-                result[network][pair[0].label] = latency.median_ms
+    every = [(network, file) for network, exported in files.items() for file in exported]
+    mixed = any(file.precision == QUANTIZED for _, file in every)
+    turns: dict[str, dict[str, tuple[str, ExportedFile]]] = {}
+    for network, file in every:
+        turns.setdefault(file.format if mixed else file.label, {})[f"{network} {file.label}"] = (network, file)
+    with tracked(list(turns.values()), "Measuring latency") as groups:
+        for group in groups:
+            timed = measure_latency({key: file.path for key, (_, file) in group.items()}, example)
+            for key, latency in timed.items():
+                network, file = group[key]
+                result[network][file.label] = latency.median_ms
     return result
 
 

@@ -358,7 +358,12 @@ def test_an_unwritable_output_is_reported_before_any_work(image: Tensor, tmp_pat
         ("model.onx", {}, r"ends in \.onnx or \.xml, got 'model\.onx'\. Did you mean '\.onnx'"),
         ("out", {"formats": ["onxn"]}, r"formats: expected a list of onnx and openvino, got 'onxn'"),
         ("out", {"formats": "onnx"}, r"formats: expected a list of .*got 'onnx'"),
-        ("out", {"precisions": ["int8"]}, r"precisions: expected a list of fp32 and fp16, got 'int8'"),
+        ("out", {"precisions": ["int8"]}, r"precisions: the model is not quantized, got \['int8'\]"),
+        (
+            "out",
+            {"precisions": ["fp61"]},
+            r"precisions: expected a list of fp32 and fp16, got 'fp61'. Did you mean 'fp16'",
+        ),
         ("model.xml", {"formats": ["onnx"]}, r"the file name says openvino, but formats is \['onnx'\]"),
         ("out", {"input_names": ["a", "b"]}, r"input_names: expected 1 different names .*got \['a', 'b'\]"),
         ("out", {"output_names": ["image"]}, r"output_names: 'image' is already the name of an input"),

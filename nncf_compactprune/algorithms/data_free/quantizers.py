@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.data_free.network import ImageNetwork
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
+from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.errors import DataFreeError
-from nncf_compactprune.host.nncf_hooks import Hook, HookState, hook_input, hook_output
+from nncf_compactprune.host.nncf_hooks import Hook, hook_input, hook_output
 from nncf_compactprune.host.nncf_quantization import quantizer_places
 from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.host.torch_internals import TransposedConvolution
@@ -25,7 +26,7 @@ SEARCH_VALUES = 2**19  # values of an activation that its range is searched on
 CHUNK = 32  # images in a batch of NNCF's statistics
 
 
-class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
+class GridQuantizer(StoredQuantizer):
     """Rounds to ``low .. high`` levels of a fixed step, always stored as an 8-bit quantizer.
 
     Fewer bits are fewer levels of the same 8-bit grid: activations are clamped first, weights are on the grid already.
@@ -36,58 +37,20 @@ class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
     :param size: number of scales; above 1 they belong to the slices along ``axis``.
     """
 
-    # what NNCF leaves of a quantizer after strip has torch's class; this one can go into ONNX too
-    exports_to_onnx = True
-
     def __init__(self, bits: int, *, signed: bool, size: int = 1, axis: int = 0) -> None:
-        super().__init__()
-        self.bits, self.signed, self.axis = bits, signed, axis
+        super().__init__(signed=signed, size=size, axis=axis)
+        self.bits = bits
         self.high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         self.low = -self.high if signed else 0
-        # declared here: TorchScript, which OpenVINO traces with, takes annotations of a class for its own
-        self.scale: Tensor
-        self.zero_point: Tensor
-        self.register_buffer("scale", torch.ones(size))
-        self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
         self.pending = False
-        self._note_numbers()
-
-    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Step sizes and zero points."""
-        return self.scale, self.zero_point
-
-    @torch.no_grad()
-    def set(self, scale: Tensor, zero_point: int = 0) -> None:
-        """Sets the grid.
-
-        :param scale: step sizes, ``[size]``, above 0.
-        :param zero_point: the level that means 0, in ``low .. high``.
-        """
-        self.scale.copy_(scale.reshape(-1))
-        self.zero_point.fill_(zero_point)
-        self._note_numbers()
-
-    def _note_numbers(self) -> None:
-        """One scale as plain numbers: exporters know the operation with numbers, not with tensors."""
-        self._step, self._zero = float(self.scale[0]), int(self.zero_point[0])
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._note_numbers()
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantizes. While ``pending``, the range is first searched on what comes."""
         if self.pending:
             self._search(x)
-        low, high = (-128, 127) if self.signed else (0, 255)
-        per_channel = self.scale.numel() > 1
         if not self.signed and self.bits < 8:
             x = x.clamp((self.low - self._zero) * self._step, (self.high - self._zero) * self._step)
-        if torch.compiler.is_exporting():
-            return self._as_onnx(x, per_channel)
-        if per_channel:
-            return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, self.axis, low, high)
-        return torch.fake_quantize_per_tensor_affine(x, self._step, self._zero, low, high)
+        return super().forward(x)
 
     def _search(self, x: Tensor) -> None:
         """Sets the range of what comes: a weight's largest value, or what :func:`search_range` finds."""
@@ -99,28 +62,9 @@ class GridQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
             self.set(*search_range(x, self.high))
         self.pending = False
 
-    def _as_onnx(self, x: Tensor, per_channel: bool) -> Tensor:
-        """ONNX's pair of operations: torch.export cannot trace torch's fake quantization, which has no meta kernel."""
-        kind = torch.int8 if self.signed else torch.uint8
-        scale = self.scale if per_channel else self.scale[0]
-        zero = (self.zero_point if per_channel else self.zero_point[0]).to(kind)
-        attributes: dict[str, Any] = {"axis": self.axis} if per_channel else {}
-        levels = torch.onnx.ops.symbolic(
-            "QuantizeLinear", (x, scale, zero), attributes, dtype=kind, shape=x.shape, version=18
-        )
-        back: Tensor = torch.onnx.ops.symbolic(
-            "DequantizeLinear", (levels, scale, zero), attributes, dtype=x.dtype, shape=x.shape, version=18
-        )
-        return back
-
     def get_config(self) -> dict[str, Any]:
         """What :meth:`from_config` needs."""
-        return {"bits": self.bits, "signed": self.signed, "size": self.scale.numel(), "axis": self.axis}
-
-    @classmethod
-    def from_config(cls, state: dict[str, Any]) -> GridQuantizer:
-        """Builds one with unit steps; the buffers come from the state dict."""
-        return cls(state["bits"], signed=state["signed"], size=state["size"], axis=state["axis"])
+        return {"bits": self.bits, **super().get_config()}
 
 
 def search_range(x: Tensor, high: int) -> tuple[Tensor, int]:

@@ -1,0 +1,184 @@
+"""``quantization``: ``nncf.quantize`` on the compact torch model, alone or behind other algorithms of the list.
+
+The torch model is quantized, not its files: one network then trains, is measured, and becomes ONNX and OpenVINO alike.
+From ``params.start_epoch`` on NNCF's quantizers take part in the training, ranges included, as in NNCF 2.x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import nncf
+from torch import Tensor, nn
+
+from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
+from nncf_compactprune.algorithms.quantization.config import QuantizationConfig
+from nncf_compactprune.algorithms.quantization.options import quantize_options
+from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
+from nncf_compactprune.config import AlgorithmConfig
+from nncf_compactprune.decide.scopes import operations_out_of_scope
+from nncf_compactprune.errors import QuantizationError
+from nncf_compactprune.host.calls import evaluating
+from nncf_compactprune.host.nncf_hooks import hooks
+from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
+from nncf_compactprune.host.nncf_quantization import (
+    is_quantizer,
+    levels_of,
+    quantize_in_place,
+    quantizer_state,
+    replace_quantizers,
+    restore_quantizers,
+)
+from nncf_compactprune.host.tensors import carries_hooks
+from nncf_compactprune.host.torch_internals import tree_leaves, tree_map
+from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
+
+
+class Quantization(CompressionAlgorithm):
+    """Quantizes to 8 bits with the training loader's samples."""
+
+    name = "quantization"
+    summary = "Quantization to INT8 by nncf.quantize, with calibration data, trained further where training goes on"
+    Config: ClassVar[type[AlgorithmConfig]] = QuantizationConfig
+    config: QuantizationConfig
+
+    def __init__(self, config: QuantizationConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.quantizers = 0
+        self._epoch: int | None = None
+        self._begun = self._done = False
+
+    def prepare(self, state: Mapping[str, Any] | None = None) -> None:
+        model = self.context.model
+        if isinstance(model, nn.Sequential):
+            msg = (
+                f"'{self.name}': NNCF's hooks do not work on a bare nn.Sequential (it would run the hook storage as a "
+                "layer). Put it inside a module of your own."
+            )
+            raise QuantizationError(msg)
+        if self.context.train_loader is None:
+            msg = (
+                f"'{self.name}': no train_loader was given, whose samples ranges are measured on. Give one, or use the "
+                'algorithm "data_free_quantization".'
+            )
+            raise QuantizationError(msg)
+        self._out_of_scope()  # a wrong scope is told now, not after hours of training
+        if state is not None and state.get("quantizers") is not None:
+            restore_quantizers(model, state["quantizers"])
+            self._begun = True
+            self._tell_optimizer()
+        elif state is not None:
+            self._epoch = state.get("epoch")
+        elif self.config.params.start_epoch == 0:
+            self._begin()
+
+    def epoch_step(self, epoch: int) -> None:
+        self._epoch = 0 if self._epoch is None else self._epoch + 1
+        start = self.config.params.start_epoch
+        if start is not None and self._epoch >= start and not self._begun:
+            self._begin()
+
+    def attached(self) -> None:
+        if self._begun:
+            self._tell_optimizer()
+
+    def strip(self) -> None:
+        if self._done:
+            return
+        if not self._begun:
+            self._begin()
+        model = self.context.model
+        with evaluating(model, changes=True):
+            self.quantizers = replace_quantizers(model, self.context.example_inputs, stored)
+        self._done = True
+
+    def stage(self) -> CompressionStage:
+        return CompressionStage.FULLY_COMPRESSED if self._begun else CompressionStage.UNCOMPRESSED
+
+    def get_state(self) -> dict[str, Any]:
+        if not self._begun:
+            return {"epoch": self._epoch}
+        return {"quantizers": quantizer_state(self.context.model)}
+
+    def statistics(self) -> Mapping[str, Any]:
+        count = self.quantizers or sum(is_quantizer(hook.module) for hook in hooks(self.context.model))
+        return {"stage": self.stage().name.lower(), "bits": "W8A8", "quantizers": count}
+
+    def _out_of_scope(self) -> set[str]:
+        """NNCF's names of the operations that are not quantized."""
+        scopes = self.config.ignored_scopes, self.config.target_scopes
+        return operations_out_of_scope(self.context.model, self.context.example_inputs, *scopes)
+
+    def _begin(self) -> None:
+        """Measures ranges and puts the quantizers on.
+
+        :raises QuantizationError: no samples, or NNCF cannot quantize the model; the model is untouched.
+        """
+        model, context = self.context.model, self.context
+        if carries_hooks(model):
+            msg = f"'{self.name}': the model still carries NNCF hooks. List this algorithm last."
+            raise QuantizationError(msg)
+        samples = calibration_samples(context, self.config.samples)
+        options = quantize_options(self.config, len(samples), self._out_of_scope())
+        with context.timed("quantization"), no_bars_in_pipes(), evaluating(model, changes=True):
+            try:
+                quantize_in_place(model, nncf.Dataset(samples), **options)
+            except Exception as error:
+                first = (str(error).strip().splitlines() or [""])[0]
+                msg = f"'{self.name}': NNCF cannot quantize {type(model).__name__}: {type(error).__name__}: {first}"
+                raise QuantizationError(msg) from error
+        if not any(is_quantizer(hook.module) for hook in hooks(model)):
+            msg = f"'{self.name}': no operation is in scope. Widen target_scopes or ignored_scopes."
+            raise QuantizationError(msg)
+        self._begun = True
+        adapt_batch_norm(context, self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples)
+        self._tell_optimizer()
+
+    def _tell_optimizer(self) -> None:
+        """Ranges are trained like weights: they join the first group of parameters."""
+        optimizer = self.context.optimizer
+        if optimizer is None:
+            return
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for hook in hooks(self.context.model):
+            new = [p for p in hook.module.parameters() if p.requires_grad and id(p) not in known]
+            optimizer.param_groups[0]["params"] += new
+
+
+def calibration_samples(context: Context, count: int) -> list[Any]:
+    """The first samples of the training loader, one by one: statistics of NNCF are those of single samples.
+
+    :param context: with a training loader.
+    :param count: how many, at most.
+    :raises QuantizationError: the loader gives no tensor.
+    """
+    samples: list[Any] = []
+    for batch in context.batches():
+        size = max((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), default=0)
+        for at in range(min(size, count - len(samples))):
+            samples.append(tree_map(lambda leaf, at=at: leaf[at : at + 1] if isinstance(leaf, Tensor) else leaf, batch))
+        if len(samples) >= count:
+            return samples
+    if not samples:
+        msg = "'quantization': the train_loader holds no sample. Ranges are measured on its samples."
+        raise QuantizationError(msg)
+    return samples
+
+
+def stored(quantizer: nn.Module) -> StoredQuantizer:
+    """What files hold of one of NNCF's quantizers.
+
+    :param quantizer: NNCF's, with 8 bits.
+    """
+    levels = levels_of(quantizer)
+    result = StoredQuantizer(signed=levels.signed, size=levels.scale.numel(), axis=levels.axis)
+    result.set(levels.scale, levels.zero_point)
+    return result.to(levels.scale.device)
+
+
+@hookimpl
+def compactprune_algorithms() -> Iterable[type[Algorithm]]:
+    """Offers :class:`Quantization`."""
+    return [Quantization]

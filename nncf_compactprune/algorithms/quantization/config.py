@@ -1,0 +1,145 @@
+"""The ``quantization`` entry, in NNCF 2.x's grammar where ``nncf.quantize`` can do what it says."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from nncf_compactprune.config import AlgorithmConfig, Section
+from nncf_compactprune.config.sections import BatchNormAdaptation, NotYet
+
+_BITS = (
+    "NNCF 3 quantizes to 8 bits. For 4 to 8 bits, use the algorithm data_free_quantization with params.weight_bits and "
+    "params.activation_bits."
+)
+_PART_SCOPES = (
+    "NNCF 3 has one list of scopes for weights and activations. Use ignored_scopes or target_scopes of the entry."
+)
+_LOGARITHM = "scales are stored as they are. Leave it out."
+_UNIFIED = "NNCF 3 knows which operations share a quantizer. Leave it out."
+_OVERRIDES = (
+    "NNCF 3 gives all layers the same bits and modes. Name the layers in ignored_scopes to leave them in float."
+)
+_PRECISION = "mixed precision is not supported: no runtime here executes it. Leave it out for 8 bits everywhere."
+_MULTIPLIER = "one learning rate serves weights and ranges. Set it in the optimizer."
+_STAGED = "weights and activations are quantized together. Use params.start_epoch."
+_SCHEDULE = "belongs to NNCF 2.x's binarisation. Use the training script's learning rate schedule."
+
+
+class RangeParams(Section):
+    """Percentiles of ``"percentile"`` and ``"mean_percentile"``, in percent."""
+
+    min_percentile: float = Field(default=0.1, ge=0, lt=50)
+    max_percentile: float = Field(default=99.9, gt=50, le=100)
+
+
+class RangeInitializer(Section):
+    """How ranges of activations are found.
+
+    :param num_init_samples: how many samples; the same as ``params.subset_size``.
+    :param type: the estimator; null: NNCF's own choice.
+    """
+
+    num_init_samples: int | None = Field(default=None, ge=1)
+    type: Literal["mixed_min_max", "min_max", "mean_min_max", "percentile", "mean_percentile"] | None = None
+    params: RangeParams = RangeParams()
+
+
+class QuantizationInitializer(Section):
+    """What happens when the quantizers come.
+
+    :param batchnorm_adaptation: re-estimates BatchNorm statistics with the quantizers on; 0 samples by default, as NNCF
+        corrects biases.
+    """
+
+    range: RangeInitializer = RangeInitializer()
+    batchnorm_adaptation: BatchNormAdaptation = BatchNormAdaptation(num_bn_adaptation_samples=0)
+    precision: Annotated[None, NotYet(_PRECISION)] = None
+
+
+class Quantized(Section):
+    """How weights or activations are quantized; null is the preset's choice.
+
+    :param mode: ranges around zero, or anywhere.
+    :param signed: levels on both sides of zero, or only above.
+    :param per_channel: a range for every channel.
+    """
+
+    mode: Literal["symmetric", "asymmetric"] | None = None
+    bits: Literal[8] = Field(default=8, description=_BITS)
+    signed: bool | None = None
+    per_channel: bool | None = None
+    ignored_scopes: Annotated[None, NotYet(_PART_SCOPES)] = None
+    target_scopes: Annotated[None, NotYet(_PART_SCOPES)] = None
+    logarithm_scale: Annotated[None, NotYet(_LOGARITHM)] = None
+
+
+class QuantizedActivations(Quantized):
+    """The same of activations."""
+
+    unified_scale_ops: Annotated[None, NotYet(_UNIFIED)] = None
+
+
+class QuantizationParams(Section):
+    """How ``nncf.quantize`` is called, and when.
+
+    :param subset_size: samples of the training loader that ranges and biases are measured on.
+    :param target_device: what the files will run on: NNCF places quantizers for it.
+    :param model_type: ``"transformer"`` for networks with attention; null for others.
+    :param start_epoch: the epoch, counted from 0 when the entry begins, from which quantizers are in the network and
+        are trained with it; null: the trained network is quantized at the end.
+    """
+
+    subset_size: int = Field(default=300, ge=1)
+    target_device: Literal["ANY", "CPU", "GPU", "NPU"] = "ANY"
+    model_type: Literal["transformer"] | None = None
+    start_epoch: int | None = Field(default=0, ge=0)
+    activations_quant_start_epoch: Annotated[None, NotYet(_STAGED)] = None
+    weights_quant_start_epoch: Annotated[None, NotYet(_STAGED)] = None
+    batch_multiplier: Annotated[None, NotYet(_SCHEDULE)] = None
+    base_lr: Annotated[None, NotYet(_SCHEDULE)] = None
+    base_wd: Annotated[None, NotYet(_SCHEDULE)] = None
+    lr_poly_drop_start_epoch: Annotated[None, NotYet(_SCHEDULE)] = None
+    lr_poly_drop_duration_epochs: Annotated[None, NotYet(_SCHEDULE)] = None
+    disable_wd_start_epoch: Annotated[None, NotYet(_SCHEDULE)] = None
+
+
+class QuantizationConfig(AlgorithmConfig):
+    """A ``quantization`` entry.
+
+    :param preset: ``"performance"``: ranges around zero everywhere; ``"mixed"``: activations anywhere, which is more
+        accurate behind other activations than ReLU.
+    :param quantize_outputs: quantizers in front of the network's outputs too.
+    :param overflow_fix: weights in half the range, for processors with AVX2 or AVX-512 and no VNNI.
+    :param export_to_onnx_standard_ops: ONNX files hold standard operations whatever it says.
+    """
+
+    initializer: QuantizationInitializer = QuantizationInitializer()  # type: ignore[assignment]
+    preset: Literal["performance", "mixed"] | None = None
+    quantize_inputs: Literal[True] = True
+    quantize_outputs: bool = False
+    overflow_fix: Literal["enable", "disable", "first_layer_only"] | None = None
+    weights: Quantized = Quantized()
+    activations: QuantizedActivations = QuantizedActivations()
+    scope_overrides: Annotated[None, NotYet(_OVERRIDES)] = None
+    export_to_onnx_standard_ops: bool = True
+    compression_lr_multiplier: Annotated[None, NotYet(_MULTIPLIER)] = None
+    params: QuantizationParams = QuantizationParams()
+
+    @model_validator(mode="after")
+    def _one_number_of_samples(self) -> QuantizationConfig:
+        asked = self.initializer.range.num_init_samples
+        if asked is not None and "subset_size" in self.params.model_fields_set and asked != self.params.subset_size:
+            msg = (
+                f"initializer.range.num_init_samples is {asked}, params.subset_size is {self.params.subset_size}. "
+                "Both say how many samples ranges are measured on: leave one of them out."
+            )
+            raise ValueError(msg)
+        return self
+
+    @property
+    def samples(self) -> int:
+        """How many samples ranges are measured on."""
+        asked = self.initializer.range.num_init_samples
+        return self.params.subset_size if asked is None else asked

@@ -1,0 +1,87 @@
+"""Quantizers as files hold them: 8-bit levels, a step and a zero point, exported to ONNX and OpenVINO alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nncf_compactprune.host.nncf_hooks import HookState
+
+
+class StoredQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
+    """Rounds to 8-bit levels, -128 ... 127 or 0 ... 255.
+
+    :param signed: whether levels lie on both sides of zero.
+    :param size: number of steps; above 1 they belong to the slices along ``axis``.
+    """
+
+    # what nncf.strip leaves of a quantizer has torch's class, which goes to OpenVINO only
+    exports_to_onnx = True
+
+    def __init__(self, *, signed: bool, size: int = 1, axis: int = 0) -> None:
+        super().__init__()
+        self.signed, self.axis = signed, axis
+        # declared here: TorchScript, which OpenVINO traces with, takes annotations of a class for its own
+        self.scale: Tensor
+        self.zero_point: Tensor
+        self.register_buffer("scale", torch.ones(size))
+        self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
+        self._note_numbers()
+
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Step sizes and zero points."""
+        return self.scale, self.zero_point
+
+    @torch.no_grad()
+    def set(self, scale: Tensor, zero_point: Tensor | int = 0) -> None:
+        """Sets what a level means.
+
+        :param scale: step sizes, ``[size]``.
+        :param zero_point: the level that means 0, ``[size]`` or one for all.
+        """
+        self.scale.copy_(scale.reshape(-1))
+        self.zero_point.copy_(torch.as_tensor(zero_point, dtype=torch.int32).reshape(-1))
+        self._note_numbers()
+
+    def _note_numbers(self) -> None:
+        """One step as plain numbers: exporters know the operation with numbers, not with tensors."""
+        self._step, self._zero = float(self.scale[0]), int(self.zero_point[0])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._note_numbers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantizes."""
+        low, high = (-128, 127) if self.signed else (0, 255)
+        per_channel = self.scale.numel() > 1
+        if torch.compiler.is_exporting():
+            return self._as_onnx(x, per_channel)
+        if per_channel:
+            return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, self.axis, low, high)
+        return torch.fake_quantize_per_tensor_affine(x, self._step, self._zero, low, high)
+
+    def _as_onnx(self, x: Tensor, per_channel: bool) -> Tensor:
+        """ONNX's pair of operations: torch.export cannot trace torch's fake quantization, which has no meta kernel."""
+        kind = torch.int8 if self.signed else torch.uint8
+        scale = self.scale if per_channel else self.scale[0]
+        zero = (self.zero_point if per_channel else self.zero_point[0]).to(kind)
+        attributes: dict[str, Any] = {"axis": self.axis} if per_channel else {}
+        levels = torch.onnx.ops.symbolic(
+            "QuantizeLinear", (x, scale, zero), attributes, dtype=kind, shape=x.shape, version=18
+        )
+        back: Tensor = torch.onnx.ops.symbolic(
+            "DequantizeLinear", (levels, scale, zero), attributes, dtype=x.dtype, shape=x.shape, version=18
+        )
+        return back
+
+    def get_config(self) -> dict[str, Any]:
+        """What :meth:`from_config` needs."""
+        return {"signed": self.signed, "size": self.scale.numel(), "axis": self.axis}
+
+    @classmethod
+    def from_config(cls, state: dict[str, Any]) -> StoredQuantizer:
+        """Builds one with unit steps; the buffers come from the state dict."""
+        return cls(**state)

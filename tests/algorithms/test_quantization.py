@@ -1,0 +1,259 @@
+"""``quantization``: through ``nncf.quantize`` to INT8 files, behind pruning and while training; its grammar."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+
+import onnx
+import openvino
+import pytest
+import torch
+import torch.nn.functional as F
+from support.networks import Classifier, ResidualBlock, conv_bn
+from torch import Tensor, nn
+
+from nncf_compactprune import CompressionStage, create_compressed_model, export_model, load_config
+from nncf_compactprune.algorithms.quantization.options import quantize_options
+from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
+from nncf_compactprune.errors import CompactPruneError, ConfigError, ExportError, QuantizationError
+from nncf_compactprune.host.nncf_hooks import hooks
+from nncf_compactprune.host.nncf_quantization import not_compiled
+
+X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+PRUNE = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "params": {"schedule": "one_shot", "round_to": 4}}
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler() -> Iterator[None]:
+    """Compiling NNCF's extension takes longer than all of these tests."""
+    with not_compiled():
+        yield
+
+
+def network() -> nn.Module:
+    """With a residual block, a depthwise convolution, and BatchNorms whose factors have both signs."""
+    net = Classifier(
+        nn.Sequential(
+            conv_bn(3, 32), ResidualBlock(32, 32), conv_bn(32, 32, groups=32), conv_bn(32, 64, 1), conv_bn(64, 64)
+        ),
+        64,
+    )
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return net.eval()
+
+
+def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 8, 3, 16, 16, generator=generator)
+    return [(x, torch.randint(0, 5, (8,), generator=generator)) for x in images]
+
+
+def entry(**keys):
+    return {"algorithm": "quantization", **keys}
+
+
+def compress(model, *entries, loader="given", **more):
+    config = {"input_info": {"sample_size": [1, 3, 16, 16]}, "compression": list(entries)}
+    return create_compressed_model(model, config, batches() if loader == "given" else loader, **more)
+
+
+def distance(a: nn.Module, b: nn.Module) -> float:
+    with torch.no_grad():
+        expected = a.eval()(X)
+        return float((b.eval()(X) - expected).norm() / expected.norm())
+
+
+def layers_in(path) -> list[tuple[str, str]]:
+    """Kind and precision of every layer that OpenVINO runs."""
+    running = openvino.Core().compile_model(path, "CPU").get_runtime_model()
+    keys = ("layerType", "runtimePrecision")
+    return [tuple(op.get_rt_info()[key].astype(str) for key in keys) for op in running.get_ops()]
+
+
+def test_pruned_then_quantized_files_hold_int8_and_run_as_int8(tmp_path) -> None:
+    model = network()
+    ctrl, _ = compress(model, PRUNE, entry(params={"start_epoch": None}))
+    pruned = copy.deepcopy(model)
+    assert ctrl.compression_stage() is CompressionStage.PARTIALLY_COMPRESSED
+    assert ctrl.strip() is model
+    assert ctrl.compression_stage() is CompressionStage.FULLY_COMPRESSED
+    assert 0 < distance(pruned, model) < 0.1
+    floats = {f.format: f for f in export_model(pruned, X, tmp_path, precisions=["fp32"])}
+    files = {f.format: f for f in export_model(model, X, tmp_path)}
+    assert [f.label for f in files.values()] == ["ONNX INT8", "OpenVINO INT8"]
+    assert [f.path.name for f in files.values()] == ["model_int8.onnx", "model_int8.xml"]
+    assert all(f.verification.max_rel_error < 0.1 for f in files.values())
+
+    graph = onnx.load(files["onnx"].path)
+    onnx.checker.check_model(graph, full_check=True)
+    kinds = [node.op_type for node in graph.graph.node]
+    assert "BatchNormalization" not in kinds
+    assert kinds.count("Conv") == 6
+    convolutions = {node.input[1] for node in graph.graph.node if node.op_type == "Conv"}
+    weights = [node.input[0] for node in graph.graph.node if node.output[0] in convolutions]
+    stored = {one.name: one for one in graph.graph.initializer}
+    assert {stored[name].data_type for name in weights} == {onnx.TensorProto.INT8}
+    assert stored_bytes(files["onnx"].path) < 0.3 * stored_bytes(floats["onnx"].path)
+
+    sizes = [f["openvino"].path.with_suffix(".bin").stat().st_size for f in (files, floats)]
+    assert sizes[0] < 0.3 * sizes[1]
+    precisions = [precision for kind, precision in layers_in(files["openvino"].path) if kind == "Convolution"]
+    assert precisions
+    assert all("8" in precision for precision in precisions)
+
+
+def stored_bytes(path) -> int:
+    """Bytes of all constants of an ONNX file; these networks are so small that the graph outweighs them."""
+    return sum(len(one.raw_data) for one in onnx.load(path).graph.initializer)
+
+
+def train(model: nn.Module, ctrl, optimizer, epochs: int = 1) -> None:
+    for _ in range(epochs):
+        ctrl.scheduler.epoch_step()
+        model.train()
+        for x, y in batches():
+            ctrl.scheduler.step()
+            optimizer.zero_grad()
+            (F.cross_entropy(model(x), y) + ctrl.loss()).backward()
+            optimizer.step()
+
+
+def ranges(model: nn.Module) -> dict[str, Tensor]:
+    found = {k: v.clone() for k, v in model.state_dict().items() if k.endswith((".scale", ".input_range"))}
+    assert found
+    return found
+
+
+def test_ranges_and_weights_train_with_the_quantizers_in_and_a_run_goes_on(tmp_path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    ctrl, _ = compress(model, PRUNE, entry(params={"start_epoch": 1}))
+    ctrl.attach(optimizer=optimizer)
+    train(model, ctrl, optimizer)
+    assert not any("hooks" in name for name in model.state_dict())
+    weight = model.head.weight.detach().clone()
+    train(model, ctrl, optimizer)
+    before = ranges(model)
+    train(model, ctrl, optimizer)
+    after = ranges(model)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(weight, model.head.weight)
+
+    state = json.loads(json.dumps(ctrl.get_compression_state()))
+    again, resumed = compress(network(), PRUNE, entry(params={"start_epoch": 1}), compression_state=state)
+    resumed.load_state_dict(model.state_dict())
+    assert distance(model, resumed) == 0
+    trained = copy.deepcopy(model)
+    ctrl.strip()
+    again.strip()
+    assert distance(trained, model) < 1e-3  # a level may be rounded the other way
+    assert distance(model, resumed) == 0
+    assert all(f.verification.max_rel_error < 0.1 for f in export_model(model, X, tmp_path))
+
+
+def test_scopes_leave_layers_in_float() -> None:
+    quantized = []
+    for scopes in ({}, {"ignored_scopes": ["features.4.0", "head"]}, {"target_scopes": ["features.4"]}):
+        model = network()
+        before = {name: one.clone() for name, one in model.named_parameters() if one.dim() > 1}
+        compress(model, entry(**scopes, params={"start_epoch": None}))[0].strip()
+        names = dict(model.named_parameters())
+        quantized.append({name for name, one in before.items() if not torch.equal(one, names[name])})
+    every, ignored, targeted = quantized
+    assert len(every) == 7
+    assert every - ignored == {"features.4.0.weight", "head.weight"}
+    assert targeted == {"features.4.0.weight"}
+
+
+def test_every_key_reaches_nncf() -> None:
+    keys = {
+        "preset": "mixed",
+        "overflow_fix": "first_layer_only",
+        "quantize_outputs": True,
+        "initializer": {"range": {"num_init_samples": 12, "type": "percentile", "params": {"min_percentile": 1}}},
+        "weights": {"mode": "symmetric", "per_channel": False, "bits": 8},
+        "activations": {"mode": "asymmetric", "signed": True},
+        "params": {"target_device": "NPU", "model_type": "transformer"},
+        "export_to_onnx_standard_ops": False,
+    }
+    config = load_config({"compression": entry(**keys)}).compression[0]
+    assert config.samples == 12
+    options = quantize_options(config, 9, {"b", "a"})
+    advanced = options["advanced_parameters"]
+    assert options["subset_size"] == 9
+    assert options["ignored_scope"].names == ["a", "b"]
+    assert [options[key].value for key in ("preset", "target_device", "model_type")] == ["mixed", "NPU", "transformer"]
+    assert advanced.overflow_fix.value == "first_layer_only"
+    assert advanced.quantize_outputs
+    assert advanced.weights_quantization_params.per_channel is False
+    assert advanced.activations_quantization_params.mode.value == "asymmetric"
+    assert advanced.activations_quantization_params.signedness_to_force is True
+    estimator = advanced.activations_range_estimator_params
+    assert (estimator.min.statistics_type.value, estimator.min.aggregator_type.value) == ("quantile", "min")
+    assert estimator.min.quantile_outlier_prob == pytest.approx(0.01)
+
+
+def test_half_the_range_is_what_the_overflow_fix_leaves() -> None:
+    model = network()
+    compress(model, entry(overflow_fix="enable", params={"start_epoch": None}))[0].strip()
+    (quantizer,) = [
+        hook.module for hook in hooks(model) if hook.operation.startswith("features/4/0") and hook.port == 1
+    ]
+    assert isinstance(quantizer, StoredQuantizer)
+    levels = model.features[4][0].weight.detach() / quantizer.scale.view(-1, 1, 1, 1)
+    assert 60 < float(levels.abs().max()) < 65
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"weights": {"bits": 4}}, r"weights\.bits: .*8"),
+        ({"scope_overrides": {"weights": {}}}, r"scope_overrides: NNCF 3 gives all layers the same bits"),
+        ({"initializer": {"precision": {"type": "hawq"}}}, r"initializer\.precision: mixed precision is not supported"),
+        ({"initializer": {"range": {"num_init_samples": 0}}}, r"num_init_samples: expected .*1"),
+        ({"preset": "fast"}, r"preset: expected .*performance"),
+        ({"activations": {"unified_scale_ops": []}}, r"unified_scale_ops: NNCF 3 knows"),
+        ({"params": {"target_device": "NPUU"}}, r"target_device: .*Did you mean 'NPU'"),
+        ({"params": {"start_epoch": -1}}, r"start_epoch: expected"),
+        (
+            {"initializer": {"range": {"num_init_samples": 5}}, "params": {"subset_size": 6}},
+            "Both say how many samples",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_the_reason(keys, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config({"compression": entry(**keys)})
+
+
+def test_wrong_data_and_models_are_refused_and_the_model_stays() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(QuantizationError, match=r"no train_loader.*data_free_quantization"):
+        compress(model, entry(), loader=None)
+    with pytest.raises(QuantizationError, match="holds no sample"):
+        compress(model, entry(), loader=[])
+    with pytest.raises(QuantizationError, match=r"cannot quantize Classifier: .*channels"):
+        compress(model, entry(), loader=[(torch.randn(4, 1, 16, 16), torch.zeros(4))])
+    with pytest.raises(CompactPruneError, match="'hed' matches no operation"):
+        compress(model, entry(ignored_scopes=["hed"]))
+    with pytest.raises(QuantizationError, match=r"bare nn\.Sequential"):
+        compress(nn.Sequential(nn.Conv2d(3, 4, 3)), entry())
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_precisions_of_quantized_and_of_float_networks(tmp_path) -> None:
+    model = network()
+    with pytest.raises(ExportError, match=r"the model is not quantized, got \['int8'\]"):
+        export_model(model, X, tmp_path, precisions=["int8"])
+    compress(model, entry(params={"start_epoch": None}))[0].strip()
+    with pytest.raises(ExportError, match=r"quantized, its files are int8, got \['fp32'\]"):
+        export_model(model, X, tmp_path, precisions=["fp32"])
+    assert not list(tmp_path.iterdir())
