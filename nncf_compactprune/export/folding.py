@@ -8,7 +8,6 @@ next quantizer.
 from __future__ import annotations
 
 from collections import Counter
-
 from typing import Any
 
 import numpy as np

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import nncf
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.base import Begins, CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.quantization.config import QuantizationConfig
 from nncf_compactprune.algorithms.quantization.options import quantize_options
@@ -42,6 +42,7 @@ class Quantization(CompressionAlgorithm):
     name = "quantization"
     summary = "Quantization to INT8 by nncf.quantize, with calibration data, trained further where training goes on"
     Config: ClassVar[type[AlgorithmConfig]] = QuantizationConfig
+    begins = Begins.LAST
     config: QuantizationConfig
 
     def __init__(self, config: QuantizationConfig, context: Context) -> None:
@@ -71,13 +72,14 @@ class Quantization(CompressionAlgorithm):
             self._tell_optimizer()
         elif state is not None:
             self._epoch = state.get("epoch")
-        elif self.config.params.start_epoch == 0:
+        elif self.config.params.start_epoch == 0 and not carries_hooks(model):
             self._begin()
 
     def epoch_step(self, epoch: int) -> None:
         self._epoch = 0 if self._epoch is None else self._epoch + 1
         start = self.config.params.start_epoch
-        if start is not None and self._epoch >= start and not self._begun:
+        # Masks of other algorithms are hooks as well: quantizers wait until they are off.
+        if start is not None and self._epoch >= start and not self._begun and not carries_hooks(self.context.model):
             self._begin()
 
     def attached(self) -> None:
@@ -118,7 +120,7 @@ class Quantization(CompressionAlgorithm):
         """
         model, context = self.context.model, self.context
         if carries_hooks(model):
-            msg = f"'{self.name}': the model still carries NNCF hooks. List this algorithm last."
+            msg = f"'{self.name}': the model carries NNCF hooks that are not of this list. Call nncf.strip first."
             raise QuantizationError(msg)
         samples = calibration_samples(context, self.config.samples)
         options = quantize_options(self.config, len(samples), self._out_of_scope())
