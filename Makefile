@@ -60,5 +60,5 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 $(VENV)-floors/.installed: pyproject.toml constraints-floors.txt
 	$(PYTHON) -m venv $(VENV)-floors
 	$(VENV)-floors/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints-floors.txt \
-		-e . pytest pytest-xdist hypothesis matplotlib pillow
+		-e . pytest pytest-xdist hypothesis matplotlib
 	touch $@

@@ -112,7 +112,8 @@ def prune_in_place(
     if check is not None and not check.is_proof and not dry_run:
         nncf_logger.warning(
             "The self-check of %s proves nothing: its outputs are empty or constant on the example input, and cut "
-            "layers could not be compared: %s. Give an example input on which the model answers something.",
+            "layers could not be compared: %s. Give an example input for which its outputs are neither empty nor "
+            "constant.",
             type(model).__name__,
             shortened(check.unseen),
         )

@@ -139,7 +139,8 @@ def taken(inputs: Any, chosen: Tensor, samples: int) -> Any:
     """
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
     if not any(len(leaf) == samples for leaf in leaves):
-        msg = f"train_loader: {samples} labels for inputs of shapes {[list(leaf.shape) for leaf in leaves]}."
+        shapes = [list(leaf.shape) for leaf in leaves]
+        msg = f"train_loader: {samples} labels for inputs of shapes {shapes}. Expected one label for each sample."
         raise DataError(msg)
 
     def take(leaf: Any) -> Any:

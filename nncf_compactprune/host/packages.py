@@ -25,11 +25,13 @@ def require_package(package: str, install: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except (ImportError, RuntimeError) as error:
-        # torchvision raises RuntimeError where its build does not match torch's.
-        if isinstance(error, ModuleNotFoundError) and error.name == package.partition(".")[0]:
-            msg = f"{package} is not installed. Install it with: pip install '{install}'"
+        name = package.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            msg = f"{name} is not installed. Install it with: pip install '{install}'"
         else:
-            msg = f"{package} is installed but does not import: {error}"
+            msg = f"{name} is installed but does not import: {error}"
+            if isinstance(error, RuntimeError):  # of torchvision's compiled part
+                msg += ". Its build must match torch's: take both from the same index."
         raise ResolveError(msg) from error
 
 

@@ -126,7 +126,7 @@ def _from_pretrained(kind: Any, plan: PruningPlan | None, folder: Path, config: 
 
 def _cut_when_built(kind: Any, plan: PruningPlan | None) -> Any:
     """A subclass whose networks are cut before ``from_pretrained`` fills them: transformers then does the rest, with
-    its names of old, its shards and its dtypes. The masks in a masked model's file are passed over."""
+    its old names, its shards and its dtypes. The masks in a masked model's file are passed over."""
 
     tie = kind.tie_weights
 
@@ -292,7 +292,7 @@ def _builds(kind: type[nn.Module], config: Any, fields: Mapping[str, Any], model
 def _said(config: Any, path: Path) -> dict[str, Any]:
     said = getattr(config, CONFIG_ATTRIBUTE, None)
     if not isinstance(said, dict) or not isinstance(said.get("dense"), dict) or "plan_sha256" not in said:
-        msg = f"{path}: does not speak of a pruned model. Load it with from_pretrained, or save it with "
+        msg = f"{path}: does not describe a pruned model. Load it with from_pretrained, or save it with "
         msg += "save_pruned_hf."
         raise CompactPruneError(msg)
     return said
@@ -301,7 +301,7 @@ def _said(config: Any, path: Path) -> dict[str, Any]:
 def _read_plan(path: Path, expected: str) -> PruningPlan:
     text = path.read_bytes() if path.is_file() else None
     if text is None or plan_digest(text) != expected:
-        what = "no such file" if text is None else "is not the plan that the config speaks of"
+        what = "no such file" if text is None else "is not the plan that the config names"
         msg = f"{path}: {what}. Copy {PLAN_FILE} beside {CONFIG_FILE} from where the model was saved."
         raise CompactPruneError(msg)
     return PruningPlan.from_json(text)

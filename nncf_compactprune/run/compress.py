@@ -68,7 +68,7 @@ def compress(run: Run, dense: Network) -> Compressed:
     model = controller.strip()
     plan = plan_of(model) or _plan_of_whole(run, dense.model)
     if carries_hooks(model):
-        run.say("Quantized: the exported files hold the network; a checkpoint cannot, so none is written")
+        run.say("No checkpoint is written: it cannot hold a quantized network. The exported files can")
     else:
         save_pruned(model, run.directory, config=run.settings.document)
     checks = {a.name: a.self_check for a in controller.algorithms if isinstance(a, ChannelPruning) and a.self_check}

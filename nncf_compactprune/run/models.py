@@ -197,7 +197,7 @@ def torchvision_model(rest: str, **options: Any) -> ResolvedModel:
     :param rest: torchvision's name of the model.
     :param options: its keyword arguments (``{"num_classes": 10}``).
     """
-    models = require_package("torchvision.models", "torchvision")
+    models = require_package("torchvision.models", "nncf-compactprune[images]")
     known = models.list_models(module=models)  # classification only: detection and video models take other inputs
     if rest not in known:
         msg = f"torchvision has no classification model '{rest}'.{nearest(rest, known)}"

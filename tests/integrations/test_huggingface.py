@@ -171,13 +171,13 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompactPruneError, match=r"config\.json: no such file"):
         load_pruned_hf(tmp_path)
     model.save_pretrained(tmp_path)
-    with pytest.raises(CompactPruneError, match=r"does not speak of a pruned model"):
+    with pytest.raises(CompactPruneError, match=r"does not describe a pruned model"):
         load_pruned_hf(tmp_path)
     prune(model, image_inputs(model), budget={"macs": 0.6}, round_to=1)
     save_pruned_hf(model, tmp_path)
     plan = (tmp_path / "plan.json").read_text()
     (tmp_path / "plan.json").write_text(plan.replace("fbnet_pruning", "other"))
-    with pytest.raises(CompactPruneError, match=r"is not the plan that the config speaks of"):
+    with pytest.raises(CompactPruneError, match=r"is not the plan that the config names"):
         load_pruned_hf(tmp_path)
     (tmp_path / "plan.json").write_text(plan)
     weights = tmp_path / "model.safetensors"

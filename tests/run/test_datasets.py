@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from nncf_compactprune.run.datasets import (
     ResolvedDataset,
     crop_and_flip,
     jitter,
+    only_classes,
     resized_crop_and_flip,
     resolve_dataset,
 )
@@ -111,20 +113,27 @@ def test_crop_and_flip_only_moves_pixels() -> None:
 
 
 def write_image(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (48, 32)) -> None:
-    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    image = pytest.importorskip("PIL.Image")
     path.parent.mkdir(parents=True, exist_ok=True)
     image.new("RGB", size, colour).save(path)
 
 
-def test_image_folder_labels_resizes_and_cuts_the_centre(plugins: Plugins, tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+def write_folder(folder: Path) -> str:
+    """One red image to train on, one to test on; returns the dataset's name."""
     for part in ("train", "val"):
-        write_image(tmp_path / part / "red" / "0.png", (255, 0, 0))
+        write_image(folder / part / "red" / "0.png", (255, 0, 0))
+    return f"imagefolder:{folder}"
+
+
+def test_image_folder_labels_resizes_and_cuts_the_centre(plugins: Plugins, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for part in ("train", "val"):
         write_image(tmp_path / part / "blue" / "0.png", (0, 0, 255), size=(32, 48))
     # 48 x 32: green centre, black sides that the centre cut at 28 of 28 * 256 / 224 = 32 pixels removes
     centred = np.zeros((32, 48, 3), dtype=np.uint8)
     centred[:, 8:40, 1] = 255
-    image.fromarray(centred).save(tmp_path / "val" / "red" / "1.png")
+    pytest.importorskip("PIL.Image").fromarray(centred).save(tmp_path / "val" / "red" / "1.png")
     dataset = resolve_dataset(f"imagefolder:{tmp_path}", {"image_size": 28}, plugins)
     assert dataset.class_names == ("blue", "red")
     assert dataset.input_shape == (3, 28, 28)
@@ -138,14 +147,15 @@ def test_image_folder_labels_resizes_and_cuts_the_centre(plugins: Plugins, tmp_p
 
 
 def test_image_folder_errors_name_the_folder(plugins: Plugins, tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
     name = f"imagefolder:{tmp_path}"
     with pytest.raises(ResolveError, match=r"no such folder: .*train\. Expected DIR/train/CLASS"):
         resolve_dataset(name, plugins=plugins)
     (tmp_path / "train").mkdir()
-    with pytest.raises(ResolveError, match="train holds no class folders"):
+    with pytest.raises(ResolveError, match=r"train: Couldn't find any class folder .*train\. Expected DIR/train/CLASS"):
         resolve_dataset(name, plugins=plugins)
     (tmp_path / "train" / "red").mkdir()
-    with pytest.raises(ResolveError, match=r"no images in .*red"):
+    with pytest.raises(ResolveError, match=r"train: Found no valid file for the classes red\. Supported .*\. Expected"):
         resolve_dataset(name, plugins=plugins)
     write_image(tmp_path / "train" / "red" / "0.png", (255, 0, 0))
     write_image(tmp_path / "val" / "green" / "0.png", (0, 255, 0))
@@ -154,12 +164,37 @@ def test_image_folder_errors_name_the_folder(plugins: Plugins, tmp_path: Path) -
 
 
 def test_broken_image_is_named(plugins: Plugins, tmp_path: Path) -> None:
-    for part in ("train", "val"):
-        write_image(tmp_path / part / "red" / "0.png", (255, 0, 0))
+    name = write_folder(tmp_path)
     (tmp_path / "val" / "red" / "0.png").write_text("no image")
-    dataset = resolve_dataset(f"imagefolder:{tmp_path}", plugins=plugins)
+    dataset = resolve_dataset(name, plugins=plugins)
     with pytest.raises(ResolveError, match=r"Cannot read the image .*0\.png"):
         dataset.test[0]
+
+
+def test_without_torchvision_image_folders_say_what_to_install(
+    plugins: Plugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Absent:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name.partition(".")[0] == "torchvision":
+                raise ModuleNotFoundError(name, name=name)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    with pytest.raises(ResolveError, match=r"^torchvision is not .*: pip install 'nncf-compactprune\[images\]'$"):
+        resolve_dataset(f"imagefolder:{tmp_path}", plugins=plugins)
+
+
+def test_some_classes_of_an_image_folder_are_found_without_reading_images(plugins: Plugins, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for part in ("train", "val"):
+        write_image(tmp_path / part / "blue" / "0.png", (0, 0, 255))
+        (tmp_path / part / "broken").mkdir()
+        (tmp_path / part / "broken" / "0.png").write_text("no image")
+    dataset = only_classes(resolve_dataset(f"imagefolder:{tmp_path}", plugins=plugins), [2, 0])
+    assert dataset.class_names == ("blue", "red")
+    assert [int(label) for _, label in (dataset.test[at] for at in range(2))] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -195,9 +230,7 @@ def test_python_function_gives_a_dataset(plugins: Plugins, tmp_path: Path) -> No
 def test_image_folders_are_normalised_as_told_or_leave_it_to_the_model(
     plugins: Plugins, tmp_path: Path, options: dict[str, list[float]], asks_the_model: bool
 ) -> None:
-    for part in ("train", "val"):
-        write_image(tmp_path / part / "red" / "0.png", (255, 0, 0))
-    dataset = resolve_dataset(f"imagefolder:{tmp_path}", options, plugins)
+    dataset = resolve_dataset(write_folder(tmp_path), options, plugins)
     assert dataset.model_normalises is asks_the_model
     assert dataset.mean == tuple(options.get("mean", datasets.IMAGENET_MEAN))
     assert dataset.std == tuple(options.get("std", datasets.IMAGENET_STD))

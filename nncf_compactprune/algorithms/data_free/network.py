@@ -54,7 +54,7 @@ class ImageNetwork:
         if len(tensors) != 1 or tensors[0].dim() != 4 or not tensors[0].is_floating_point():
             found = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors) or "no tensor"
             msg = (
-                "layers are compared on images: expected one floating input of shape [n, c, h, w], got "
+                "layers are compared on images: expected one floating-point input of shape [n, c, h, w], got "
                 f"{found}. Other kinds of network are not supported."
             )
             raise DataFreeError(msg)
@@ -90,27 +90,25 @@ def check_weights(model: nn.Module) -> None:
     for name, tensor in model_tensors(model).named():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
-            msg = (
-                f"'{name}': {bad} of {tensor.numel()} values are NaN or infinite. Give the weights of a sound training."
-            )
+            msg = f"'{name}': {bad} of {tensor.numel()} values are NaN or infinite. Load weights without such values."
             raise DataFreeError(msg)
 
 
 def check_statistics(model: nn.Module) -> None:
     """
-    :raises DataFreeError: a BatchNorm keeps no running statistics, or all are those of a network never trained.
+    :raises DataFreeError: a BatchNorm keeps no running statistics, or all are those of an untrained network.
     """
     missing = [n for n, m in named_modules(model) if isinstance(m, BATCH_NORMS) and m.running_mean is None]
     if missing:
         msg = (
             f"'{missing[0]}': BatchNorm without running statistics (track_running_stats=False), one of {len(missing)}. "
-            'They are what inputs are generated from. Use "source": "dataset" and give a train_loader.'
+            'Inputs are generated from these statistics. Use "source": "dataset" and give a train_loader.'
         )
         raise DataFreeError(msg)
     norms = batch_norms(model)
     if norms and all(_is_fresh(module) for module in norms.values()):
         msg = (
-            f"all {len(norms)} BatchNorms have the statistics of a network never trained (mean 0, variance 1), the "
+            f"all {len(norms)} BatchNorms have the statistics of an untrained network (mean 0, variance 1), the "
             f"first is '{next(iter(norms))}'. Load trained weights, running_mean and running_var included."
         )
         raise DataFreeError(msg)

@@ -73,7 +73,7 @@ def check(model: nn.Module, settings: Generation, *, has_data: bool) -> None:
     :param model: it is not run.
     :param settings: of the generation.
     :param has_data: whether there is a loader.
-    :raises DataFreeError: values that are not finite, statistics that are missing or never trained, a source without
+    :raises DataFreeError: values that are not finite, statistics that are missing or untrained, a source without
         what it needs.
     """
     check_weights(model)

@@ -8,7 +8,7 @@ from nncf_compactprune.run.datasets.base import ArrayImages, Augment, Batch, Res
 from nncf_compactprune.run.datasets.cifar10 import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD
 from nncf_compactprune.run.datasets.classes import only_classes
 from nncf_compactprune.run.datasets.digits import digits
-from nncf_compactprune.run.datasets.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFiles
+from nncf_compactprune.run.datasets.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from nncf_compactprune.run.datasets.resolve import compactprune_datasets, resolve_dataset
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "ArrayImages",
     "Augment",
     "Batch",
-    "ImageFiles",
     "ResolvedDataset",
     "compactprune_datasets",
     "crop_and_flip",

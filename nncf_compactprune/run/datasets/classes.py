@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from nncf_compactprune.decide.labelled import output_classes
 from nncf_compactprune.run.datasets.base import ArrayImages, Batch, ResolvedDataset
-from nncf_compactprune.run.datasets.image_folder import ImageFiles
 
 
 def only_classes(dataset: ResolvedDataset, classes: Sequence[int]) -> ResolvedDataset:
@@ -37,8 +36,8 @@ class _OfClasses(Dataset[Batch]):
         self.label = {old: new for new, old in enumerate(classes)}
         if isinstance(whole, ArrayImages):
             labels = whole.labels.tolist()
-        elif isinstance(whole, ImageFiles):
-            labels = [label for _, label in whole.files]
+        elif isinstance(getattr(whole, "targets", None), list):  # torchvision's way to tell labels without images
+            labels = whole.targets  # type: ignore[attr-defined]
         else:
             labels = [int(whole[at][1]) for at in range(len(whole))]  # type: ignore[arg-type]
         self.positions = [at for at, label in enumerate(labels) if label in self.label]

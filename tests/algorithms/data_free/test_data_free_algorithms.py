@@ -284,7 +284,10 @@ def test_wrong_models_are_refused_untouched(entry) -> None:
         norm.reset_running_stats()
     broken = network()
     broken.head.weight.data[0, 0] = float("inf")
-    for model, match in ((fresh, "never trained"), (broken, "'head.weight': 1 of 120 values are NaN or infinite")):
+    for model, match in (
+        (fresh, "an untrained network"),
+        (broken, "'head.weight': 1 of 120 values are NaN or infinite"),
+    ):
         before = state(model)
         with pytest.raises(DataFreeError, match=match):
             compress(model, entry)

@@ -125,7 +125,7 @@ def test_what_cannot_work_is_refused_and_the_model_is_untouched() -> None:
     fresh = copy.deepcopy(model)
     for norm in batch_norms(fresh).values():
         norm.reset_running_stats()
-    with pytest.raises(DataFreeError, match=r"all 3 BatchNorms have the statistics of a network never trained"):
+    with pytest.raises(DataFreeError, match=r"all 3 BatchNorms have the statistics of an untrained network"):
         layer_inputs(fresh, network, Generation())
     broken = copy.deepcopy(model)
     broken.head.weight.data[0, 0] = float("nan")
