@@ -54,7 +54,7 @@ class ImageNetwork:
         if len(tensors) != 1 or tensors[0].dim() != 4 or not tensors[0].is_floating_point():
             found = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors) or "no tensor"
             msg = (
-                "layers are compared on images: expected one floating-point input of shape [n, c, h, w], got "
+                "layers are compared on images: expected one floating input of shape [n, c, h, w], got "
                 f"{found}. Other kinds of network are not supported."
             )
             raise DataFreeError(msg)
