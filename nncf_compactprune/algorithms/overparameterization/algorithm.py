@@ -14,7 +14,7 @@ their sum over layers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.overparameterization.config import OverparameterizationConfig
 from nncf_compactprune.algorithms.overparameterization.distillation import Distillation, digest
-from nncf_compactprune.algorithms.overparameterization.expandable import compare, outputs, select_layers
+from nncf_compactprune.algorithms.overparameterization.expandable import compare, last_of_each_resolution, outputs, select_layers
 from nncf_compactprune.algorithms.overparameterization.factor_groups import FactorGroups
 from nncf_compactprune.algorithms.overparameterization.reparameterization import Reparameterization, fold
 from nncf_compactprune.config import AlgorithmConfig
+from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.decide.scopes import operations_by_parameter
 from nncf_compactprune.errors import CompactPruneError, DistillationError
 from nncf_compactprune.host.tensors import copy_in
@@ -39,6 +40,8 @@ class LinearOverparameterization(CompressionAlgorithm):
     summary = "Fine-tuning with linearly expanded layers and similarity-preserving distillation (arXiv 2204.11444)"
     Config: ClassVar[type[AlgorithmConfig]] = OverparameterizationConfig
     config: OverparameterizationConfig
+    #: images a batch that ``similarity_weight`` is meant for; None: it is taken as it is
+    similarity_batch: ClassVar[int | None] = None
 
     def __init__(self, config: OverparameterizationConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -83,8 +86,9 @@ class LinearOverparameterization(CompressionAlgorithm):
                 self._distillation = Distillation(
                     self.context.model,
                     teacher,
-                    list(self._layers.values()) if distillation.similarity_weight else [],
+                    self._compared_layers(),
                     logits=distillation.logits_weight > 0,
+                    classes=self._classes(),
                     precision=distillation.teacher_precision,
                     feature_size=distillation.feature_size,
                 )
@@ -116,6 +120,8 @@ class LinearOverparameterization(CompressionAlgorithm):
         if self._distillation is not None:
             distillation = self.config.distillation
             weights = {"similarity": distillation.similarity_weight, "logits": distillation.logits_weight}
+            if self.similarity_batch is not None:  # the loss falls with the batch size as 1 / b
+                weights["similarity"] *= self._distillation.batch / self.similarity_batch
             for kind, loss in self._distillation.losses(distillation.temperature).items():
                 total = total + self._factor * weights[kind] * loss
                 self._last[kind] = loss.detach()  # a float only when asked for: that would wait for the device
@@ -149,6 +155,19 @@ class LinearOverparameterization(CompressionAlgorithm):
         }
 
     # -- how -----------------------------------------------------------------------------------------------------
+
+    def _compared_layers(self) -> list[str]:
+        names, distillation = list(self._layers.values()), self.config.distillation
+        if not distillation.similarity_weight:
+            return []
+        if distillation.layers == "all":
+            return names
+        return last_of_each_resolution(self.context.model, self.context.example_inputs, names)
+
+    def _classes(self) -> Sequence[int]:
+        """The dense network's classes that the model still has; empty where it has all."""
+        plan = plan_of(self.context.model)
+        return () if plan is None else plan.output_classes
 
     def _expand(self, expansion: int) -> None:
         """Installs the factors, and checks that the network computes what it computed."""

@@ -124,6 +124,7 @@ class Distillation:
     :param teacher: is put into eval mode, gets hooks on its paired layers; runs without gradients.
     :param layers: names of the layers whose similarities are compared; empty for logits only.
     :param logits: also compare class scores.
+    :param classes: the teacher's classes that the student's outputs stand for; empty: all, in the same order.
     :param feature_size: see :func:`similarity`.
     :param precision: ``"same"`` runs the teacher as the loop runs the student, others under that autocast.
     :raises DistillationError: a layer that the teacher does not have, or the teacher is the student itself.
@@ -136,6 +137,7 @@ class Distillation:
         layers: Sequence[str],
         *,
         logits: bool = False,
+        classes: Sequence[int] = (),
         precision: Precision = "same",
         feature_size: int | None = None,
     ) -> None:
@@ -143,6 +145,7 @@ class Distillation:
         self.teacher = teacher.eval()
         self._precision = precision
         self._feature_size = feature_size
+        self._classes = list(classes)
         self._recording = False
         self._warned = False
         self._similarities: dict[str, list[tuple[str, Tensor]]] = {"student": [], "teacher": []}
@@ -177,6 +180,11 @@ class Distillation:
             handle.remove()
         self._handles = []
         self._forget()
+
+    @property
+    def batch(self) -> int:
+        """Examples in the last forward in training mode; 1 before it, and where nothing is compared by examples."""
+        return len(self._similarities["student"][0][1]) if self._similarities["student"] else 1
 
     def losses(self, temperature: float) -> Mapping[str, Tensor]:
         """``"similarity"`` and ``"logits"`` of the last forward in training mode; empty before the first.
@@ -222,7 +230,9 @@ class Distillation:
     def _keep_scores(self, who: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             if self._recording:
-                self._scores[who] = class_scores(output)
+                scores = class_scores(output)
+                some = who == "teacher" and self._classes and scores.shape[-1] != len(self._classes)
+                self._scores[who] = scores[..., self._classes] if some else scores
 
         return keep
 

@@ -1,0 +1,68 @@
+"""``recovery``: fine-tuning after a cut, taught by the dense network, with nothing to tune.
+
+The same machinery as ``linear_overparameterization``, with the settings that were best when training was done
+(``docs/recovery.md``): similarities of the last layer of each resolution (Tung & Mori 2019) and class scores (Hinton et
+al. 2015). Layers are not expanded, as that gained nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+from nncf.common.logging import nncf_logger
+from pydantic import Field
+
+from nncf_compactprune.algorithms.overparameterization.algorithm import LinearOverparameterization
+from nncf_compactprune.algorithms.overparameterization.config import (
+    DistillationConfig,
+    OverparameterizationConfig,
+    OverparameterizationParams,
+)
+from nncf_compactprune.config import AlgorithmConfig
+from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
+
+ADVICE = (
+    "recovery: the dense network teaches through ctrl.loss(). Start from SGD with momentum 0.9, a learning rate of 0.03 "
+    "for batches of 128 (in proportion for others), a cosine to 0 by step, and 10 epochs or more."
+)
+
+
+class RecoveryParams(OverparameterizationParams):
+    """How layers are expanded: not at all, by default."""
+
+    expansion: int | None = Field(default=None, ge=1)
+
+
+class RecoveryDistillation(DistillationConfig):
+    """What the teacher adds to the loss. ``similarity_weight`` is for batches of 128 here, whatever their size is."""
+
+    layers: Literal["all", "stages"] = "stages"
+    logits_weight: float = Field(default=0.3, ge=0)
+
+
+class RecoveryConfig(OverparameterizationConfig):
+    """A ``recovery`` entry."""
+
+    params: RecoveryParams = RecoveryParams()
+    distillation: RecoveryDistillation = RecoveryDistillation()
+
+
+class Recovery(LinearOverparameterization):
+    """Teaches the compact network by the dense one, until the run ends."""
+
+    name = "recovery"
+    summary = "Fine-tuning after pruning, taught by the dense network, with nothing to tune"
+    Config: ClassVar[type[AlgorithmConfig]] = RecoveryConfig
+    similarity_batch = 128
+
+    def prepare(self, state: Mapping[str, Any] | None = None) -> None:
+        super().prepare(state)
+        if state is None:
+            nncf_logger.info(ADVICE)
+
+
+@hookimpl
+def compactprune_algorithms() -> Iterable[type[Algorithm]]:
+    """Offers :class:`Recovery`."""
+    return [Recovery]
