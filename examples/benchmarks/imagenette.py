@@ -24,7 +24,7 @@ from recovery import append, commit, mean_and_spread, read_rows
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nncf_compactprune import analyse, create_compressed_model, plan_of, prune
+from nncf_compactprune import analyse, create_compressed_model, plan_of
 from nncf_compactprune.run.datasets.augment import resized_crop_and_flip
 from nncf_compactprune.run.networks.mobilenet_v1 import mobilenet_v1
 

@@ -44,8 +44,8 @@ class ChannelPruningParams(Section):
     :param num_init_steps: epochs before pruning starts.
     :param pruning_init: share of the budgeted cost removed when it starts, in [0, 1).
     :param pruning_steps: epochs from there to the full budget.
-    :param allocation: how many channels each group loses: ``"uniform"``, ``"global"``, ``"greedy"``, ``"least_loss"``
-        or a plugin's. In Python, it and ``schedule`` may be a callable of the plugin's kind.
+    :param allocation: how many channels each group loses: ``"balanced"``, ``"uniform"``, ``"global"``, ``"greedy"``,
+        ``"least_loss"`` or a plugin's. In Python, it and ``schedule`` may be a callable of the plugin's kind.
     :param round_to: widths are multiples of this (vector units like 8); groups may also stay whole. ``"auto"``: of 8 in
         layers of 128 channels or more, of 4, 2 and 1 in layers half, a quarter and an eighth as wide.
     :param min_channels: least channels kept in any group.
@@ -57,7 +57,7 @@ class ChannelPruningParams(Section):
     num_init_steps: int = Field(default=0, ge=0)
     pruning_init: float = Field(default=0.0, ge=0, lt=1)
     pruning_steps: int = Field(default=10, ge=1)
-    allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "uniform"
+    allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "balanced"
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     min_channels: int = Field(default=1, ge=1)
     max_ratio: float = Field(default=0.9, ge=0, le=1)

@@ -193,6 +193,37 @@ def greedy(problem: AllocationProblem, scores: Scores) -> Widths:
     return lazy_greedy(problem, [np.concatenate([[0.0], np.cumsum(s)]) for s in scaled])
 
 
+def balanced(problem: AllocationProblem, scores: Scores) -> Widths:
+    """As :func:`greedy`, by what the layers' inputs and outputs keep: see :func:`capacity_lost`.
+
+    :param problem: allowed widths, costs and budgets.
+    :param scores: one score a channel for each group, ``[group.size]``, not negative; larger ones are kept.
+    """
+    return lazy_greedy(problem, capacity_lost(problem, [np.cumsum(np.sort(s)) for s in scores]))
+
+
+def capacity_lost(problem: AllocationProblem, lost: Scores) -> list[npt.NDArray[np.float64]]:
+    """What a group loses at every width: the sum over the layer sides that it is part of, each −log of the share that
+    the side keeps, ``[channels + 1]``.
+
+    A side is the input or the output of one layer. The sum over the network is −log of the product of all shares: no
+    layer can make up for another that is nearly gone, and a residual stream counts as often as layers read and write
+    it. Layers of equal cost, with equal channels, keep equal shares, as in :func:`uniform`. Where a side has other
+    channels besides, in other groups or pinned, these count as kept.
+
+    :param problem: groups and the shapes of their parameters.
+    :param lost: for each group what goes with its least one, two, ... channels, ``[channels]``, rising, convex.
+    """
+    shapes = problem.graph.parameters
+    result = []
+    for group, losses in zip(problem.graph.groups, lost, strict=True):
+        share = np.concatenate([[0.0], losses]) / max(float(losses[-1]), 1e-30)
+        sides = [m.indices.size / shapes[m.parameter][m.dim] for m in group.with_role("producer", "consumer")]
+        kept = 1 - np.outer(np.minimum(sides or [1.0], 1.0), share)
+        result.append(-np.log(kept.clip(1e-9, 1)).sum(0))
+    return result
+
+
 def least_loss(problem: AllocationProblem, scores: Scores) -> Widths:
     """As :func:`greedy`, for scores that are losses in one unit all over the network: nothing is scaled.
 
@@ -319,5 +350,6 @@ def compactprune_allocations() -> Mapping[str, Allocation]:
         "uniform": uniform,
         "global": global_ranking,
         "greedy": greedy,
+        "balanced": balanced,
         "least_loss": least_loss,
     }

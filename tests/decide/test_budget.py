@@ -16,6 +16,7 @@ from nncf_compactprune.decide.budgets import (
     Limits,
     allocate,
     allowed_widths,
+    capacity_lost,
     choose,
     compactprune_allocations,
 )
@@ -112,6 +113,36 @@ def test_uniform_gives_what_rounding_left_to_the_narrowest_shares(graph):
         wider = widths.copy()
         wider[group] = p.round_up(group, widths[group] + 1)
         assert wider[group] == widths[group] or not p.fits(wider)
+
+
+def test_balanced_is_close_to_the_best_of_all_allocations():
+    """Brute force over all widths of a three-group net with steps of 4: the product of what layers keep is largest."""
+    graph = trace(trained("plain"), images())
+    for seed in range(5):
+        scores = random_scores(graph, seed)
+        p = problem(graph, macs=0.5, limits=Limits(round_to=4, min_channels=4))
+        lost = capacity_lost(p, [np.cumsum(np.sort(s)) for s in scores])
+
+        def total(widths, lost=lost, graph=graph):
+            return sum(curve[g.size - int(w)] for curve, g, w in zip(lost, graph.groups, widths, strict=True))
+
+        best = min(total(w) for w in itertools.product(*p.allowed) if p.fits(np.array(w, float)))
+        found = total(ALLOCATIONS["balanced"](p, scores))
+        assert found <= 1.15 * best
+        assert found <= total(ALLOCATIONS["greedy"](p, scores)) + 1e-9
+
+
+def test_capacity_lost_is_minus_log_of_what_every_side_keeps(graph):
+    scores = random_scores(graph)
+    curves = capacity_lost(problem(graph, macs=0.5), [np.cumsum(np.sort(s)) for s in scores])
+    for group, score, curve in zip(graph.groups, scores, curves, strict=True):
+        sides = group.with_role("producer", "consumer")
+        whole = [m for m in sides if m.indices.size == graph.parameters[m.parameter][m.dim]]
+        if len(whole) == len(sides):
+            kept = np.sort(score)[group.size // 2 :].sum() / score.sum()
+            assert curve[group.size // 2] == pytest.approx(-len(sides) * np.log(kept))
+        assert curve[0] == 0
+        assert (np.diff(curve, 2)[:-1] >= -1e-9).all()
 
 
 def test_uniform_takes_the_same_share(graph):

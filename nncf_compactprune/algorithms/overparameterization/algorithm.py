@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.overparameterization.config import OverparameterizationConfig
 from nncf_compactprune.algorithms.overparameterization.distillation import Distillation, digest
-from nncf_compactprune.algorithms.overparameterization.expandable import compare, last_of_each_resolution, outputs, select_layers
+from nncf_compactprune.algorithms.overparameterization.expandable import (
+    compare,
+    last_of_each_resolution,
+    outputs,
+    select_layers,
+)
 from nncf_compactprune.algorithms.overparameterization.factor_groups import FactorGroups
 from nncf_compactprune.algorithms.overparameterization.reparameterization import Reparameterization, fold
 from nncf_compactprune.config import AlgorithmConfig

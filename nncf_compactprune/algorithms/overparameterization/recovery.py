@@ -23,8 +23,8 @@ from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
 ADVICE = (
-    "recovery: the dense network teaches through ctrl.loss(). Start from SGD with momentum 0.9, a learning rate of 0.03 "
-    "for batches of 128 (in proportion for others), a cosine to 0 by step, and 10 epochs or more."
+    "recovery: the dense network teaches through ctrl.loss(). Start from SGD with momentum 0.9, a learning rate of "
+    "0.03 for batches of 128 (in proportion for others), a cosine to 0 by step, and 10 epochs or more."
 )
 
 
