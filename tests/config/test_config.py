@@ -643,7 +643,7 @@ def test_names_of_plugins_are_checked_with_everything_else_and_are_in_the_schema
         "importance", "allocation", "schedule", "round_to", "compression[1].algorithm",
     ]  # fmt: skip
     assert "unknown importance criterion 'l3'. Known here: 'batch_norm_scale', 'geometric_median'" in str(caught.value)
-    assert "unknown allocation 'globl'. Did you mean 'global'? Known here: 'global', 'greedy'" in str(caught.value)
+    assert "unknown allocation 'globl'. Did you mean 'global'? Known here: 'balanced', 'global'" in str(caught.value)
     properties = json_schema()["$defs"]["FBNetParams"]["properties"]
     assert properties["importance"]["enum"] == [
         "batch_norm_scale", "geometric_median", "l1", "l2", "taylor",

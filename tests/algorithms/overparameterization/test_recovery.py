@@ -1,0 +1,106 @@
+"""``recovery``: the entry that needs no tuning."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nncf.common.logging import nncf_logger
+from support.networks import images, labelled_batches, model32
+from torch import nn
+
+from nncf_compactprune import create_compressed_model
+from nncf_compactprune.algorithms.overparameterization.expandable import last_of_each_resolution
+from nncf_compactprune.run.networks.cifar_resnet import resnet20
+from nncf_compactprune.run.networks.mobilenet_v1 import mobilenet_v1
+
+INPUT = {"sample_size": [2, 3, 12, 12]}
+PRUNING = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "params": {"schedule": "one_shot"}}
+
+
+def config(*entries):
+    return {"input_info": INPUT, "compression": list(entries)}
+
+
+def test_behind_a_pruning_entry_it_teaches_advises_and_leaves_nothing(monkeypatch) -> None:
+    model, said = model32(), []
+    monkeypatch.setattr(nncf_logger, "info", said.append)
+    ctrl, _ = create_compressed_model(model, config(PRUNING, {"algorithm": "recovery"}))
+    assert "a learning rate of 0.03 for batches of 128" in said[-1]
+    plain = copy.deepcopy(model)
+    keys = list(plain.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    ctrl.attach(optimizer=optimizer)
+    ctrl.scheduler.epoch_step()
+    model.train()
+    for x, y in labelled_batches():
+        optimizer.zero_grad()
+        task = F.cross_entropy(model(x), y)
+        lesson = ctrl.loss()
+        assert lesson.item() > 0
+        (task + lesson).backward()
+        optimizer.step()
+    figures = ctrl.statistics().algorithms["recovery"]
+    assert figures["layers expanded"].startswith("0 of")
+    assert {"similarity loss", "logits loss"} <= set(figures)
+    compact = ctrl.strip()
+    assert list(compact.state_dict()) == keys
+    assert float(ctrl.loss()) == 0
+
+
+def test_the_weight_of_similarities_follows_the_batch_size() -> None:
+    """The mean of squared differences falls as 1 / b where batches hold the same kinds of pairs: here, copies."""
+    model = model32()
+    ctrl, _ = create_compressed_model(
+        model, config(PRUNING, {"algorithm": "recovery", "distillation": {"logits_weight": 0.0}})
+    )
+    x, _ = labelled_batches()[0]
+    model.train()
+    losses = []
+    for batch in (x, torch.cat([x, x])):
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.eval()
+        model(batch)
+        losses.append(ctrl.loss().item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "ends"),
+    [
+        (resnet20, 32, ["layer1.2.conv2", "layer2.2.conv2", "layer3.2.conv2"]),
+        (mobilenet_v1, 64, ["conv_pw_1", "conv_pw_3", "conv_pw_5", "conv_pw_11", "conv_pw_13"]),
+    ],
+)
+def test_stages_end_where_the_resolution_changes(model, size, ends) -> None:
+    network = model()
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+    names = [name for name in names if name != "conv_preds"]
+    assert last_of_each_resolution(network, torch.zeros(1, 3, size, size), names) == ends
+
+
+def test_class_scores_of_a_part_of_the_classes_are_compared_with_the_teachers_of_the_same_classes() -> None:
+    model, x = model32(), images(torch.float32)
+    dense = copy.deepcopy(model).eval()
+    classes = dense(x).shape[1]
+    kept = [0, classes - 1]
+    loader = [(torch.cat([x, x, x]), torch.arange(3 * len(x)) % classes)]
+    catro = {
+        "algorithm": "catro", "budget": {"macs": 0.9},
+        "params": {"schedule": "one_shot", "classes": kept, "round_to": 1},
+        "initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 0}},
+    }  # fmt: skip
+    entry = {"algorithm": "recovery", "distillation": {"similarity_weight": 0.0, "logits_weight": 1.0}}
+    ctrl, _ = create_compressed_model(model, config(catro, entry), loader)
+    model.train()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+    scores = model(x)
+    expected = F.kl_div(
+        F.log_softmax(scores / 4, 1), F.log_softmax(dense(x)[:, kept] / 4, 1), reduction="batchmean", log_target=True
+    )
+    assert ctrl.loss().item() == pytest.approx(16 * expected.item(), rel=1e-4)
