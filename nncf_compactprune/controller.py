@@ -218,7 +218,8 @@ class CompressionController:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes back to an earlier state of this run, in place; load the weights after. Schedules stay where they are.
+        """Algorithms with a rate go back to an earlier state of this run, in place; load the weights after. Schedules
+        stay where they are.
 
         :param state: what :meth:`get_compression_state` gave, of this run or of one with the same configuration.
         :raises CompactPruneError: an algorithm cannot go back, as the model is cut.
@@ -226,7 +227,7 @@ class CompressionController:
         states = _states(state, self.algorithms)
         for at, algorithm in enumerate(self.begun):
             earlier = states[at]
-            if earlier is not None:
+            if earlier is not None and algorithm.adjustable:
                 algorithm.load_state(earlier)
 
     def strip(self) -> nn.Module:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nncf_compactprune.config import AlgorithmConfig
-from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plugins import Plugins
 
@@ -215,13 +214,11 @@ class CompressionAlgorithm(ABC):
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes back to a state of this run: what is removed, not where the schedule is. Weights are loaded after.
+        """Goes back to a state of this run: what is removed, not where the schedule is. Weights are loaded after. An
+        :attr:`adjustable` algorithm implements it.
 
         :param state: what :meth:`get_state` gave earlier.
         :raises CompactPruneError: there is no way back from where the algorithm is.
         """
-        if dict(state) != self.get_state():
-            msg = (
-                f"'{self.name}' cannot go back to an earlier state. Build the model anew with it as compression_state."
-            )
-            raise CompactPruneError(msg)
+        msg = f"'{self.name}' has no earlier states to go back to"
+        raise NotImplementedError(msg)

@@ -33,6 +33,18 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def said_by_main(text: str) -> str:
+    """What the main process says, in every process.
+
+    :param text: of this process.
+    """
+    if process_count() == 1:
+        return text
+    box = [text]
+    dist.broadcast_object_list(box, device=_device())
+    return box[0]
+
+
 def averaged(values: Sequence[Tensor]) -> list[Tensor]:
     """The mean over all ranks, in float64; in a single process the values themselves.
 

@@ -13,6 +13,11 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from nncf_compactprune.accuracy_aware import (
+    AdaptiveCompressionTrainingLoop,
+    EarlyExitCompressionTrainingLoop,
+    create_accuracy_aware_training_loop,
+)
 from nncf_compactprune.algorithms import CompressionStage
 from nncf_compactprune.integrations.nncf2.config import NNCFConfig
 from nncf_compactprune.integrations.nncf2.controller import CompressionController as CompressionAlgorithmController
@@ -42,14 +47,17 @@ def nncf_model_output(tensor: AnyT) -> AnyT:
 
 
 __all__ = [
+    "AdaptiveCompressionTrainingLoop",
     "BNAdaptationInitArgs",
     "CompressionAlgorithmController",
     "CompressionStage",
+    "EarlyExitCompressionTrainingLoop",
     "ModelEvaluationArgs",
     "NNCFConfig",
     "NNCFExtraConfigStruct",
     "PTInitializingDataLoader",
     "QuantizationRangeInitArgs",
+    "create_accuracy_aware_training_loop",
     "create_compressed_model",
     "load_state",
     "nncf_model_input",

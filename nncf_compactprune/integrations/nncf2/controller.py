@@ -160,6 +160,11 @@ class CompressionController(_Controller):
         """The algorithms themselves."""
         return self._native.algorithms
 
+    @property
+    def started(self) -> Sequence[CompressionAlgorithm]:
+        """The algorithms that have begun. One that needs the cut network begins with the cut, which may be last."""
+        return self._native.started
+
     def attach(self, *, optimizer: Optimizer | None = None, ema: nn.Module | None = None) -> None:
         """Lets the model shrink while it trains, which NNCF 2.x did not have: see the native controller's method.
 
@@ -169,9 +174,8 @@ class CompressionController(_Controller):
         self._native.attach(optimizer=optimizer, ema=ema)
 
     def compression_stage(self) -> CompressionStage:
-        """How far the compression is, over the algorithms that have begun. One that needs the cut network begins with
-        the cut, which may be at the end."""
-        stages = {algorithm.stage() for algorithm in self._native.started} or {CompressionStage.UNCOMPRESSED}
+        """How far the compression is, over the algorithms that have begun."""
+        stages = {algorithm.stage() for algorithm in self.started} or {CompressionStage.UNCOMPRESSED}
         return stages.pop() if len(stages) == 1 else CompressionStage.PARTIALLY_COMPRESSED
 
     @property
