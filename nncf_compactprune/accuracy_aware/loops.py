@@ -22,6 +22,7 @@ from nncf_compactprune.accuracy_aware.progress import EpochResult, Progress, Tra
 from nncf_compactprune.accuracy_aware.runner import Functions, Log, SearchingRunner, TrainingRunner
 from nncf_compactprune.algorithms import CompressionAlgorithm
 from nncf_compactprune.config import AccuracyAwareTraining, CompressionConfig, load_section, read_document
+from nncf_compactprune.config.nncf2_top_level import modern_top_level
 from nncf_compactprune.errors import CompactPruneError, ConfigError, Problem
 from nncf_compactprune.host.distributed import is_main_process
 from nncf_compactprune.storage.snapshots import Snapshot, Snapshots
@@ -59,6 +60,7 @@ class EarlyExitCompressionTrainingLoop:
     :param verbose: also log the controller's statistics, and write figures for TensorBoard.
     :param dump_checkpoints: write every epoch's checkpoint, not only the best.
     :param log: is given one line at a time; NNCF's logger by default.
+    :param on_epoch: is given what every epoch came to, in place of a line in the log.
     """
 
     runner_class = TrainingRunner
@@ -73,6 +75,7 @@ class EarlyExitCompressionTrainingLoop:
         dump_checkpoints: bool = True,
         *,
         log: Log | None = None,
+        on_epoch: Callable[[EpochResult], object] | None = None,
     ) -> None:
         self.section = accuracy_aware_section(nncf_config)
         self.compression_controller = compression_controller
@@ -89,6 +92,7 @@ class EarlyExitCompressionTrainingLoop:
             verbose=verbose,
             dump_checkpoints=dump_checkpoints,
             lr_updates_needed=lr_updates_needed,
+            on_epoch=on_epoch,
         )
         self._snapshots: Snapshots | None = None
         self._part: PartOfRun | None = None
@@ -289,6 +293,7 @@ class AdaptiveCompressionTrainingLoop(EarlyExitCompressionTrainingLoop):
     :param maximal_compression_rate: the search goes no higher, nor higher than the algorithm can.
     :param dump_checkpoints: write every epoch's checkpoint, not only the best.
     :param log: is given one line at a time; NNCF's logger by default.
+    :param on_epoch: is given what every epoch came to, in place of a line in the log.
     :raises CompactPruneError: no algorithm, or more than one, has a rate that can be set.
     """
 
@@ -306,6 +311,7 @@ class AdaptiveCompressionTrainingLoop(EarlyExitCompressionTrainingLoop):
         dump_checkpoints: bool = True,
         *,
         log: Log | None = None,
+        on_epoch: Callable[[EpochResult], object] | None = None,
     ) -> None:
         self.adaptive_controller = adjustable_algorithm(compression_controller)
         super().__init__(
@@ -316,6 +322,7 @@ class AdaptiveCompressionTrainingLoop(EarlyExitCompressionTrainingLoop):
             verbose,
             dump_checkpoints,
             log=log,
+            on_epoch=on_epoch,
         )
         self.minimal_compression_rate = minimal_compression_rate
         self.maximal_compression_rate = min(maximal_compression_rate, self.adaptive_controller.maximal_compression_rate)
@@ -416,11 +423,12 @@ def accuracy_aware_section(config: Configuration) -> AccuracyAwareTraining:
     """
     if isinstance(config, CompressionConfig):
         section = config.accuracy_aware_training
-    elif config.get("accuracy_aware_training") is None:
-        section = None
     else:
-        only = {"accuracy_aware_training": config["accuracy_aware_training"]}
-        section = load_section(read_document(only), _Only).accuracy_aware_training
+        keys = ("accuracy_aware_training", "compression")  # NNCF 1.x had it inside an entry
+        modern = modern_top_level({key: config[key] for key in keys if key in config}, [], [])
+        given = modern.get("accuracy_aware_training")
+        only = read_document({"accuracy_aware_training": given})
+        section = None if given is None else load_section(only, _Only).accuracy_aware_training
     if section is None:
         missing = Problem("accuracy_aware_training", 'missing. Expected an object with "mode" and "params".')
         raise ConfigError(str(getattr(config, "_source", "config")), [missing])

@@ -50,6 +50,7 @@ class TrainingRunner:
     :param verbose: also log the controller's statistics, and write figures for TensorBoard.
     :param dump_checkpoints: write every epoch's checkpoint, not only the best.
     :param lr_updates_needed: step the learning rate schedule after every epoch.
+    :param on_epoch: is given what every epoch came to, in place of a line in the log.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class TrainingRunner:
         verbose: bool = True,
         dump_checkpoints: bool = True,
         lr_updates_needed: bool = True,
+        on_epoch: Callable[[EpochResult], object] | None = None,
     ) -> None:
         self.params, self.controller = params, controller
         self.uncompressed_model_accuracy = float(uncompressed_accuracy)
@@ -69,6 +71,7 @@ class TrainingRunner:
         self.log: Log = log or nncf_logger.info
         self.verbose, self.dump_checkpoints = verbose, dump_checkpoints
         self.lr_updates_needed = lr_updates_needed
+        self._on_epoch = on_epoch or self._tell
         self.progress = Progress(RateSearch(params.initial_compression_rate_step))
         self.optimizer: Any = None
         self.lr_scheduler: Any = None
@@ -202,15 +205,18 @@ class TrainingRunner:
         rate = float(self.controller.compression_rate)
         result = EpochResult(progress.epoch, progress.phase, rate, progress.accuracy, self.holds, progress.loss)
         progress.epochs.append(result)
+        self._on_epoch(result)
+        if self.verbose and is_main_process():
+            self._write_figures(result.accuracy - self.minimal_tolerable_accuracy)
+        self.dump_checkpoint(model)
+
+    def _tell(self, result: EpochResult) -> None:
         margin = result.accuracy - self.minimal_tolerable_accuracy
         full = "" if self.fully_compressed() else ", not fully compressed yet"
         self.log(
-            f"Epoch {result.epoch}: rate {rate:.3f}, accuracy {result.accuracy:.4f}, "
+            f"Epoch {result.epoch}: rate {result.compression_rate:.3f}, accuracy {result.accuracy:.4f}, "
             f"{abs(margin):.4f} {'above' if margin >= 0 else 'below'} what is allowed{full}"
         )
-        if self.verbose and is_main_process():
-            self._write_figures(margin)
-        self.dump_checkpoint(model)
 
     def scalar(self, name: str, value: float) -> None:
         """One figure for TensorBoard.
@@ -249,27 +255,21 @@ class TrainingRunner:
 
     def dump_checkpoint(self, model: nn.Module) -> None:
         """Writes the last, and where it is the best so far, that too: of its rate, or of the uncompressed ones."""
-        progress, full = self.progress, self.fully_compressed()
-        is_best = full and progress.accuracy == progress.best
+        progress, full, rate = self.progress, self.fully_compressed(), repr(self.compression_rate_target)
+        is_best = full and progress.accuracy > progress.checkpoints.get(rate, ("", -math.inf))[1]
         if self.dump_checkpoints or is_best:
             if self._functions.dump_checkpoint is None:
                 self._save(model, checkpoint_path(self.directory, "last"))
             elif is_main_process():
                 self._functions.dump_checkpoint(model, self.controller, self, self.directory)
         if is_best:
-            self._save_best(model)
+            path = checkpoint_path(self.directory, self.best_name(float(rate)))
+            self._save(model, path)
+            progress.checkpoints[rate] = (path.name, progress.accuracy)
         elif not full and (progress.uncompressed is None or progress.uncompressed[1] < progress.accuracy):
             path = checkpoint_path(self.directory, "best_uncompressed")
             self._save(model, path)
             progress.uncompressed = (path.name, progress.accuracy)
-
-    def _save_best(self, model: nn.Module) -> None:
-        checkpoints, rate = self.progress.checkpoints, repr(self.compression_rate_target)
-        if rate in checkpoints and checkpoints[rate][1] >= self.progress.accuracy:
-            return
-        path = checkpoint_path(self.directory, self.best_name(float(rate)))
-        self._save(model, path)
-        checkpoints[rate] = (path.name, self.progress.accuracy)
 
     def best_name(self, rate: float) -> str:
         """What the best checkpoint of a rate is called: one for all, where the rate is not searched for."""

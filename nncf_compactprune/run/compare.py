@@ -104,6 +104,7 @@ def _write_json(run: Run, comparison: Comparison, compressed: Compressed, files:
             for network, exported in files.items()
             for file in exported
         },
+        **({} if compressed.watched is None else {"accuracy_aware_training": compressed.watched.to_json()}),
         "self_check": {name: _as_json(check) for name, check in compressed.checks.items()},
         "epochs": list(run.snapshots.history),
     }
@@ -127,6 +128,8 @@ def _write_markdown(run: Run, comparison: Comparison, compressed: Compressed) ->
     ]
     for name, check in compressed.checks.items():
         lines += [f"Self-check of `{name}`, cut against masked model: {check}.", ""]
+    if compressed.watched is not None:
+        lines += compressed.watched.to_markdown()
     lines += [
         "## Channel widths",
         "",

@@ -22,6 +22,7 @@ from nncf_compactprune.run.datasets import ResolvedDataset, only_classes
 from nncf_compactprune.run.settings import RunConfig
 from nncf_compactprune.run.state import FINE_TUNING, Network, Run
 from nncf_compactprune.run.training import fit
+from nncf_compactprune.run.watching import Watched, train_watching
 from nncf_compactprune.storage.checkpoint import save_pruned
 
 
@@ -33,12 +34,14 @@ class Compressed:
     :param pruned: the network after fine-tuning.
     :param plan: what was removed.
     :param checks: the self-check of every algorithm that cut, by the algorithm's name.
+    :param watched: what training came to that watched the accuracy; None where it did not.
     """
 
     dense: Network
     pruned: Network
     plan: PruningPlan
     checks: dict[str, SelfCheck]
+    watched: Watched | None = None
 
 
 def compress(run: Run, dense: Network) -> Compressed:
@@ -48,11 +51,15 @@ def compress(run: Run, dense: Network) -> Compressed:
     :param dense: a copy of it.
     """
     resume = run.resume(FINE_TUNING)
+    aware = run.settings.compression.accuracy_aware_training
+    state = None if resume is None else resume.facts["compression"]
+    if aware is not None and state is not None:
+        state = state["controller"]
     controller, model = create_compressed_model(
         run.model,
         run.settings.compression,
         None if run.dataset is None else _SameBatches(run.dataset, run.config),
-        compression_state=None if resume is None else resume.facts["compression"],
+        compression_state=state,
         example_inputs=run.example,
         plugins=run.plugins,
     )
@@ -63,7 +70,10 @@ def compress(run: Run, dense: Network) -> Compressed:
         scores = _Scores(dense.model, plan.output_classes)
         measured = run.measured(scores, f"Dense, among classes {', '.join(known.class_names)}")
         dense = replace(dense, accuracy=measured.accuracy)
-    if run.dataset is not None:
+    watched = None
+    if run.dataset is not None and aware is not None and dense.accuracy is not None:
+        watched = train_watching(run, run.dataset, controller, model, dense.accuracy)
+    elif run.dataset is not None:
         _fine_tune(run, run.dataset, controller, model)
     model = controller.strip()
     plan = plan_of(model) or _plan_of_whole(run, dense.model)
@@ -74,7 +84,8 @@ def compress(run: Run, dense: Network) -> Compressed:
     checks = {a.name: a.self_check for a in controller.algorithms if isinstance(a, ChannelPruning) and a.self_check}
     for name, check in checks.items():
         run.say(f"Self-check of {name}: {check}")
-    return Compressed(dense, run.measured(model, "Compressed" if carries_hooks(model) else "Pruned"), plan, checks)
+    pruned = run.measured(model, "Compressed" if carries_hooks(model) else "Pruned")
+    return Compressed(dense, pruned, plan, checks, watched)
 
 
 def _fine_tune(run: Run, dataset: ResolvedDataset, controller: CompressionController, model: nn.Module) -> None:

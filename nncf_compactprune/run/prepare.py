@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from nncf_compactprune.accuracy_aware.checkpoints import PREFIX
 from nncf_compactprune.algorithms import ChannelPruningConfig
 from nncf_compactprune.config import InputInfo
 from nncf_compactprune.decide.labelled import class_scores
@@ -19,7 +20,7 @@ from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.run.datasets import ResolvedDataset, resolve_dataset
 from nncf_compactprune.run.models import ExampleInputs, ResolvedModel, resolve_model
 from nncf_compactprune.run.settings import Settings, unread_key_warnings
-from nncf_compactprune.run.state import DENSE_FILE, SNAPSHOTS, Run, Say
+from nncf_compactprune.run.state import CHECKPOINTS, DENSE_FILE, SNAPSHOTS, Run, Say
 from nncf_compactprune.storage.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from nncf_compactprune.storage.plan_file import PLAN_FILE
 from nncf_compactprune.storage.snapshots import Snapshots
@@ -39,6 +40,7 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
     for warning in unread_key_warnings(settings.document):
         say(f"Warning: {warning}")
     torch.manual_seed(settings.run.seed)
+    _check_search(settings, plugins)
     dataset = _dataset(settings, plugins)
     if dataset is not None:
         settings = _with_input_info(settings, dataset)
@@ -57,6 +59,8 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
         check_classes(resolved, example, dataset)
     for warning in late_schedules(settings, plugins):
         say(f"Warning: {warning}")
+    if settings.compression.accuracy_aware_training is not None and "epochs" in settings.document:
+        say("Note: epochs is not read, as accuracy_aware_training says how long to train")
     directory = Path(config.output_dir)
     snapshots = Snapshots(directory / SNAPSHOTS, _identity(settings))
     found = snapshots.newest()
@@ -83,7 +87,7 @@ def late_schedules(settings: Settings, plugins: Plugins) -> Iterator[str]:
     :param settings: the config.
     :param plugins: where schedules are looked up.
     """
-    epochs = settings.run.epochs
+    epochs = epochs_of_schedule(settings)
     for entry in settings.compression.compression:
         if settings.run.dataset is None or not isinstance(entry, ChannelPruningConfig):
             continue
@@ -96,6 +100,37 @@ def late_schedules(settings: Settings, plugins: Plugins) -> Iterator[str]:
             cuts = f"cuts to its budget in epoch {needed}, but training ends"
             remedy = f"Set epochs to {needed} or more, or lower pruning_steps or num_init_steps."
         yield f"'{entry.algorithm}' {cuts} after epoch {epochs}. What is left is then cut without fine-tuning. {remedy}"
+
+
+def epochs_of_schedule(settings: Settings) -> int:
+    """How many epochs the compression's schedules have, before training ends or a search begins.
+
+    :param settings: the config.
+    """
+    aware = settings.compression.accuracy_aware_training
+    if aware is None:
+        return settings.run.epochs
+    return aware.params.initial_training_phase_epochs if aware.searches else aware.params.maximal_total_epochs
+
+
+def _check_search(settings: Settings, plugins: Plugins) -> None:
+    """A search moves the rate of one algorithm.
+
+    :raises ConfigError: there is none or more than one, or it cuts at once.
+    """
+    aware = settings.compression.accuracy_aware_training
+    if aware is None or not aware.searches:
+        return
+    entries = settings.compression.compression
+    found = [entry for entry in entries if getattr(plugins.get_algorithm(entry.algorithm), "adjustable", False)]
+    message = ""
+    if len(found) != 1:
+        names = ", ".join(entry.algorithm for entry in (found or entries))
+        message = f'expected one algorithm with a compression rate, got {names}. Use "early_exit".'
+    elif getattr(getattr(found[0], "params", None), "classes", None) is not None:
+        message = "'classes' cuts the classifier at once, before any search. Leave one of them out."
+    if message:
+        raise ConfigError(settings.source, [Problem("accuracy_aware_training.mode", message)])
 
 
 def _epoch_of_cut(entry: ChannelPruningConfig, epochs: int, plugins: Plugins) -> int | None:
@@ -119,7 +154,8 @@ def remove_old_results(directory: Path, say: Say) -> None:
     """
     exported = (path for network in ("dense", "pruned") for path in sorted((directory / network).glob("model*")))
     files = [directory / name for name in RESULTS]
-    old = [path for path in (*files, *exported) if path.is_file()]
+    checkpoints = sorted((directory / CHECKPOINTS).glob(f"{PREFIX}*.pth"))
+    old = [path for path in (*files, *exported, *checkpoints) if path.is_file()]
     if old:
         say(f"Removing {len(old)} files of an earlier run from {directory}")
     for path in old:
@@ -138,6 +174,8 @@ def _check_without_data(settings: Settings) -> None:
         if getattr(config, key):
             message = f"expected 0 without a dataset, got {getattr(config, key)}. Nothing can be trained."
             problems.append(Problem(key, message))
+    if settings.compression.accuracy_aware_training is not None:
+        problems.append(Problem("accuracy_aware_training", "nothing can be trained or measured without a dataset."))
     if not settings.compression.input_info:
         message = 'missing. Without a dataset, give an object such as {"sample_size": [1, 3, 32, 32]}.'
         problems.append(Problem("input_info", message))

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
 from nncf_compactprune.config import CompressionConfig, Section, load_config, load_section, read_document
-from nncf_compactprune.errors import ConfigError, Problem, nearest
+from nncf_compactprune.errors import nearest
 from nncf_compactprune.plugins import Plugins, default_plugins
 
 DEFAULT_MOMENTUM = 0.9
@@ -126,9 +126,6 @@ def read_settings(
     """
     document = read_document(source, overrides)
     compression = load_config(document, plugins)
-    if compression.accuracy_aware_training is not None:
-        message = "not supported by this command yet. Leave it out and train a fixed number of epochs."
-        raise ConfigError(document.name, [Problem("accuracy_aware_training", message)])
     return Settings(document.name, document.data, compression, load_section(document, RunConfig))
 
 

@@ -19,6 +19,7 @@ Say = Callable[[str], None]
 
 DENSE_FILE = "dense.safetensors"
 SNAPSHOTS = "snapshots"
+CHECKPOINTS = "accuracy_aware_training"
 DENSE, FINE_TUNING = 0, 1  # the phases of a run
 
 
@@ -83,19 +84,30 @@ class Run:
         self.say(f"{which}: test accuracy {accuracy:.2%}")
         return Network(model, accuracy)
 
-    def tell(self, record: EpochRecord, phase: str, epochs: int, compression_rate: float | None = None) -> None:
+    def tell(
+        self,
+        record: EpochRecord,
+        phase: str,
+        epochs: int,
+        compression_rate: float | None = None,
+        test_accuracy: float | None = None,
+    ) -> None:
         """Keeps an epoch's record in the history, and says what it came to.
 
         :param record: of the epoch.
         :param phase: ``dense`` or ``pruned``.
         :param epochs: how many there are.
         :param compression_rate: share of the cost removed, in [0, 1).
+        :param test_accuracy: top-1 in [0, 1], where it was measured.
         """
         entry = {"phase": phase, **vars(record)}
         line = f"  epoch {record.epoch:>{len(str(epochs))}}/{epochs}"
         line += f"  loss {record.loss:.4f}  training accuracy {record.accuracy:.2%}"
         if compression_rate is not None:
             entry["compression_rate"] = compression_rate
-            line += f"  removed {compression_rate:.0%}"
+            line += f"  removed {compression_rate:.{0 if test_accuracy is None else 1}%}"
+        if test_accuracy is not None:
+            entry["test_accuracy"] = test_accuracy
+            line += f"  test accuracy {test_accuracy:.2%}"
         self.snapshots.history.append(entry)
         self.say(f"{line}  {record.seconds:.1f} s")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any, TypeVar, cast
 
-from nncf_compactprune.config import CompressionConfig, json_schema, load_config, load_section, read_document
+from nncf_compactprune.config import CompressionConfig, Document, json_schema, load_config, load_section, read_document
 from nncf_compactprune.errors import CompactPruneError, nearest
 from nncf_compactprune.integrations.nncf2.init_args import NNCFExtraConfigStruct
 
@@ -101,7 +102,15 @@ def compression_config(config: Mapping[str, Any], name: str = "config") -> Compr
     :raises ConfigError: with all problems.
     """
     fields = CompressionConfig.model_fields
-    known = {key: value for key, value in config.items() if key in fields or nearest(key, ["compression"])}
-    if "compression" in known or len(known) > len(fields.keys() & known.keys()):
-        return load_config(read_document(known, name=name))
-    return load_section(read_document({**known, "compression": []}, name=name), CompressionConfig)
+    document = read_document({k: value for k, value in config.items() if k in fields or _is_json(value)}, name=name)
+    if "compression" in config or any(nearest(key, ["compression"]) for key in document.data):
+        return load_config(document)
+    return load_section(Document(name, {**document.data, "compression": []}), CompressionConfig)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
