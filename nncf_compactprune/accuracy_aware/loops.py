@@ -20,7 +20,7 @@ from torch import nn
 
 from nncf_compactprune.accuracy_aware.progress import EpochResult, Progress, TrainingLoopStatistics
 from nncf_compactprune.accuracy_aware.runner import Functions, Log, SearchingRunner, TrainingRunner
-from nncf_compactprune.algorithms import CompressionAlgorithm
+from nncf_compactprune.algorithms import ChannelPruning, CompressionAlgorithm
 from nncf_compactprune.config import AccuracyAwareTraining, CompressionConfig, load_section, read_document
 from nncf_compactprune.config.nncf2_top_level import modern_top_level
 from nncf_compactprune.errors import CompactPruneError, ConfigError, Problem
@@ -449,7 +449,7 @@ def adjustable_algorithm(controller: Any) -> CompressionAlgorithm:
             f"fbnet_pruning, got {names}. Use early_exit, or leave all but one out."
         )
         raise CompactPruneError(msg)
-    if found[0].settled:
+    if isinstance(found[0], ChannelPruning) and found[0].settled:
         msg = (
             f"adaptive_compression_level: '{names}' has cut the model already, so its rate cannot be moved. Give "
             '"accuracy_aware_training" with this mode in the configuration that the model is compressed with.'

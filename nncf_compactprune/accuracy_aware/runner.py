@@ -175,7 +175,7 @@ class TrainingRunner:
         loss = self._functions.train_epoch(
             self.controller, model, epoch=progress.epoch, optimizer=self.optimizer, lr_scheduler=self.lr_scheduler
         )
-        progress.loss = None if loss is None else float(loss)
+        progress.loss = None if loss is None else float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         progress.epochs_here += 1
         progress.epoch += 1
 

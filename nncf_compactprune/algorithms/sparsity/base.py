@@ -168,7 +168,7 @@ class ScheduledSparsity(MaskedWeights):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._scheduled = bool(state["scheduled"])
+        self._scheduled = self._scheduled and bool(state["scheduled"])  # a schedule that ended stays so
         self._steps_per_epoch = state["steps_per_epoch"]
         self.set_level(float(state["level"]))
         if state["frozen"] and not self._frozen:
