@@ -204,9 +204,10 @@ class ChannelPruning(CompressionAlgorithm):
         def adapt(plan: PruningPlan) -> None:
             adapt_batch_norm(context, initializer.batchnorm_adaptation.num_bn_adaptation_samples, asked_for=asked_for)
 
-        if initializer.refit is None:
+        config = self._refit
+        if config is None:
             return adapt
-        ridge, reference = initializer.refit.ridge, DenseReference.keep(context, initializer.refit.generation(context))
+        ridge, reference = config.ridge, DenseReference.keep(context, config.generation(context))
 
         def refit(plan: PruningPlan) -> None:
             self.refits = reference.refit(plan, ridge)
@@ -215,6 +216,11 @@ class ChannelPruning(CompressionAlgorithm):
 
         return refit
 
+    @property
+    def _refit(self) -> RefitConfig | None:
+        """How layers are re-fitted; entries in NNCF 2.x's grammar do not know of it."""
+        return getattr(self.config.initializer, "refit", None)
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
@@ -222,8 +228,8 @@ class ChannelPruning(CompressionAlgorithm):
             self._analyse(trial=not state["cut"])
             self._restore(state)
             return
-        if self.config.initializer.refit is not None:
-            check_refit(self.context, self.config.initializer.refit)
+        if self._refit is not None:
+            check_refit(self.context, self._refit)
         if self.config.params.prunes_before_training and not self.context.hold_masks:
             self._analyse_and_prune()
         else:
