@@ -60,11 +60,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "spkd": {"lr": 0.03, **DISTILLED},
     "lop": {"lr": 0.01, "expansion": 4},
     "lop_spkd": {"lr": 0.01, "expansion": 4, **DISTILLED},
+    "recovery": {"lr": 0.03, **DISTILLED, "layers_per_step": 4},  # the entry's own defaults
 }
 TITLES = {
     "l2": "L2", "geometric_median": "geometric median", "taylor": "Taylor", "catro": "catro",
     PEER: "Torch-Pruning, group norm", "plain": "plain", "kd": "logits KD", "spkd": "SPKD", "lop": "LOP",
-    "lop_spkd": "LOP + SPKD",
+    "lop_spkd": "LOP + SPKD", "recovery": "recovery",
 }  # fmt: skip
 
 
@@ -79,6 +80,7 @@ class Trial:
     :param precision: of training; evaluation is always in float32.
     :param scope: ``"inner"`` cuts inside the blocks only, ``"all"`` the residual stream too, as users get it.
     :param round_to: widths are multiples of this.
+    :param layers_per_step: so many are compared at each step; None: all.
     """
 
     depth: int
@@ -97,6 +99,7 @@ class Trial:
     logits_weight: float = 0.0
     scope: str = "inner"
     round_to: int = 1
+    layers_per_step: int | None = None
 
     @property
     def key(self) -> str:
@@ -117,35 +120,36 @@ class Trial:
 # -- the queue ---------------------------------------------------------------------------------------------------------
 
 
-def short(budget: float, criterion: str, allocation: str, recipe: str, seed: int) -> Trial:
+def short(budget: float, criterion: str, allocation: str, recipe: str, seed: int, scope: str = "all") -> Trial:
     """12 epochs of 10,000 images."""
-    return Trial(20, budget, criterion, allocation, recipe, seed, 12, 10_000, **RECIPES[recipe])
+    return Trial(20, budget, criterion, allocation, recipe, seed, 12, 10_000, **RECIPES[recipe], scope=scope)
 
 
 def whole(budget: float, criterion: str, allocation: str, recipe: str, seed: int, depth: int = 20) -> Trial:
     """20 epochs of all images but those for validation."""
-    return Trial(depth, budget, criterion, allocation, recipe, seed, 20, 45_000, **RECIPES[recipe])
+    return Trial(depth, budget, criterion, allocation, recipe, seed, 20, 45_000, **RECIPES[recipe], scope="all")
 
 
 def queue() -> list[Trial]:
     """Everything, in an order that leaves whole comparisons where a run is cut short."""
-    ways = [("l2", "uniform"), ("l2", "global"), ("l2", "greedy"), ("catro", "uniform"), ("catro", "greedy")]
+    magnitude = [("l2", allocation) for allocation in ("uniform", "balanced", "global", "greedy")]
+    ways = [("catro", "greedy"), ("catro", "uniform"), *magnitude]
     trials = []
     for seed in SEEDS:
         for budget in (0.35, 0.2):
             trials += [short(budget, *way, "plain", seed) for way in ways]
-            trials.append(short(budget, "l2", "global", "spkd", seed))
-    others = [("catro", "greedy"), ("geometric_median", "uniform"), ("taylor", "uniform"), (PEER, "uniform")]
+            trials += [short(budget, "catro", "greedy", recipe, seed) for recipe in ("recovery", "spkd", "kd")]
+            trials += [short(budget, *way, "plain", seed, "inner") for way in ways]
+    others = [("catro", "greedy"), ("l2", "balanced"), ("geometric_median", "balanced"), ("taylor", "balanced")]
     for seed in SEEDS:
-        for budget in (0.35, 0.2, 0.5):
-            trials += [whole(budget, "l2", "uniform", recipe, seed) for recipe in ("plain", "spkd", "kd")]
-            trials += [whole(budget, "l2", "uniform", recipe, seed) for recipe in ("lop", "lop_spkd")]
-            trials += [whole(budget, *way, "plain", seed) for way in others]
+        for budget in (0.5, 0.35, 0.2):
+            trials += [whole(budget, *way, "recovery", seed) for way in (*others, (PEER, "uniform"))]
+            trials += [whole(budget, "catro", "greedy", recipe, seed) for recipe in RECIPES if recipe != "recovery"]
     for seed in SEEDS:
         for budget in BUDGETS_56:
-            for way in (("l2", "uniform"), *others):
-                trials.append(whole(budget, *way, "plain", seed, depth=56))
-            trials += [whole(budget, "l2", "uniform", recipe, seed, depth=56) for recipe in list(RECIPES)[1:]]
+            for way in others[:2]:
+                trials.append(whole(budget, *way, "recovery", seed, depth=56))
+            trials.append(whole(budget, PEER, "uniform", "plain", seed, depth=56))
     return trials
 
 
@@ -231,7 +235,9 @@ def widths(model: nn.Module) -> list[int]:
 
 def recovery(trial: Trial) -> dict[str, Any]:
     """The config's entry."""
-    distillation = {name: getattr(trial, name) for name in ("similarity_weight", "feature_size", "logits_weight")}
+    distillation = {
+        name: getattr(trial, name) for name in ("similarity_weight", "feature_size", "logits_weight", "layers_per_step")
+    }
     return {
         "algorithm": "linear_overparameterization",
         "params": {"expansion": trial.expansion},

@@ -24,7 +24,6 @@ from nncf_compactprune.algorithms.overparameterization.config import Overparamet
 from nncf_compactprune.algorithms.overparameterization.distillation import Distillation, digest
 from nncf_compactprune.algorithms.overparameterization.expandable import (
     compare,
-    last_of_each_resolution,
     outputs,
     select_layers,
 )
@@ -91,12 +90,14 @@ class LinearOverparameterization(CompressionAlgorithm):
                 self._distillation = Distillation(
                     self.context.model,
                     teacher,
-                    self._compared_layers(),
+                    list(self._layers.values()) if distillation.similarity_weight else [],
+                    layers_per_step=distillation.layers_per_step,
                     logits=distillation.logits_weight > 0,
                     classes=self._classes(),
                     precision=distillation.teacher_precision,
                     feature_size=distillation.feature_size,
                 )
+                self._distillation.steps = 0 if state is None else state["distilled_steps"]
         except BaseException:
             self._end(keep_training=False)
             raise
@@ -157,17 +158,10 @@ class LinearOverparameterization(CompressionAlgorithm):
             "first_epoch": self._first_epoch,
             "teacher": self._teacher_digest,
             "stripped": self._stripped,
+            "distilled_steps": 0 if self._distillation is None else self._distillation.steps,
         }
 
     # -- how -----------------------------------------------------------------------------------------------------
-
-    def _compared_layers(self) -> list[str]:
-        names, distillation = list(self._layers.values()), self.config.distillation
-        if not distillation.similarity_weight:
-            return []
-        if distillation.layers == "all":
-            return names
-        return last_of_each_resolution(self.context.model, self.context.example_inputs, names)
 
     def _classes(self) -> Sequence[int]:
         """The dense network's classes that the model still has; empty where it has all."""

@@ -1,14 +1,14 @@
 """``recovery``: fine-tuning after a cut, taught by the dense network, with nothing to tune.
 
 The same machinery as ``linear_overparameterization``, with the settings that were best when training was done
-(``docs/recovery.md``): similarities of the last layer of each resolution (Tung & Mori 2019) and class scores (Hinton et
-al. 2015). Layers are not expanded, as that gained nothing there.
+(``docs/recovery.md``): similarities of layer outputs (Tung & Mori 2019), a few layers at each step. Layers are not
+expanded, as that gained nothing there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from nncf.common.logging import nncf_logger
 from pydantic import Field
@@ -37,8 +37,7 @@ class RecoveryParams(OverparameterizationParams):
 class RecoveryDistillation(DistillationConfig):
     """What the teacher adds to the loss. ``similarity_weight`` is for batches of 128 here, whatever their size is."""
 
-    layers: Literal["all", "stages"] = "stages"
-    logits_weight: float = Field(default=0.3, ge=0)
+    layers_per_step: int | None = Field(default=4, ge=1)
 
 
 class RecoveryConfig(OverparameterizationConfig):
