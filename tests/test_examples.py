@@ -23,7 +23,8 @@ from torch.utils.data import Subset
 from nncf_compactprune.algorithms.catro.algorithm import CatroConfig
 from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig
 from nncf_compactprune.algorithms.fbnet import FBNetConfig
-from nncf_compactprune.algorithms.overparameterization.algorithm import OverparameterizationConfig
+from nncf_compactprune.algorithms.overparameterization.config import OverparameterizationConfig
+from nncf_compactprune.algorithms.overparameterization.recovery import RecoveryConfig
 from nncf_compactprune.cli import main
 from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
 from nncf_compactprune.run import datasets
@@ -250,9 +251,14 @@ def test_readme_lists_every_key_of_fbnet_pruning_with_its_default() -> None:
     assert table("algorithm") == fields(FBNetConfig)
 
 
-def test_readme_lists_every_key_of_linear_overparameterization_with_its_default() -> None:
-    own = {key: value for key, value in fields(OverparameterizationConfig).items() if "." in key}
-    assert table("params.expansion") == {k: v for k, v in own.items() if not k.startswith("initializer.")}
+@pytest.mark.parametrize(
+    ("document", "config"),
+    [("docs/overparameterization.md", OverparameterizationConfig), ("docs/recovery.md", RecoveryConfig)],
+)
+def test_documents_list_every_key_of_recovery_algorithms_with_their_defaults(document, config) -> None:
+    own = {key: value for key, value in fields(config).items() if "." in key}
+    expected = {key: value for key, value in own.items() if not key.startswith("initializer.")}
+    assert table("params.expansion", DOCUMENTS[document]) == expected
 
 
 def test_readme_lists_what_catro_has_beside_or_otherwise() -> None:
