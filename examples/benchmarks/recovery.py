@@ -60,7 +60,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "spkd": {"lr": 0.03, **DISTILLED},
     "lop": {"lr": 0.01, "expansion": 4},
     "lop_spkd": {"lr": 0.01, "expansion": 4, **DISTILLED},
-    "recovery": {"lr": 0.03, **DISTILLED, "layers_per_step": 4},  # the entry's own defaults
+    "recovery": {"lr": 0.03, "similarity_weight": 4_800.0, "feature_size": 8, "layers": "stages"},  # the entry's own
 }
 TITLES = {
     "l2": "L2", "geometric_median": "geometric median", "taylor": "Taylor", "catro": "catro",
@@ -80,7 +80,7 @@ class Trial:
     :param precision: of training; evaluation is always in float32.
     :param scope: ``"inner"`` cuts inside the blocks only, ``"all"`` the residual stream too, as users get it.
     :param round_to: widths are multiples of this.
-    :param layers_per_step: so many are compared at each step; None: all.
+    :param layers: whose similarities are compared.
     """
 
     depth: int
@@ -99,7 +99,7 @@ class Trial:
     logits_weight: float = 0.0
     scope: str = "inner"
     round_to: int = 1
-    layers_per_step: int | None = None
+    layers: str = "all"
 
     @property
     def key(self) -> str:
@@ -236,7 +236,7 @@ def widths(model: nn.Module) -> list[int]:
 def recovery(trial: Trial) -> dict[str, Any]:
     """The config's entry."""
     distillation = {
-        name: getattr(trial, name) for name in ("similarity_weight", "feature_size", "logits_weight", "layers_per_step")
+        name: getattr(trial, name) for name in ("similarity_weight", "feature_size", "logits_weight", "layers")
     }
     return {
         "algorithm": "linear_overparameterization",

@@ -24,6 +24,7 @@ from nncf_compactprune.algorithms.overparameterization.config import Overparamet
 from nncf_compactprune.algorithms.overparameterization.distillation import Distillation, digest
 from nncf_compactprune.algorithms.overparameterization.expandable import (
     compare,
+    last_of_each_resolution,
     outputs,
     select_layers,
 )
@@ -44,8 +45,8 @@ class LinearOverparameterization(CompressionAlgorithm):
     summary = "Fine-tuning with linearly expanded layers and similarity-preserving distillation (arXiv 2204.11444)"
     Config: ClassVar[type[AlgorithmConfig]] = OverparameterizationConfig
     config: OverparameterizationConfig
-    #: images a batch that ``similarity_weight`` is meant for; None: it is taken as it is
-    similarity_batch: ClassVar[int | None] = None
+    #: ``similarity_weight`` is that of one layer and of batches of 128; otherwise it is that of the loss as it is
+    similarity_per_layer: ClassVar[bool] = False
 
     def __init__(self, config: OverparameterizationConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -90,14 +91,12 @@ class LinearOverparameterization(CompressionAlgorithm):
                 self._distillation = Distillation(
                     self.context.model,
                     teacher,
-                    list(self._layers.values()) if distillation.similarity_weight else [],
-                    layers_per_step=distillation.layers_per_step,
+                    self._compared_layers(),
                     logits=distillation.logits_weight > 0,
                     classes=self._classes(),
                     precision=distillation.teacher_precision,
                     feature_size=distillation.feature_size,
                 )
-                self._distillation.steps = 0 if state is None else state["distilled_steps"]
         except BaseException:
             self._end(keep_training=False)
             raise
@@ -126,8 +125,8 @@ class LinearOverparameterization(CompressionAlgorithm):
         if self._distillation is not None:
             distillation = self.config.distillation
             weights = {"similarity": distillation.similarity_weight, "logits": distillation.logits_weight}
-            if self.similarity_batch is not None:  # the loss falls with the batch size as 1 / b
-                weights["similarity"] *= self._distillation.batch / self.similarity_batch
+            if self.similarity_per_layer:  # the loss is a mean over layers, and falls with the batch size as 1 / b
+                weights["similarity"] *= self._distillation.compared * self._distillation.batch / 128
             for kind, loss in self._distillation.losses(distillation.temperature).items():
                 total = total + self._factor * weights[kind] * loss
                 self._last[kind] = loss.detach()  # a float only when asked for: that would wait for the device
@@ -158,10 +157,17 @@ class LinearOverparameterization(CompressionAlgorithm):
             "first_epoch": self._first_epoch,
             "teacher": self._teacher_digest,
             "stripped": self._stripped,
-            "distilled_steps": 0 if self._distillation is None else self._distillation.steps,
         }
 
     # -- how -----------------------------------------------------------------------------------------------------
+
+    def _compared_layers(self) -> list[str]:
+        names, distillation = list(self._layers.values()), self.config.distillation
+        if not distillation.similarity_weight:
+            return []
+        if distillation.layers == "all":
+            return names
+        return last_of_each_resolution(self.context.model, self.context.example_inputs, names)
 
     def _classes(self) -> Sequence[int]:
         """The dense network's classes that the model still has; empty where it has all."""

@@ -37,8 +37,8 @@ class DistillationConfig(Section):
 
     :param similarity_weight: of the similarity-preserving loss (mean over layers); 0 is off. The default is for batches
         of about 128 images; the loss falls with the batch size as 1 / b.
-    :param layers_per_step: so many layers are compared at each step, all in turn; null: all at every step. The mean
-        over steps is the same, at a fraction of the cost.
+    :param layers: whose outputs are compared: ``"all"`` expandable layers, or the last one of each resolution
+        (``"stages"``), which costs a fraction.
     :param feature_size: feature maps are averaged down to this many positions a side first; null: none are, as in the
         original, which costs about as much again as training itself.
     :param logits_weight: of the logits' divergence; 0 is off.
@@ -49,7 +49,7 @@ class DistillationConfig(Section):
     """
 
     similarity_weight: float = Field(default=30000.0, ge=0)
-    layers_per_step: int | None = Field(default=None, ge=1)
+    layers: Literal["all", "stages"] = "all"
     feature_size: int | None = Field(default=8, ge=1)
     logits_weight: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=4.0, gt=0)

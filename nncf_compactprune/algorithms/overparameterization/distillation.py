@@ -7,7 +7,6 @@ distils; it is no part of the student (no parameters, no state, not in copies).
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -124,7 +123,6 @@ class Distillation:
     :param student: gets module hooks.
     :param teacher: is put into eval mode, gets hooks on its paired layers; runs without gradients.
     :param layers: names of the layers whose similarities are compared; empty for logits only.
-    :param layers_per_step: so many of them are compared at each forward, in turn; None: all.
     :param logits: also compare class scores.
     :param classes: the teacher's classes that the student's outputs stand for; empty: all, in the same order.
     :param feature_size: see :func:`similarity`.
@@ -138,7 +136,6 @@ class Distillation:
         teacher: nn.Module,
         layers: Sequence[str],
         *,
-        layers_per_step: int | None = None,
         logits: bool = False,
         classes: Sequence[int] = (),
         precision: Precision = "same",
@@ -149,16 +146,14 @@ class Distillation:
         self._precision = precision
         self._feature_size = feature_size
         self._classes = list(classes)
-        self.steps = 0  # forwards in training mode so far
-        self._turns = math.ceil(len(layers) / (layers_per_step or max(len(layers), 1)))
         self._recording = False
         self._warned = False
         self._similarities: dict[str, list[tuple[str, Tensor]]] = {"student": [], "teacher": []}
         self._scores: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = [student.register_forward_pre_hook(_Tap(self._begin), with_kwargs=True)]
         for who, model in (("student", student), ("teacher", teacher)):
-            for at, name in enumerate(layers):
-                tap = _Tap(self._reduce(who, name, at))
+            for name in layers:
+                tap = _Tap(self._reduce(who, name))
                 self._handles.append(model.get_submodule(name).register_forward_hook(tap))
             if logits:
                 self._handles.append(model.register_forward_hook(_Tap(self._keep_scores(who))))
@@ -185,6 +180,11 @@ class Distillation:
             handle.remove()
         self._handles = []
         self._forget()
+
+    @property
+    def compared(self) -> int:
+        """Layers whose similarities were compared in the last forward in training mode."""
+        return len(self._similarities["student"])
 
     @property
     def batch(self) -> int:
@@ -214,7 +214,6 @@ class Distillation:
         self._recording = student.training and torch.is_grad_enabled()
         if not self._recording:
             return
-        self.steps += 1
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         if next((p.device for p in self.teacher.parameters()), device) != device:
             self.teacher.to(device)
@@ -226,10 +225,9 @@ class Distillation:
             return nullcontext()
         return torch.autocast(device.type, dtype=getattr(torch, self._precision))
 
-    def _reduce(self, who: str, name: str, at: int) -> Callable[..., None]:
+    def _reduce(self, who: str, name: str) -> Callable[..., None]:
         def reduce(module: nn.Module, args: Any, output: Any) -> None:
-            has_its_turn = at % self._turns == self.steps % self._turns
-            if self._recording and has_its_turn and isinstance(output, Tensor):
+            if self._recording and isinstance(output, Tensor):
                 self._similarities[who].append((name, similarity(output, self._feature_size)))
 
         return reduce

@@ -78,6 +78,33 @@ def select_layers(
     return layers, len(candidates)
 
 
+def last_of_each_resolution(model: nn.Module, example_inputs: Any, names: Sequence[str]) -> list[str]:
+    """Of some layers those whose output is the last of its resolution: the ends of a network's stages.
+
+    :param model: it is run once.
+    :param example_inputs: what it is called with.
+    :param names: layers, in the order of execution.
+    :return: their names, in the same order.
+    """
+    resolutions: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            resolutions[name] = tuple(output.shape[1:-1] if isinstance(module, nn.Linear) else output.shape[2:])
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    try:
+        with evaluating(model):
+            call_model(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    ends = {resolutions[name]: name for name in names if name in resolutions}  # a later one takes the place
+    return [name for name in names if name in ends.values()]
+
+
 def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """What the model computes in eval mode, every tensor of it.
 

@@ -1,14 +1,14 @@
 """``recovery``: fine-tuning after a cut, taught by the dense network, with nothing to tune.
 
 The same machinery as ``linear_overparameterization``, with the settings that were best when training was done
-(``docs/recovery.md``): similarities of layer outputs (Tung & Mori 2019), a few layers at each step. Layers are not
-expanded, as that gained nothing there.
+(``docs/recovery.md``): similarities of the last layer of each resolution (Tung & Mori 2019). Layers are not expanded,
+as that gained nothing there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from nncf.common.logging import nncf_logger
 from pydantic import Field
@@ -35,9 +35,11 @@ class RecoveryParams(OverparameterizationParams):
 
 
 class RecoveryDistillation(DistillationConfig):
-    """What the teacher adds to the loss. ``similarity_weight`` is for batches of 128 here, whatever their size is."""
+    """What the teacher adds to the loss. ``similarity_weight`` is that of each layer here, for batches of 128 whatever
+    their size is: a larger one makes training unstable, however many layers there are."""
 
-    layers_per_step: int | None = Field(default=4, ge=1)
+    similarity_weight: float = Field(default=1600.0, ge=0)
+    layers: Literal["all", "stages"] = "stages"
 
 
 class RecoveryConfig(OverparameterizationConfig):
@@ -53,7 +55,7 @@ class Recovery(LinearOverparameterization):
     name = "recovery"
     summary = "Fine-tuning after pruning, taught by the dense network, with nothing to tune"
     Config: ClassVar[type[AlgorithmConfig]] = RecoveryConfig
-    similarity_batch = 128
+    similarity_per_layer = True
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
         super().prepare(state)

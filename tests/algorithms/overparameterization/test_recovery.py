@@ -12,6 +12,9 @@ from support.networks import images, labelled_batches, model32
 from torch import nn
 
 from nncf_compactprune import create_compressed_model
+from nncf_compactprune.algorithms.overparameterization.expandable import last_of_each_resolution
+from nncf_compactprune.run.networks.cifar_resnet import resnet20
+from nncf_compactprune.run.networks.mobilenet_v1 import mobilenet_v1
 
 INPUT = {"sample_size": [2, 3, 12, 12]}
 PRUNING = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "params": {"schedule": "one_shot"}}
@@ -50,9 +53,7 @@ def test_behind_a_pruning_entry_it_teaches_advises_and_leaves_nothing(monkeypatc
 def test_the_weight_of_similarities_follows_the_batch_size() -> None:
     """The mean of squared differences falls as 1 / b where batches hold the same kinds of pairs: here, copies."""
     model = model32()
-    ctrl, _ = create_compressed_model(
-        model, config(PRUNING, {"algorithm": "recovery", "distillation": {"layers_per_step": None}})
-    )
+    ctrl, _ = create_compressed_model(model, config(PRUNING, {"algorithm": "recovery"}))
     x, _ = labelled_batches()[0]
     model.train()
     losses = []
@@ -65,29 +66,33 @@ def test_the_weight_of_similarities_follows_the_batch_size() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_all_layers_have_their_turn_and_the_mean_over_turns_is_the_whole() -> None:
+def test_the_weight_of_similarities_is_that_of_each_layer() -> None:
     x, _ = labelled_batches()[0]
-
-    def losses(layers_per_step, steps):
+    found = {}
+    for name, weight in (("recovery", 1600.0), ("linear_overparameterization", 1600.0 * len(x) / 128)):
         model = model32()
-        entry = {"algorithm": "recovery", "distillation": {"layers_per_step": layers_per_step}}
+        distillation = {"layers": "all", "similarity_weight": weight}
+        entry = {"algorithm": name, "params": {"expansion": None}, "distillation": distillation}
         ctrl, _ = create_compressed_model(model, config(PRUNING, entry))
         model.train()
-        for norm in model.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.eval()
-        found = []
-        for _ in range(steps):
-            model(x)
-            found.append(ctrl.loss().item())
-        return found
-
-    (whole,) = losses(None, 1)
+        model(x)
+        found[name] = ctrl.loss().item()
     layers = sum(isinstance(module, nn.Conv2d) for module in model32().modules())
-    single = losses(1, 2 * layers)
-    assert sum(single[:layers]) / layers == pytest.approx(whole, rel=1e-4)
-    assert single[:layers] == pytest.approx(single[layers:])
-    assert len(set(single)) > 1
+    assert found["recovery"] == pytest.approx(layers * found["linear_overparameterization"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "ends"),
+    [
+        (resnet20, 32, ["layer1.2.conv2", "layer2.2.conv2", "layer3.2.conv2"]),
+        (mobilenet_v1, 64, ["conv_pw_1", "conv_pw_3", "conv_pw_5", "conv_pw_11", "conv_pw_13"]),
+    ],
+)
+def test_stages_end_where_the_resolution_changes(model, size, ends) -> None:
+    network = model()
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+    names = [name for name in names if name != "conv_preds"]
+    assert last_of_each_resolution(network, torch.zeros(1, 3, size, size), names) == ends
 
 
 def test_class_scores_of_a_part_of_the_classes_are_compared_with_the_teachers_of_the_same_classes() -> None:
