@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.errors import ExportError
+from nncf_compactprune.export.branches import refusal, value_reads
 from nncf_compactprune.export.prepared import FlatModel, Prepared, reason_of
 from nncf_compactprune.host.torch_internals import TorchDispatchMode
 
@@ -20,6 +21,8 @@ _FOREIGN = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "openvino")
 # Says for each of torchvision's operations that torchvision is not there, whatever the model.
 _REGISTRATION = "torch.onnx._internal.exporter._registration"
 _OPERATION = re.compile(r"op='(?P<dotted>\w+\.\w+)|(?P<colons>[a-z_]\w*::\w+)|torch\.ops\.(?P<torch>\w+\.\w+)")
+# torch.export's, for a branch or a number that depends on the input's values
+_READS_VALUES = {"GuardOnDataDependentSymNode", "UserError", "Unsupported"}
 _QUOTED_LINES = 20
 _TELLING = 4  # letters of a name that tell it from others
 
@@ -63,6 +66,8 @@ def exporting(whose: str, ready: Prepared) -> Iterator[None]:
             stack.enter_context(redirect_stderr(kept))
             yield
     except Exception as error:
+        if {type(error).__name__, type(error.__cause__).__name__} & _READS_VALUES and (reads := value_reads(ready)):
+            raise refusal(whose, reads) from error
         lines = list(dict.fromkeys(line.rstrip() for line in kept.getvalue().splitlines() if line.strip()))
         said = "".join(f"\n    {line}" for line in lines[-_QUOTED_LINES:])
         msg = f"{whose}: {conversion_reason(error)}.{_place(error, ready)}{f' It said:{said}' if said else ''}"

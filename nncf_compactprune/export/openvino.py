@@ -13,6 +13,7 @@ from openvino._offline_transformations import compress_quantize_weights_transfor
 from torch import nn
 
 from nncf_compactprune.errors import ExportError
+from nncf_compactprune.export.branches import refuse_frozen_reads
 from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order
 from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
@@ -90,12 +91,16 @@ class OpenVinoFormat(ExportFormat):
 
 def _converted(ready: Prepared) -> Any:
     """Traces the model into an ``openvino.Model`` with our names and only the batch dim open."""
-    with exporting("OpenVINO could not convert the model", ready), warnings.catch_warnings():
-        # "might not generalize to other inputs": whether it does is what the verification finds out.
-        warnings.simplefilter("ignore", TracerWarning)
+    whose = "OpenVINO could not convert the model"
+    with exporting(whose, ready), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", TracerWarning)
         # torch's advice to OpenVINO, whose converter traces.
         warnings.filterwarnings("ignore", "`torch.jit.[a-z_]+` is deprecated", DeprecationWarning)
         converted = openvino.convert_model(ready.flat, example_input=ready.trace_inputs.tensors)
+    refuse_frozen_reads(whose, ready, said)
+    for one in said:
+        if not issubclass(one.category, TracerWarning):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     if len(converted.inputs) != len(ready.input_names) or len(converted.outputs) != len(ready.output_names):
         msg = (
             f"OpenVINO converted the model to {len(converted.inputs)} inputs and {len(converted.outputs)} outputs, "

@@ -1,0 +1,143 @@
+"""Values that a network reads while it runs, in an ``if`` or as a number: a trace keeps what the example gave.
+
+Such a file computes something else as soon as another input takes the other branch, and no comparison on the example
+shows it.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nncf_compactprune.errors import ExportError
+from nncf_compactprune.export.prepared import Prepared
+from nncf_compactprune.host.torch_internals import TorchDispatchMode, TracerWarning, tree_leaves
+
+# How torch hands values of a tensor to Python.
+_READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"}
+# Where torch's own frames between an operation and its mode are.
+_DISPATCH = (os.path.join("torch", "_"), os.path.join("torch", "utils", ""))
+_REMEDY = (
+    "Write it with torch.where, which every format takes. As a branch it goes into ONNX by torch.cond, "
+    "and into OpenVINO in a module by torch.jit.script."
+)
+
+
+@dataclass(frozen=True)
+class ValueRead:
+    """A line that reads a value which depends on the input.
+
+    :param file: of the line.
+    :param line: its number.
+    :param module: the innermost module that was running; empty for the model itself.
+    """
+
+    file: str
+    line: int
+    module: str
+
+    @property
+    def code(self) -> str:
+        """The line itself."""
+        return linecache.getline(self.file, self.line).strip()
+
+    @property
+    def decides_nothing(self) -> bool:
+        """Whether it only checks: what an ``assert`` reads is not computed with."""
+        return self.code.startswith("assert ")
+
+    def __str__(self) -> str:
+        where = f"module '{self.module}'" if self.module else "the model"
+        code = f" (`{self.code}`)" if self.code else ""
+        return f"{where} reads a value that depends on the input, {os.path.relpath(self.file)}:{self.line}{code}"
+
+
+def value_reads(ready: Prepared) -> tuple[ValueRead, ...]:
+    """Every line that reads a value which depends on the model's input, in the order in which they run.
+
+    :param ready: the model, which is run once.
+    """
+    watch = _Reads(ready.trace_inputs.tensors)
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in ready.flat.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
+            hooks.callback(module.register_forward_pre_hook(watch.entering(name)).remove)
+            hooks.callback(module.register_forward_hook(watch.leaving, always_call=True).remove)
+        hooks.enter_context(watch)
+        ready.flat.call(watch.inputs)
+    return tuple(dict.fromkeys(read for read in watch.found if not read.decides_nothing))
+
+
+def refuse_frozen_reads(whose: str, ready: Prepared, said: Iterable[warnings.WarningMessage]) -> None:
+    """Refuses a trace that keeps a value which depends on the input.
+
+    Tracers warn of every value that becomes Python's, sizes of tensors among them. Those are what they are for any
+    input of the shape; so the model runs once more, untraced, where sizes are plain numbers and show no read.
+
+    :param whose: the beginning of the message, such as ``OpenVINO could not convert the model``.
+    :param ready: the model that was traced.
+    :param said: what was warned meanwhile.
+    :raises ExportError: naming module, file, line and remedy.
+    """
+    warned = {(one.filename, one.lineno) for one in said if issubclass(one.category, TracerWarning)}
+    if warned and (frozen := [read for read in value_reads(ready) if (read.file, read.line) in warned]):
+        raise refusal(whose, frozen)
+
+
+def refusal(whose: str, reads: Sequence[ValueRead]) -> ExportError:
+    """What to say of a network that reads values.
+
+    :param whose: the beginning of the message.
+    :param reads: at least one.
+    """
+    others = len(reads) - 1
+    more = f" So {'does' if others == 1 else 'do'} {others} other line{'s' * (others > 1)}." if others else ""
+    return ExportError(f"{whose}: {reads[0]}.{more} A file would keep what the example gave. {_REMEDY}")
+
+
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows what is computed from the inputs, and notes where Python is given a value of it."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.inputs = [tensor.clone() for tensor in inputs]
+        self.found: list[ValueRead] = []
+        self._modules: list[str] = []
+        # Kept alive, because the number of a tensor that is gone is given to another one.
+        self._derived: dict[int, Tensor] = {id(tensor): tensor for tensor in self.inputs}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(id(tensor) in self._derived for tensor in given):
+            if func.name().partition(".")[0] in _READS:
+                self._note()
+            written = given[:1] if func.name().partition(".")[0].endswith("_") else []
+            for tensor in (*written, *(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))):
+                self._derived[id(tensor)] = tensor
+        return result
+
+    def entering(self, name: str) -> Any:
+        """A hook that notes which module runs."""
+        return lambda *_: self._modules.append(name)
+
+    def leaving(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A hook that notes that the last one ended."""
+        self._modules.pop()
+
+    def _note(self) -> None:
+        frame = sys._getframe(2)
+        while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _DISPATCH):
+            frame = frame.f_back
+        module = self._modules[-1] if self._modules else ""
+        self.found.append(ValueRead(frame.f_code.co_filename, frame.f_lineno, module))
