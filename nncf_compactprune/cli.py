@@ -1,4 +1,4 @@
-"""The command line: ``nncf-compactprune run | inspect | export | algorithms | schema``.
+"""The command line: the entry point, and the commands that have no file of their own in ``commands``.
 
 Every mistake of the user ends with one message on standard error and exit status 2, without a traceback.
 """
@@ -16,11 +16,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from nncf_compactprune.commands import benchmark, compare, verify  # noqa: F401  # each adds its commands to app
+from nncf_compactprune.commands.app import app
+from nncf_compactprune.commands.console import output_console
 from nncf_compactprune.config import json_schema
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import export_model
 from nncf_compactprune.plugins import default_plugins
 from nncf_compactprune.report import rich_table
+from nncf_compactprune.report.summary import summary_schema
 from nncf_compactprune.run.inspection import Inspection, inspect_model
 from nncf_compactprune.run.pipeline import load_run, run
 from nncf_compactprune.run.progress import bars_on
@@ -29,14 +33,6 @@ from nncf_compactprune.storage.writing import write_whole
 from nncf_compactprune.version import __version__
 
 USER_ERROR_STATUS = 2
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Prunes trained ConvNets structurally, inside NNCF's training loop, and exports what is left.",
-)
 
 Overrides = Annotated[
     list[str],
@@ -83,11 +79,11 @@ def run_command(
         changes["output_dir"] = str(output)
     if weights is not None:
         changes["weights"] = str(weights)
-    console = Console(highlight=False)
+    console = output_console()
     with bars_on(console):
         outcome = run(config, overrides=changes, say=lambda line: console.print(escape(line), soft_wrap=True))
     console.print(rich_table(outcome.comparison))
-    console.print(escape(f"Written to {outcome.directory}: start with report.md."), soft_wrap=True)
+    console.print(escape(f"Written to {outcome.directory}: start with report.html or report.md."), soft_wrap=True)
 
 
 @app.command("inspect")
@@ -104,7 +100,7 @@ def inspect_command(
     if as_json:
         typer.echo(json.dumps(inspection.to_dict(), indent=2))
     else:
-        _print_inspection(inspection, Console(highlight=False))
+        _print_inspection(inspection, output_console())
 
 
 @app.command("export")
@@ -125,7 +121,7 @@ def export_command(
         check = file.verification
         figures = (f"{file.bytes:,}", check.runtime, f"{check.max_rel_error:.1e}", f"{check.tolerance:.0e}")
         table.add_row(escape(str(file.path)), file.label, *figures)
-    Console().print(table)
+    output_console().print(table)
 
 
 @app.command("algorithms")
@@ -134,18 +130,20 @@ def algorithms_command() -> None:
     table = Table("Algorithm", "What it does")
     for name, algorithm in sorted(default_plugins().algorithms.items()):
         table.add_row(escape(name), escape(algorithm.summary))
-    Console(highlight=False).print(table)
+    output_console().print(table)
 
 
 @app.command("schema")
 def schema_command(
     output: Annotated[Path | None, typer.Option(help="A file to write instead of printing.")] = None,
+    summary: Annotated[bool, typer.Option("--summary", help="Of summary.json, which a run writes.")] = False,
 ) -> None:
     """Print the JSON schema of configs, for editors: "$schema" in a config names it."""
-    schema = json_schema()
-    training = run_schema()
-    schema["properties"] |= training["properties"]
-    schema["$defs"] |= training["$defs"]
+    schema = summary_schema() if summary else json_schema()
+    if not summary:
+        training = run_schema()
+        schema["properties"] |= training["properties"]
+        schema["$defs"] |= training["$defs"]
     text = json.dumps(schema, indent=2)
     if output is None:
         typer.echo(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from support.user_files import NET_SOURCE
 
 from nncf_compactprune.cli import app, main
 from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.report.summary import read_summary
 from nncf_compactprune.run.datasets import resolve_dataset
 from nncf_compactprune.run.pipeline import load_run
+from nncf_compactprune.run.prepare import remove_old_results
 from nncf_compactprune.run.training import evaluate
 from nncf_compactprune.version import __version__
 
@@ -111,7 +114,7 @@ def accuracy_in_onnx_runtime(path: Path) -> float:
 
 
 def test_run_leaves_a_report_whose_figures_the_files_confirm(finished: Path) -> None:
-    report = json.loads((finished / "report.json").read_text())
+    report = json.loads((finished / "summary.json").read_text())
     for network, weights in (("dense", "dense.safetensors"), ("pruned", "model.safetensors")):
         figures = report[network]
         exported = finished / network / "model.onnx"
@@ -141,7 +144,7 @@ def test_run_writes_a_page_that_names_every_group(finished: Path) -> None:
 
 
 def test_checkpoint_comes_back_with_the_accuracy_of_the_report(finished: Path) -> None:
-    report = json.loads((finished / "report.json").read_text())
+    report = json.loads((finished / "summary.json").read_text())
     pruned = load_run(finished)
     assert evaluate(pruned.model, resolve_dataset("digits").test_loader(64)) == report["pruned"]["accuracy"]
     assert isinstance(pruned.example_inputs, torch.Tensor)
@@ -166,7 +169,7 @@ def test_run_takes_weights_instead_of_training_and_set_values(
     weights = finished / "dense.safetensors"
     printed = invoke("run", folder / "config.json", "--weights", weights, "--output", tmp_path / "again", *changes)
     assert "Training the dense model" not in printed
-    first, again = (json.loads((path / "report.json").read_text()) for path in (finished, tmp_path / "again"))
+    first, again = (json.loads((path / "summary.json").read_text()) for path in (finished, tmp_path / "again"))
     assert again["dense"]["accuracy"] == first["dense"]["accuracy"]
     assert 0.5 < again["ratio"]["macs"] <= 0.7
     written = json.loads((tmp_path / "again" / "config.json").read_text())
@@ -229,6 +232,8 @@ def test_misspelt_training_key_is_pointed_out(tmp_path: Path, capsys: pytest.Cap
         (["inspect", "resnet18"], "'resnet18' names no model"),
         (["inspect", "python:torch.nn:ReLU", "--sample-size", "1;2"], "--sample-size: expected whole numbers"),
         (["export", "."], ". is no directory of a finished run: config.json, plan.json, model.safetensors not found"),
+        (["benchmark", "none.xml"], "none.xml: no such file or directory"),
+        (["benchmark", "m.xml", "--sample-size", "3,a"], "no such file"),
         (["runn"], "No such command 'runn'"),
     ],
 )
@@ -302,7 +307,7 @@ def find_references(node: Any) -> list[str]:
 def test_demo_prunes_to_its_budget_at_97_percent_or_more(tmp_path: Path, invoke: Invoke) -> None:
     config = CONFIGS / "digits_fbnet.json"
     invoke("run", config, "--output", tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((tmp_path / "summary.json").read_text())
     assert report["dense"]["accuracy"] >= 0.97
     assert report["pruned"]["accuracy"] >= 0.97
     assert report["ratio"]["macs"] <= 0.4
@@ -315,3 +320,83 @@ def test_version_is_printed(invoke: Invoke) -> None:
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.name)
 def test_shipped_config_is_valid_and_its_model_builds(config: Path, invoke: Invoke) -> None:
     assert " prunable groups" in invoke("inspect", "--config", config)
+
+
+def test_verify_serves_every_file_of_a_run(finished: Path, invoke: Invoke, refused: Invoke, tmp_path: Path) -> None:
+    report = json.loads((finished / "summary.json").read_text())
+    checks = json.loads(invoke("verify", finished, "--json"))
+    assert len(checks) == 4
+    for check in checks:
+        network = "dense" if "/dense/" in check["path"] else "pruned"
+        assert check["passed"], check["problems"]
+        assert check["compared_with"] == "torch"
+        assert check["torch_accuracy"] == report[network]["accuracy"]
+        assert check["widths"] == [3, 3]
+    assert "no such file or directory" in refused("verify", tmp_path / "none")
+    assert "holds no exported file" in refused("verify", tmp_path)
+
+
+def test_verify_fails_when_a_file_is_another_networks(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(finished, other)
+    shutil.copyfile(other / "dense" / "model.onnx", other / "pruned" / "model.onnx")
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(other / "pruned" / "model.onnx")])
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert "FAILED" in printed.out
+    assert "widths differ: 'conv1.weight' is" in printed.err
+
+
+def test_piped_tables_leave_paths_whole(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for command in (["verify", str(finished)], ["export", str(finished)]):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert str(finished / "pruned" / "model.onnx") in capsys.readouterr().out
+
+
+def test_second_run_removes_every_file_of_the_first(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    said: list[str] = []
+    remove_old_results(tmp_path / "out", said.append)
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["config.json"]
+    assert len(said) == 1
+
+
+def test_run_leaves_a_page_a_summary_and_pictures(finished: Path) -> None:
+    summary = read_summary(finished)
+    assert {one.file for one in summary.served} == {
+        f"{n}/model.{s}" for n in ("dense", "pruned") for s in ("onnx", "xml")
+    }
+    assert all(not one.problems for one in summary.served)
+    assert [one.name for one in summary.layers] == ["conv1", "conv2", "head"]
+    assert sum(one.macs_pruned for one in summary.layers) == summary.pruned.macs
+    assert sum(one.macs_dense for one in summary.layers) == summary.dense.macs
+    page = (finished / "report.md").read_text()
+    for picture in ("widths.png", "training.png", "layers.png"):
+        assert f"]({picture})" in page
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+    assert "conv1" in (finished / "report.html").read_text()
+
+
+def test_compare_shows_runs_side_by_side(finished: Path, tmp_path: Path, invoke: Invoke, refused: Invoke) -> None:
+    shutil.copytree(finished, tmp_path / "again")
+    printed = invoke("compare", finished, tmp_path / "again", "--output", tmp_path / "runs.html")
+    assert "again" in printed
+    assert "<svg" not in (tmp_path / "runs.html").read_text()
+    assert "data:image/svg+xml;base64," in (tmp_path / "runs.html").read_text()
+    assert "no directory of a finished run" in refused("compare", tmp_path)
+    assert "ends in .html" in refused("compare", finished, "--output", tmp_path / "runs.txt")
+
+
+def test_profile_tells_cost_and_time_of_every_layer(finished: Path, invoke: Invoke, refused: Invoke) -> None:
+    files = [finished / network / "model.xml" for network in ("dense", "pruned")]
+    printed = invoke("profile", *files, "--runs", 2)
+    assert printed.count("µs") >= 3
+    assert "of the MACs are left" in printed
+    assert "layers are timed in OpenVINO" in refused("profile", files[0], finished / "pruned" / "model.onnx")

@@ -95,6 +95,11 @@ def to_markdown(comparison: Comparison) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
+def comparison_cells(comparison: Comparison) -> list[tuple[str, str, str, str]]:
+    """The comparison in words: name, dense, pruned, pruned over dense, a row each."""
+    return [row.cells for row in _rows(comparison)]
+
+
 def to_json(comparison: Comparison) -> str:
     """The comparison as JSON: ``dense`` and ``pruned`` in raw numbers, ``ratio`` (pruned over dense) of the costs."""
     dense, pruned = comparison.dense, comparison.pruned
@@ -132,8 +137,8 @@ def _rows(comparison: Comparison) -> Iterator[_Row]:
     dense, pruned = comparison.dense, comparison.pruned
     if dense.accuracy is not None or pruned.accuracy is not None:
         yield _Row("Accuracy", dense.accuracy, pruned.accuracy, lambda value: f"{100 * value:.2f} %")
-    yield _Row("MACs", dense.macs, pruned.macs, _count)
-    yield _Row("Parameters", dense.params, pruned.params, _count)
+    yield _Row("MACs", dense.macs, pruned.macs, in_words)
+    yield _Row("Parameters", dense.params, pruned.params, in_words)
     yield from _pairs("File, ", dense.file_bytes, pruned.file_bytes, _bytes)
     yield from _pairs("Latency, ", dense.latency_ms, pruned.latency_ms, lambda value: f"{value:.3g} ms")
 
@@ -145,7 +150,8 @@ def _pairs(
         yield _Row(f"{prefix}{key}", dense.get(key), pruned.get(key), show)
 
 
-def _count(value: float) -> str:
+def in_words(value: float) -> str:
+    """A count with a unit: ``4.00 G``."""
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " K")):
         # 999_999 rounds to 1.00 M, not to 1000.00 K.
         if value >= size * 0.999995:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nncf_compactprune.cut.self_check import SelfCheck
-from nncf_compactprune.errors import ResolveError
 from nncf_compactprune.export import QUANTIZED, ExportedFile, export_model, is_quantized, measure_latency
-from nncf_compactprune.host.packages import require_package
+from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.report import Comparison, NetworkFigures, plot_widths, to_json, to_markdown
+from nncf_compactprune.report.charts import curves, layer_times
+from nncf_compactprune.report.page import PAGE_FILE, run_page
+from nncf_compactprune.report.summary import SUMMARY_FILE, Summary, summary_text
 from nncf_compactprune.run.compress import Compressed
+from nncf_compactprune.run.environment import environment
 from nncf_compactprune.run.models import ExampleInputs
 from nncf_compactprune.run.progress import tracked
+from nncf_compactprune.run.served import layers, served, torch_sides
 from nncf_compactprune.run.state import Network, Run
 from nncf_compactprune.storage.writing import write_whole
 from nncf_compactprune.version import __version__
 
+WIDTHS_PICTURE, CURVES_PICTURE, LAYERS_PICTURE = "widths.png", "training.png", "layers.png"
 Files = Mapping[str, Sequence[ExportedFile]]
 
 
@@ -46,13 +54,34 @@ def compare(run: Run, compressed: Compressed) -> Comparison:
             for name, cost in (("dense", plan.before), ("pruned", plan.after))
         )
     )
-    _write_json(run, comparison, compressed, files)
-    _write_markdown(run, comparison, compressed)
-    with suppress(ResolveError):  # a picture is an extra; the figures are in report.md
-        require_package("matplotlib", "nncf-compactprune[report]")
-        if plan.groups:
-            plot_widths(plan.groups, run.directory / "widths.png")
+    sides = torch_sides(run, compressed)
+    text = summary_text(
+        _document(run, comparison, compressed, files)
+        | {"served": served(run, files, sides), "layers": layers(files, sides)}
+    )
+    write_whole(run.directory / SUMMARY_FILE, text.encode())
+    pictures = _pictures(run, plan, Summary.model_validate_json(text))
+    _write_markdown(run, comparison, compressed, pictures)
     return comparison
+
+
+def _pictures(run: Run, plan: PruningPlan, summary: Summary) -> list[str]:
+    """Writes the page and the pictures, which are extras: the figures are in report.md and summary.json."""
+    missing = [name for name in ("matplotlib", "jinja2") if not find_spec(name)]
+    if missing:
+        run.say(f"No {PAGE_FILE}: {' and '.join(missing)} not installed (pip install 'nncf-compactprune[report]')")
+        return []
+    write_whole(run.directory / PAGE_FILE, run_page(summary).encode())
+    drawn = []
+    if plan.groups:
+        drawn.append(plot_widths(plan.groups, run.directory / WIDTHS_PICTURE).name)
+    for name, picture in (
+        (CURVES_PICTURE, curves(summary, "png")),
+        (LAYERS_PICTURE, layer_times(summary.layers, "png")),
+    ):
+        if picture is not None:
+            drawn.append(write_whole(run.directory / name, picture).name)
+    return drawn
 
 
 def _export(run: Run, networks: Mapping[str, Network]) -> dict[str, Sequence[ExportedFile]]:
@@ -84,16 +113,23 @@ def _latency(files: Files, example: ExampleInputs) -> dict[str, dict[str, float]
     return result
 
 
-def _write_json(run: Run, comparison: Comparison, compressed: Compressed, files: Files) -> None:
+def _document(run: Run, comparison: Comparison, compressed: Compressed, files: Files) -> dict[str, Any]:
+    """The summary, but for what is found of the files as served."""
     plan = compressed.plan
-    document = {
+    return {
         "version": __version__,
         "torch": torch.__version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "environment": environment(),
+        "config": dict(run.settings.document),
         "model": run.config.model,
         "dataset": run.config.dataset,
         "algorithm": plan.algorithm,
-        **({"classes": list(plan.output_classes)} if plan.output_classes else {}),
+        "classes": list(plan.output_classes) or None,
         **json.loads(to_json(comparison)),
+        "widths": [vars(group) for group in plan.groups],
+        "pinned": [{"name": name, "channels": size, "reason": reason} for name, size, reason in plan.pinned],
         "verification": {
             f"{network}/{file.path.name}": {
                 "runtime": file.verification.runtime,
@@ -108,14 +144,13 @@ def _write_json(run: Run, comparison: Comparison, compressed: Compressed, files:
         "self_check": {name: _as_json(check) for name, check in compressed.checks.items()},
         "epochs": list(run.snapshots.history),
     }
-    write_whole(run.directory / "report.json", (json.dumps(document, indent=2) + "\n").encode())
 
 
 def _as_json(check: SelfCheck) -> dict[str, Any]:
     return {"proof": check.is_proof, **vars(check)}
 
 
-def _write_markdown(run: Run, comparison: Comparison, compressed: Compressed) -> None:
+def _write_markdown(run: Run, comparison: Comparison, compressed: Compressed, pictures: Sequence[str]) -> None:
     config, plan = run.config, compressed.plan
     data = f"Dataset `{config.dataset}`" if config.dataset is not None else "No dataset"
     lines = [
@@ -125,6 +160,7 @@ def _write_markdown(run: Run, comparison: Comparison, compressed: Compressed) ->
         "",
         *([f"For the classes {', '.join(map(str, plan.output_classes))} only.", ""] if plan.output_classes else []),
         to_markdown(comparison),
+        *([f"The same with all that was measured, as a page: [{PAGE_FILE}]({PAGE_FILE}).", ""] if pictures else []),
     ]
     for name, check in compressed.checks.items():
         lines += [f"Self-check of `{name}`, cut against masked model: {check}.", ""]
@@ -133,6 +169,7 @@ def _write_markdown(run: Run, comparison: Comparison, compressed: Compressed) ->
     lines += [
         "## Channel widths",
         "",
+        *([f"![Channel widths]({WIDTHS_PICTURE})", ""] if WIDTHS_PICTURE in pictures else []),
         "| group | dense | pruned |",
         "| --- | ---: | ---: |",
         *(f"| `{group.name}` | {group.before} | {group.after} |" for group in plan.groups),
@@ -140,4 +177,7 @@ def _write_markdown(run: Run, comparison: Comparison, compressed: Compressed) ->
     if plan.pinned:
         lines += ["", "## Not prunable", ""]
         lines += [f"- `{name}` ({size} channels): {reason}" for name, size, reason in plan.pinned]
+    for title, name in (("Training", CURVES_PICTURE), ("Time of the longest layers", LAYERS_PICTURE)):
+        if name in pictures:
+            lines += ["", f"## {title}", "", f"![{title}]({name})"]
     write_whole(run.directory / "report.md", ("\n".join(lines) + "\n").encode())

@@ -7,7 +7,7 @@ A run writes into one directory::
     plan.json           what was removed
     model.safetensors   weights after fine-tuning; with config and plan, the checkpoint
     dense/, pruned/     ONNX and OpenVINO files of both
-    report.json, report.md, widths.png
+    summary.json, report.html, report.md, with pictures beside it
     snapshots/          while it runs: the last two epochs; a run that was killed goes on from there
 """
 

@@ -26,7 +26,11 @@ from nncf_compactprune.storage.plan_file import PLAN_FILE
 from nncf_compactprune.storage.snapshots import Snapshots
 from nncf_compactprune.storage.writing import write_whole
 
-RESULTS = (DENSE_FILE, PLAN_FILE, WEIGHTS_FILE, "report.json", "report.md", "widths.png")
+RESULTS = (
+    *(DENSE_FILE, PLAN_FILE, WEIGHTS_FILE, "summary.json", "report.md", "report.html"),
+    *("widths.png", "training.png", "layers.png"),
+    "report.json",  # of versions before 0.1.0
+)
 
 
 def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
@@ -54,7 +58,7 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
     )
     example = resolved.example_inputs
     if dataset is not None:
-        dataset = _normalised_for(resolved, dataset)
+        dataset = normalised_for(resolved, dataset)
         example = _real_example(resolved, dataset)
         check_classes(resolved, example, dataset)
     for warning in late_schedules(settings, plugins):
@@ -201,8 +205,12 @@ def _with_input_info(settings: Settings, dataset: ResolvedDataset) -> Settings:
     )
 
 
-def _normalised_for(resolved: ResolvedModel, dataset: ResolvedDataset) -> ResolvedDataset:
-    """The dataset with the mean and std that the model states, where the dataset leaves them to it."""
+def normalised_for(resolved: ResolvedModel, dataset: ResolvedDataset) -> ResolvedDataset:
+    """The dataset with the mean and std that the model states, where the dataset leaves them to it.
+
+    :param resolved: the model.
+    :param dataset: any.
+    """
     if not dataset.model_normalises or resolved.mean is None or resolved.std is None:
         return dataset
     return replace(dataset, mean=resolved.mean, std=resolved.std)

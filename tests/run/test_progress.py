@@ -58,6 +58,6 @@ def test_terminal_gets_bars_and_pipe_gets_plain_lines(tmp_path: Path) -> None:
     assert not {"\x1b", "\r"} & {*text, *piped.stderr.decode()}
     assert "Batch norm adaptation" not in text
     assert "Self-check of fbnet_pruning: error" in text
-    checks = json.loads((tmp_path / "out" / "report.json").read_text())["self_check"]
+    checks = json.loads((tmp_path / "out" / "summary.json").read_text())["self_check"]
     assert checks["fbnet_pruning"]["proof"] is True
     assert checks["fbnet_pruning"]["compared"]

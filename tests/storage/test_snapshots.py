@@ -194,7 +194,7 @@ def check_same(whole: Path, killed: Path) -> None:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), file
     epochs = [
-        [(e["phase"], e["epoch"], e["loss"]) for e in json.loads((folder / "report.json").read_text())["epochs"]]
+        [(e["phase"], e["epoch"], e["loss"]) for e in json.loads((folder / "summary.json").read_text())["epochs"]]
         for folder in (whole, killed)
     ]
     assert epochs[0] == epochs[1]

@@ -10,6 +10,7 @@ from nncf_compactprune.run.datasets.classes import only_classes
 from nncf_compactprune.run.datasets.digits import digits
 from nncf_compactprune.run.datasets.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from nncf_compactprune.run.datasets.resolve import compactprune_datasets, resolve_dataset
+from nncf_compactprune.run.datasets.samples import even_samples
 
 __all__ = [
     "CIFAR10_CLASSES",
@@ -24,6 +25,7 @@ __all__ = [
     "compactprune_datasets",
     "crop_and_flip",
     "digits",
+    "even_samples",
     "jitter",
     "only_classes",
     "resized_crop_and_flip",

@@ -366,7 +366,7 @@ def test_the_command_line_reports_accuracy_on_the_classes(tmp_path: Path, capsys
     printed = capsys.readouterr().out
     assert ended.value.code == 0, printed
     assert "Dense, among classes 3, 8: test accuracy" in printed
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert report["classes"] == [3, 8]
     assert report["pruned"]["accuracy"] > 0.8
     plan = json.loads((tmp_path / "out" / PLAN_FILE).read_text())

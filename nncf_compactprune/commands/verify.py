@@ -1,0 +1,114 @@
+"""``nncf-compactprune verify``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from nncf_compactprune.commands.app import app
+from nncf_compactprune.commands.console import output_console
+from nncf_compactprune.run.verifying import SAMPLES, verify
+from nncf_compactprune.serving.server import Serving
+from nncf_compactprune.serving.verify import MAX_DROP, ServedCheck
+
+FAILED_STATUS = 1
+
+Device = Annotated[str, typer.Option(help="Where files run.")]
+Precision = Annotated[
+    str | None, typer.Option(help="f32, bf16 or f16, for OpenVINO; what the runtime chooses by default.")
+]
+
+
+@app.command("verify")
+def verify_command(
+    path: Annotated[Path, typer.Argument(help="The directory of a run, any with exported files in it, or one file.")],
+    device: Device = "CPU",
+    precision: Precision = None,
+    samples: Annotated[int, typer.Option(min=1, help="Test images, evenly from all.")] = SAMPLES,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size, beside single images.")] = 32,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Largest error relative to the largest output; by arithmetic if not given."),
+    ] = None,
+    max_drop: Annotated[float, typer.Option(min=0, max=1, help="Largest loss of accuracy against torch.")] = MAX_DROP,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Serve exported files as their runtimes do by default, and compare them with torch: outputs, decisions, accuracy,
+    channel widths. Exits with status 1 if a file is not what it should be."""
+    errors = Console(stderr=True, highlight=False)
+    checks = verify(
+        path,
+        serving=Serving(device=device, precision=precision),
+        samples=samples,
+        batch_size=batch,
+        tolerance=tolerance,
+        max_drop=max_drop,
+        say=lambda line: errors.print(escape(line), soft_wrap=True),
+    )
+    if as_json:
+        typer.echo(json.dumps([as_document(check) for check in checks], indent=2))
+    else:
+        output_console().print(checks_table(checks))
+    failed = [check for check in checks if not check.passed]
+    for check in failed:
+        for problem in check.problems:
+            errors.print(escape(f"{check.path}: {problem}"), soft_wrap=True)
+    if failed:
+        raise typer.Exit(FAILED_STATUS)
+
+
+def checks_table(checks: Sequence[ServedCheck]) -> Table:
+    """What was found, a file a row.
+
+    :param checks: of the files.
+    """
+    table = Table(
+        Column("File", overflow="fold"),
+        "Served by",
+        "In",
+        "Against",
+        "Batches",
+        "Error",
+        "Limit",
+        "Same class",
+        "Accuracy",
+        "Torch's",
+        "Widths",
+        "",
+    )
+    for check in checks:
+        table.add_row(*(escape(cell) for cell in _cells(check)))
+    return table
+
+
+def as_document(check: ServedCheck) -> dict[str, Any]:
+    """A finding as JSON data.
+
+    :param check: of one file.
+    """
+    return {**vars(check), "path": str(check.path), "passed": check.passed}
+
+
+def _cells(check: ServedCheck) -> tuple[str, ...]:
+    return (
+        str(check.path),
+        check.runtime,
+        check.arithmetic,
+        f"{check.compared_with}, {check.samples} samples",
+        ", ".join(map(str, check.batch_sizes)),
+        f"{check.error:.1e}",
+        "-" if check.tolerance is None else f"{check.tolerance:.0e}",
+        *(
+            "-" if share is None else f"{share:.2%}"
+            for share in (check.agreement, check.accuracy, check.torch_accuracy)
+        ),
+        "-" if check.widths is None else f"{check.widths[0]} of {check.widths[1]}",
+        "ok" if check.passed else "FAILED",
+    )

@@ -1,0 +1,37 @@
+"""Inputs for a file that comes without any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nncf_compactprune.errors import ExportError
+from nncf_compactprune.export.prepared import ModelInputs
+from nncf_compactprune.serving.server import Server
+
+
+def noise_for(server: Server, batch: int, sample_size: Sequence[int] | None = None) -> ModelInputs:
+    """Normal noise, or random bytes where a file takes whole numbers; the same at every call.
+
+    :param server: says what the file takes.
+    :param batch: how many samples.
+    :param sample_size: the shape of an input without its batch, where the file leaves more than that open.
+    :raises ExportError: when the file leaves more open and no sample size is given.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for name, shape, kind in zip(server.input_names, server.input_shapes, server.input_types, strict=True):
+        rest = tuple(sample_size) if sample_size is not None else shape[1:]
+        if any(side is None for side in rest) or not shape or (shape == (None,) and sample_size is None):
+            msg = f"{server.path}: input '{name}' has the open shape {list(shape)}. Say the size of a sample, without "
+            msg += "the batch, as in --sample-size 3,224,224."
+            raise ExportError(msg)
+        size = (batch, *(side or 1 for side in rest))
+        if kind.startswith("float"):
+            tensors.append(torch.randn(size, generator=generator).to(getattr(torch, kind)))
+        else:
+            tensors.append(
+                torch.randint(0, 2 if kind == "bool" else 100, size, generator=generator).to(getattr(torch, kind))
+            )
+    return ModelInputs(server.input_names, tuple(tensors), False, {})
