@@ -266,6 +266,7 @@ def create_compressed_model(
     example_inputs: Any = None,
     plugins: Plugins | None = None,
     teacher: nn.Module | None = None,
+    shared: Mapping[Any, Any] | None = None,
 ) -> tuple[CompressionController, nn.Module]:
     """Builds every algorithm of a configuration on a model, in the order of the list.
 
@@ -280,6 +281,8 @@ def create_compressed_model(
     :param example_inputs: what to trace with; default: built from the configuration's ``input_info``.
     :param plugins: where algorithms, criteria and rules come from; the installed plugins by default.
     :param teacher: for algorithms that distil; default: a copy of the model as it is now. Put into eval mode.
+    :param shared: live objects that algorithms look for, by their class, such as
+        :class:`~nncf_compactprune.algorithms.filter_pruning.learned_ranking.RankingTraining`.
     :return: controller and model.
     :raises ConfigError: every problem of the configuration at once.
     :raises CompactPruneError: nothing prunable, unreachable budget, scope without a match, and the like; the model is
@@ -292,6 +295,7 @@ def create_compressed_model(
     aware = config.accuracy_aware_training
     search = aware is not None and aware.searches
     context = Context(model, example_inputs, plugins, train_loader, teacher=teacher, hold_masks=search)
+    context.shared.update(shared or {})
     if example_inputs is None:
         context.example_inputs = _varied(config.example_inputs(context.device))
     algorithms = [_build(plugins, entry, context) for entry in config.compression]

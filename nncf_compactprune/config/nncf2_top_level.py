@@ -25,7 +25,27 @@ _NEAR = 0.85
 _DEVICES = {"VPU": "NPU", "NONE": "ANY", "TRIAL": "ANY"}
 #: of an entry, in NNCF 1.x, to today's at the top level
 _ACCURACY_KEYS = {"maximal_accuracy_degradation": "maximal_relative_accuracy_degradation"}
+_OLD_INPUTS = ("input_infos", "input_sample_size", "input_sample_sizes")
+#: keys of entries that some files have at the top level, where NNCF passed over them
+_MISPLACED = ("pruning_init", "sparsity_init")
 _WITHOUT_LEVEL = ("quantization", "binarization")
+
+
+def concerns_us(key: str) -> bool:
+    """Whether a key of the top level is ours, in whatever spelling, or was to be.
+
+    >>> [key for key in ("input_info", "input_sample_size", "target_devce", "epochs") if concerns_us(key)]
+    ['input_info', 'input_sample_size', 'target_devce']
+
+    :param key: as the user wrote it.
+    """
+    return key in (*KEYS, *_OLD_INPUTS, *_MISPLACED, "hw_config_type") or _meant(key) is not None
+
+
+def _meant(key: str) -> str | None:
+    """What a misspelt key was to be."""
+    close = difflib.get_close_matches(key, KEYS, n=1, cutoff=_NEAR)
+    return close[0] if close and key not in KEYS else None
 
 
 def modern_top_level(data: Mapping[str, Any], warnings: list[Finding], findings: list[Finding]) -> dict[str, Any]:
@@ -41,19 +61,18 @@ def modern_top_level(data: Mapping[str, Any], warnings: list[Finding], findings:
     _accuracy(result, warnings)
     _from_entries(result, warnings)
     for key in result:
-        close = difflib.get_close_matches(key, KEYS, n=1, cutoff=_NEAR)
-        if key not in KEYS and close and close[0] not in (*result, "compression"):  # a missing one is told elsewhere
-            findings.append(((key,), f"unknown key. Did you mean {show(close[0])}?"))
-    if "compression" in result:
-        for key in ("pruning_init", "sparsity_init"):
-            if key in result:
-                warnings.append(((key,), "nothing reads it here. It belongs into the entry of its algorithm."))
+        meant = _meant(key)
+        if meant is not None and meant not in (*result, "compression"):  # that this one is missing is told elsewhere
+            findings.append(((key,), f"unknown key. Did you mean {show(meant)}?"))
+    for key in _MISPLACED:
+        if key in result:
+            warnings.append(((key,), "nothing reads it here. It belongs into the entry of its algorithm."))
     return result
 
 
 def _inputs(result: dict[str, Any], warnings: list[Finding]) -> None:
     """``input_sample_size(s)`` of NNCF's first versions, and ``input_infos``, as some of its documents wrote it."""
-    for old in ("input_infos", "input_sample_size", "input_sample_sizes"):
+    for old in _OLD_INPUTS:
         if old not in result or "input_info" in result:
             continue
         value = result.pop(old)

@@ -32,6 +32,7 @@ from nncf_compactprune.integrations.nncf2.init_args import (
     wrap_dataloader_for_init,
 )
 from nncf_compactprune.integrations.nncf2.loading import load_state
+from nncf_compactprune.integrations.nncf2.ranking import ranking_training
 from nncf_compactprune.plugins import default_plugins
 
 
@@ -81,7 +82,8 @@ def create_compressed_model(
         native = NativeController(Context(model, example, default_plugins()), [])
     else:
         batches = None if loader is None else TrainingBatches(loader, model)
-        native, model = create_native(model, typed, batches, compression_state, example_inputs=example)
+        shared = ranking_training(config)
+        native, model = create_native(model, typed, batches, compression_state, example_inputs=example, shared=shared)
     evaluate = None
     if isinstance(config, NNCFConfig) and config.has_extra_struct(ModelEvaluationArgs):
         evaluate = config.get_extra_struct(ModelEvaluationArgs).eval_fn

@@ -150,15 +150,17 @@ def register_default_init_args(
     :param train_loader: for BatchNorm adaptation, quantizer ranges, and algorithms that look at data.
     :param criterion: belonged to mixed precision, which NNCF 3 does not have; not read.
     :param criterion_fn: as ``criterion``.
-    :param train_steps_fn: not read: the learned ranking trains its candidates itself, on ``train_loader``.
-    :param validate_fn: as ``train_steps_fn``.
-    :param val_loader: as ``train_steps_fn``.
+    :param train_steps_fn: trains the candidates of a learned ranking: takes loader, model, optimizer, controller and a
+        number of steps. Without it, ``validate_fn`` and ``val_loader``, they are trained and judged as classifiers on
+        ``train_loader``.
+    :param validate_fn: judges them: takes model and loader, returns accuracy and loss.
+    :param val_loader: is passed to ``validate_fn``.
     :param autoq_eval_fn: as ``criterion``.
     :param model_eval_fn: takes the model, returns its metric; accuracy-aware training uses it where it is not given
         the uncompressed accuracy.
     :param distributed_callbacks: not read: nothing here wraps models for distributed training.
     :param execution_parameters: as ``distributed_callbacks``.
-    :param legr_train_optimizer: as ``train_steps_fn``.
+    :param legr_train_optimizer: takes the parameters of a candidate, returns its optimizer.
     :param device: where to initialise; the model's own device is used.
     :return: the configuration.
     :raises CompactPruneError: it was called for this configuration before.
@@ -167,9 +169,39 @@ def register_default_init_args(
     nncf_config.register_extra_structs(
         [QuantizationRangeInitArgs(loader, device), BNAdaptationInitArgs(loader, device)]
     )
+    if train_steps_fn is not None and validate_fn is not None and val_loader is not None:
+        ranking = LeGRInitArgs(train_loader, train_steps_fn, val_loader, validate_fn, legr_train_optimizer, nncf_config)
+        nncf_config.register_extra_structs([ranking])
     if model_eval_fn is not None:
         nncf_config.register_extra_structs([ModelEvaluationArgs(model_eval_fn)])
     return nncf_config
+
+
+class LeGRInitArgs(NNCFExtraConfigStruct):
+    """How the candidates of a learned ranking are trained and judged.
+
+    :param train_loader: is passed to ``train_fn``.
+    :param train_fn: takes loader, model, optimizer, controller and a number of steps.
+    :param val_loader: is passed to ``val_fn``.
+    :param val_fn: takes model and loader, returns accuracy and loss.
+    :param train_optimizer: takes parameters, returns an optimizer; NNCF 2.x's default, where None.
+    :param nncf_config: not read.
+    """
+
+    ID = "legr_init_args"
+
+    def __init__(
+        self,
+        train_loader: Any,
+        train_fn: Callable[..., Any],
+        val_loader: Any,
+        val_fn: Callable[..., Any],
+        train_optimizer: Callable[..., Any] | None,
+        nncf_config: NNCFConfig,
+    ) -> None:
+        self.train_loader, self.train_steps_fn = train_loader, train_fn
+        self.val_loader, self.val_fn = val_loader, val_fn
+        self.train_optimizer, self.config = train_optimizer, nncf_config
 
 
 class TrainingBatches:
