@@ -116,7 +116,7 @@ def test_widths_of_lowest_equals_taking_one_by_one():
     most = [6, 0, 9]
     for removed in range(20):
         left = [7, 3, 12]
-        for _, group in sorted((s, g) for g, group in enumerate(scores) for s in group):
+        for _, group in sorted((score, at) for at, every in enumerate(scores) for score in every):
             if sum((7, 3, 12)) - sum(left) < removed and (7, 3, 12)[group] - left[group] < most[group]:
                 left[group] -= 1
         assert widths_of_lowest(scores, removed, most).tolist() == left
@@ -179,9 +179,7 @@ def test_the_last_convolution_goes_as_in_nncf_2_and_stays_as_in_nncf_1():
 
 
 def test_a_bare_sequential_is_pruned_before_training():
-    model = nn.Sequential(
-        conv_bn(3, 16), conv_bn(16, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)
-    )
+    model = nn.Sequential(conv_bn(3, 16), conv_bn(16, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
     _, model = compressed(model)
     assert len(model[1][0].weight) == 16
     assert len(model[0][0].weight) == 16

@@ -46,7 +46,9 @@ def test_a_good_ranking_is_found_where_norms_mislead():
     model = Net()
     with torch.no_grad():
         target = model(images(torch.float32))
-    judge = RankingTraining(lambda net, steps: None, lambda net: float((net(images(torch.float32)) - target).square().mean()))
+    judge = RankingTraining(
+        lambda net, steps: None, lambda net: float((net(images(torch.float32)) - target).square().mean())
+    )
     legr = {**SHORT, "generations": 60, "population_size": 20, "scale_sigma": 4, "mutate_percent": 0.5}
     ctrl, model = compressed(model, shared={RankingTraining: judge}, legr=legr, pruning_flops_target=0.4)
     assert len(model.useful.weight) > len(model.useless.weight)
@@ -59,7 +61,8 @@ def test_the_network_itself_is_not_trained():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.get_rng_state()
     params = {"schedule": "exponential", "interlayer_ranking_type": "learned_ranking", "legr_params": SHORT}
-    config = {"input_info": INPUT, "compression": {"algorithm": "filter_pruning", "pruning_init": 0.1, "params": params}}
+    entry = {"algorithm": "filter_pruning", "pruning_init": 0.1, "params": params}
+    config = {"input_info": INPUT, "compression": entry}
     ctrl, _ = create_compressed_model(model, config, list(labelled_batches()), example_inputs=images(torch.float32))
     assert ctrl.algorithms[0].ranking is not None
     assert torch.equal(torch.get_rng_state(), random)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_exponential_divides_what_is_left_by_the_same_factor():
     assert found[0] == pytest.approx(0.1)
     assert found[14:] == pytest.approx([0.4] * 3)
     left = [1 - f for f in found[:15]]
-    assert [b / a for a, b in zip(left, left[1:], strict=False)] == pytest.approx([(0.6 / 0.9) ** (1 / 14)] * 14)
+    assert [b / a for a, b in pairwise(left)] == pytest.approx([(0.6 / 0.9) ** (1 / 14)] * 14)
 
 
 @pytest.mark.parametrize(("initial", "target", "steps"), [(0.0, 0.5, 9), (0.1, 0.4, 17), (0.3, 0.41, 33)])
@@ -31,10 +32,10 @@ def test_exponential_with_bias_passes_its_three_points(initial, target, steps):
     assert found[0] == pytest.approx(initial)
     assert found[(steps - 1) // 8] == pytest.approx(0.75 * target, abs=1e-6)
     assert found[steps - 1 :] == pytest.approx([target] * 3)
-    assert all(a <= b for a, b in zip(found, found[1:], strict=False))
+    assert all(a <= b for a, b in pairwise(found))
     # the steps shrink or grow by one factor: a·exp(-k·epoch) + b
-    steps_between = [b - a for a, b in zip(found[: steps - 1], found[1:steps], strict=True)]
-    factors = [b / a for a, b in zip(steps_between, steps_between[1:], strict=False)]
+    steps_between = [b - a for a, b in pairwise(found[:steps])]
+    factors = [b / a for a, b in pairwise(steps_between)]
     assert factors == pytest.approx([factors[0]] * len(factors), rel=1e-4)
 
 

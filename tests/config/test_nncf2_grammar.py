@@ -1,0 +1,208 @@
+"""Keys of older versions of NNCF, files in every form, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nncf_compactprune.config import load_config
+from nncf_compactprune.errors import ConfigError
+
+INPUT = {"sample_size": [1, 3, 32, 32]}
+
+
+def load(entries, **top):
+    return load_config({"input_info": INPUT, "compression": entries, **top})
+
+
+def pruning(params=None, **keys):
+    return {"algorithm": "filter_pruning", **({} if params is None else {"params": params}), **keys}
+
+
+@pytest.mark.parametrize(
+    ("old", "today", "warning"),
+    [
+        (
+            pruning({"weight_importance": "L1"}),
+            pruning({"filter_importance": "L1"}),
+            'compression.params.weight_importance: an older spelling. Write "params.filter_importance" today.',
+        ),
+        (
+            pruning({"pruning_init": 0.1}),
+            pruning(pruning_init=0.1),
+            'compression.params.pruning_init: an older spelling. Write "pruning_init" today.',
+        ),
+        (
+            pruning(schedule="baseline", pruning_target=0.3, weight_importance="L1"),
+            pruning({"schedule": "baseline", "pruning_target": 0.3, "filter_importance": "L1"}),
+            'compression.weight_importance: an older spelling. Write "params.filter_importance" today.',
+        ),
+        (
+            {"algorithm": "rb_sparsity",
+             "params": {"sparsity_init": 0.01, "sparsity_steps": 5, "sparsity_training_steps": 9}},
+            {"algorithm": "rb_sparsity", "sparsity_init": 0.01,
+             "params": {"sparsity_target_epoch": 5, "sparsity_freeze_epoch": 9}},
+            'sparsity_training_steps: an older spelling. Write "params.sparsity_freeze_epoch" today.',
+        ),
+        (
+            {"algorithm": "magnitude_sparsity",
+             "params": {"schedule": "multistep", "steps": [2], "sparsity_levels": [0.1, 0.2]}},
+            {"algorithm": "magnitude_sparsity",
+             "params": {"schedule": "multistep", "multistep_steps": [2], "multistep_sparsity_levels": [0.1, 0.2]}},
+            'params.steps: an older spelling. Write "params.multistep_steps" today.',
+        ),
+        (
+            {"algorithm": "knowledge_distillation", "is_softmax": True},
+            {"algorithm": "knowledge_distillation", "type": "softmax"},
+            'is_softmax: an older spelling. Write "type" today.',
+        ),
+        (
+            {"algorithm": "knowledge_distillation", "is_softmax": False, "scale": 10},
+            {"algorithm": "knowledge_distillation", "type": "mse", "scale": 10},
+            'is_softmax: an older spelling. Write "type" today.',
+        ),
+        (
+            pruning({"zero_grad": True}),
+            pruning({}),
+            "compression.params.zero_grad: nothing reads it any more: gradients of masked filters are zero",
+        ),
+        (
+            pruning({"write_filter_pruning_mask": True}),
+            pruning({}),
+            "compression.params.write_filter_pruning_mask: nothing reads it any more",
+        ),
+    ],
+)  # fmt: skip
+def test_older_spellings_are_taken_with_a_warning(old, today, warning, caplog):
+    assert load(old).compression[0] == load(today).compression[0]
+    assert warning in caplog.text
+
+
+def test_today_s_spelling_gives_no_warning(caplog):
+    load(pruning({"filter_importance": "geometric_median", "pruning_target": 0.4}, pruning_init=0.1))
+    assert not caplog.records
+
+
+def test_the_document_that_was_given_stays_as_it_is():
+    entry = pruning({"weight_importance": "L1", "zero_grad": True})
+    before = json.dumps(entry)
+    load(entry)
+    assert json.dumps(entry) == before
+
+
+def test_mistakes_are_told_under_the_name_that_was_written():
+    with pytest.raises(ConfigError) as caught:
+        load([pruning({"weight_importance": "L3", "pruning_init": 7}), pruning(pruning_target=7)])
+    assert [problem.path for problem in caught.value.problems] == [
+        "compression[0].params.weight_importance",
+        "compression[0].params.pruning_init",
+        "compression[1].pruning_target",
+    ]
+
+
+def test_a_key_in_both_spellings_is_a_mistake():
+    with pytest.raises(ConfigError, match=r"params.weight_importance: given twice, here and as .*params.filter_import"):
+        load(pruning({"weight_importance": "L1", "filter_importance": "L2"}))
+
+
+def test_own_algorithms_stay_strict():
+    with pytest.raises(ConfigError, match="unknown key"):
+        load({"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "round_to": 4})
+
+
+@pytest.mark.parametrize(
+    ("old", "shapes"),
+    [
+        ({"input_info": INPUT}, [[1, 3, 32, 32]]),
+        (
+            {"input_info": [INPUT, {"sample_size": [2, 4], "type": "long", "filler": "random"}]},
+            [[1, 3, 32, 32], [2, 4]],
+        ),
+        ({"input_infos": INPUT}, [[1, 3, 32, 32]]),
+        ({"input_sample_size": [1, 3, 8, 8]}, [[1, 3, 8, 8]]),
+        ({"input_sample_sizes": [[1, 3, 8, 8], [1, 2]]}, [[1, 3, 8, 8], [1, 2]]),
+    ],
+)
+def test_inputs_in_every_form(old, shapes):
+    config = load_config({**old, "compression": pruning()})
+    assert [list(x.shape) for x in config.example_inputs()] == shapes
+
+
+@pytest.mark.parametrize(
+    ("old", "device"),
+    [({"target_device": "VPU"}, "NPU"), ({"target_device": "TRIAL"}, "ANY"), ({"target_device": "CPU_SPR"}, "CPU_SPR"),
+     ({"hw_config_type": "cpu"}, "CPU"), ({"target_device": "NONE"}, "ANY")],
+)  # fmt: skip
+def test_devices(old, device):
+    assert load(pruning(), **old).target_device == device
+
+
+def test_accuracy_aware_training_inside_an_entry_moves_up(caplog):
+    inner = {"maximal_accuracy_degradation": 1.0, "initial_training_phase_epochs": 100, "patience_epochs": 30}
+    config = load([pruning({}, accuracy_aware_training=inner)])
+    assert config.accuracy_aware_training.searches
+    assert config.accuracy_aware_training.params.maximal_relative_accuracy_degradation == 1.0
+    assert "its place in NNCF 1.x" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"algorithm": "filter_pruning"}]',
+        '[{"compression": {"algorithm": "filter_pruning"}, "epochs": 3}]',
+        '// of 2021\n{"compression": [ /* one */ {"algorithm": "filter_pruning", "params": {},},],}',
+    ],
+)
+def test_files_in_every_form(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert [entry.algorithm for entry in load_config(path).compression] == ["filter_pruning"]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("binarization", '"quantization"'), ("movement_sparsity", '"magnitude_sparsity"'),
+     ("experimental_quantization", '"quantization"')],
+)  # fmt: skip
+def test_what_is_gone_is_refused_in_one_sentence_with_the_way(name, way):
+    with pytest.raises(ConfigError) as caught:
+        load([{"algorithm": name, "params": {"anything": 1}}])
+    message = str(caught.value)
+    assert f'"{name}" is not supported: NNCF dropped it.' in message
+    assert way in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("target_devise", "target_device"), ("input_inf", "input_info"), ("ignored_scope", "ignored_scopes"),
+     ("compression_lr_multipler", "compression_lr_multiplier"),
+     ("acuracy_aware_training", "accuracy_aware_training")],
+)  # fmt: skip
+def test_misspelt_keys_of_the_top_level_are_told(key, meant):
+    with pytest.raises(ConfigError, match=f"{key}: unknown key. Did you mean .{meant}.\\?"):
+        load_config({key: {}, "compression": pruning()})
+
+
+def test_keys_of_the_training_script_are_left_alone():
+    keys = ["model", "epochs", "optimizer", "num_classes", "dataset", "log_dir", "target", "compression_type", "inputs"]
+    load(pruning(), **dict.fromkeys(keys, 1))
+
+
+def test_a_misplaced_start_is_told(caplog):
+    load(pruning(), pruning_init=0.1)
+    assert "pruning_init: nothing reads it here. It belongs into the entry of its algorithm." in caplog.text
+
+
+def test_everything_wrong_is_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load(
+            [
+                pruning({"pruning_target": 7, "shedule": "baseline"}),
+                {"algorithm": "binarization"},
+                {"algorithm": "knowledge_distillation", "type": "none"},
+            ],
+            target_devise="CPU",
+        )
+    assert len(caught.value.problems) == 5
