@@ -11,7 +11,9 @@ the attributes alone.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
@@ -30,11 +32,24 @@ _CLASS_IN_PATTERN = re.compile(r"\w+(?=\\\[)")
 _ROOT_IN_PATTERN = re.compile(r"^(\^?)\w+(?=/)")
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A module, or a function that runs in it.
+
+    :param number: how often the function ran in the module before.
+    """
+
+    module: str
+    function: str = ""
+    number: int = 0
+
+
 class OldNames:
     """What the names of a model were in NNCF 2.x.
 
     :param model: the network.
-    :param names: today's names of modules and operations, each with the parameters and buffers behind it.
+    :param names: today's names of modules and of operations, these in the order of execution, each with the parameters
+        and buffers behind it.
     """
 
     def __init__(self, model: nn.Module, names: Mapping[str, Collection[str]]) -> None:
@@ -64,33 +79,34 @@ class OldNames:
     @cached_property
     def _by_old(self) -> dict[str, set[str]]:
         result: dict[str, set[str]] = {}
-        for name in self._names:
-            for old in self._old(name):
+        for name, place in self._places.items():
+            for old in self._old(place):
                 result.setdefault(old, set()).add(name)
         return result
 
-    def _old(self, name: str) -> Iterator[str]:
-        """Every form that a name of today had."""
-        module, call = self._place(name)
-        for path in self._paths(module):
-            if call is None:
+    def _old(self, place: _Place) -> Iterator[str]:
+        """Every form that a name had."""
+        for path in self._paths(place.module):
+            if not place.function:
                 yield path
-            else:
-                function, number = call
-                for form in _forms(function):
-                    yield f"{path}/{form}_{number}"
+            for form in _forms(place.function) if place.function else []:
+                yield f"{path}/{form}_{place.number}"
 
-    def _place(self, name: str) -> tuple[str, tuple[str, str] | None]:
-        """The module that a name stands for or runs in, and function and number of an operation.
-
-        An operation on a module's own parameters runs in that module: today's name can miss parts of the way there.
-        """
-        if "/" not in name:
-            return name, None
-        *path, function, number = name.split("/")
-        module = ".".join(path).strip(".")
-        owners = {tensor.rpartition(".")[0] for tensor in self._names[name]}
-        return (owners.pop() if len(owners) == 1 else module), (function, number)
+    @cached_property
+    def _places(self) -> dict[str, _Place]:
+        """Where each name of today is. An operation on a module's own parameters runs in that module: today's name can
+        miss parts of the way there, and then counts the operations of several modules together."""
+        result, seen = {}, Counter[tuple[str, str]]()
+        for name, tensors in self._names.items():
+            if "/" not in name:
+                result[name] = _Place(name)
+                continue
+            *path, function, _ = name.split("/")
+            owners = {tensor.rpartition(".")[0] for tensor in tensors}
+            module = owners.pop() if len(owners) == 1 else ".".join(path).strip(".")
+            result[name] = _Place(module, function, seen[module, function])
+            seen[module, function] += 1
+        return result
 
     def _paths(self, module: str) -> Iterator[str]:
         """The module's path with and without ``NNCF`` before a replaced layer and modules that are never called."""
@@ -123,11 +139,13 @@ class OldNames:
         module = ".".join(attributes)
         if call is None:
             return {module} & set(self._names)
-        places = {name: self._place(name) for name in self._names if "/" in name}
         return {
             name
-            for name, (owner, found) in places.items()
-            if owner == module and found is not None and call[1] in _forms(found[0]) and call[2] == found[1]
+            for name, place in self._places.items()
+            if place.module == module
+            and place.function
+            and call[1] in _forms(place.function)
+            and call[2] == str(place.number)
         }
 
 

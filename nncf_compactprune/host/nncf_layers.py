@@ -39,8 +39,8 @@ class _Holder(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
+    def forward(self, x: Any) -> Any:
+        return self.inner(x)
 
 
 def positions(model: nn.Module, example_inputs: Any) -> Positions:
@@ -63,10 +63,21 @@ def positions(model: nn.Module, example_inputs: Any) -> Positions:
     every = graph.get_all_nodes()
     strided = [node for node in every if node.node_type in CONVOLUTIONS and _strides(node)]
     return Positions(
-        parameters(_reached(graph.get_input_nodes(), graph.get_next_nodes, LAYERS)),
+        parameters(_reached(graph.get_input_nodes() or _without_inputs(graph), graph.get_next_nodes, LAYERS)),
         parameters(_reached(graph.get_output_nodes(), graph.get_previous_nodes, CONVOLUTIONS)),
         parameters(strided),
     )
+
+
+def _without_inputs(graph: Any) -> list[Any]:
+    """Operations that only constants go into: NNCF sees no input where ``forward`` takes ``*args``."""
+    constants = {node.node_id for node in graph.get_all_nodes() if node.node_type == "nncf_model_const"}
+    return [
+        node
+        for node in graph.get_all_nodes()
+        if node.node_id not in constants
+        and all(before.node_id in constants for before in graph.get_previous_nodes(node))
+    ]
 
 
 def _reached(start: Sequence[Any], neighbours: Callable[[Any], Sequence[Any]], kinds: Collection[str]) -> list[Any]:

@@ -147,10 +147,14 @@ def test_a_residual_stage_sums_the_importances_of_its_layers():
     blocks = [model.features[1], model.features[2]]
     stage = [blocks[0].conv2, blocks[0].shortcut, blocks[1].conv2]
     kept = sum(layer.weight.flatten(1).norm(dim=1) for layer in stage).topk(16).indices.sort().values
-    dense = blocks[1].conv2.bias, blocks[1].bn2.weight.detach().clone()
-    _, model = compressed(model, pruning_target=0.3)
+    dense = blocks[1].conv2.weight.detach().clone()
+    _, model = compressed(model, pruning_target=0.4)
     assert widths(model)["features.2.conv2"] == 16
-    assert torch.equal(model.features[2].bn2.weight, dense[1][kept])
+    inner = blocks[1].conv2.weight.shape[1]  # its inputs lose channels too
+    assert model.features[2].conv2.weight.shape == (16, inner, 3, 3)
+    assert {tuple(row.flatten()[:9].tolist()) for row in model.features[2].conv2.weight} <= {
+        tuple(row[at].flatten().tolist()) for row in dense[kept] for at in range(24)
+    }
 
 
 # -- where ------------------------------------------------------------------------------------------------------------
