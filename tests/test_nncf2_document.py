@@ -19,7 +19,6 @@ from nncf_compactprune.algorithms.sparsity.config import (
 )
 from nncf_compactprune.config import load_config
 from nncf_compactprune.config.nncf2 import GONE
-from nncf_compactprune.config.nncf2_top_level import concerns_us
 
 DOCUMENT = (ROOT / "docs" / "from_nncf2_config.md").read_text(encoding="utf-8")
 KINDS = (
@@ -81,7 +80,6 @@ def older_keys() -> set[str]:
 def test_every_older_spelling_is_there() -> None:
     spelled = {path for kind in KINDS for path in (*kind.spellings, *kind.leftovers)}
     assert {path.removeprefix("params.") for path in spelled} <= older_keys()
-    assert all(concerns_us(key) for key in ("input_infos", "input_sample_size", "hw_config_type"))
     assert all(f"`{name}`" in DOCUMENT for name in GONE)
 
 

@@ -5,7 +5,6 @@ from nncf_compactprune.config.budget import Budget
 from nncf_compactprune.config.inputs import InputInfo
 from nncf_compactprune.config.loading import CompressionConfig, load_algorithm, load_config, load_section
 from nncf_compactprune.config.nncf2 import Nncf2Entry, Spelling
-from nncf_compactprune.config.nncf2_top_level import concerns_us
 from nncf_compactprune.config.reading import Document, read_document
 from nncf_compactprune.config.registered import Registered
 from nncf_compactprune.config.schema import json_schema
@@ -26,7 +25,6 @@ __all__ = [
     "Section",
     "Spelling",
     "Whole",
-    "concerns_us",
     "json_schema",
     "load_algorithm",
     "load_config",

@@ -31,17 +31,6 @@ _MISPLACED = ("pruning_init", "sparsity_init")
 _WITHOUT_LEVEL = ("quantization", "binarization")
 
 
-def concerns_us(key: str) -> bool:
-    """Whether a key of the top level is ours, in whatever spelling, or was to be.
-
-    >>> [key for key in ("input_info", "input_sample_size", "target_devce", "epochs") if concerns_us(key)]
-    ['input_info', 'input_sample_size', 'target_devce']
-
-    :param key: as the user wrote it.
-    """
-    return key in (*KEYS, *_OLD_INPUTS, *_MISPLACED, "hw_config_type") or _meant(key) is not None
-
-
 def _meant(key: str) -> str | None:
     """What a misspelt key was to be."""
     close = difflib.get_close_matches(key, KEYS, n=1, cutoff=_NEAR)

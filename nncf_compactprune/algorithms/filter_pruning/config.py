@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from nncf_compactprune.algorithms.channel_pruning import PruningInitializer
 from nncf_compactprune.algorithms.filter_pruning.schedules import ScheduleName, bias_is_possible
 from nncf_compactprune.config import Budget, Nncf2Entry, Section, Spelling, Whole
 
@@ -136,23 +135,12 @@ class FilterPruningConfig(Nncf2Entry):
     }
 
     pruning_init: float = Field(default=0.0, ge=0, lt=1)
-    initializer: PruningInitializer = PruningInitializer()
     params: FilterPruningParams = FilterPruningParams()
 
     @property
     def budget(self) -> Budget:
         """What ``pruning_flops_target`` leaves."""
         return Budget(macs=1 - (self.params.pruning_flops_target or 0.0))
-
-    @model_validator(mode="after")
-    def _refits_at_once(self) -> FilterPruningConfig:
-        if self.initializer.refit is not None and not self.params.prunes_before_training:
-            msg = (
-                "initializer.refit goes back to what the dense layers gave, and a schedule leaves no dense layers: set "
-                '"schedule": "baseline" and "num_init_steps": 0, or leave out the re-fit.'
-            )
-            raise ValueError(msg)
-        return self
 
     @model_validator(mode="after")
     def _has_a_curve(self) -> FilterPruningConfig:
