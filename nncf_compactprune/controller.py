@@ -278,7 +278,8 @@ def create_compressed_model(
         that need data.
     :param compression_state: what :meth:`CompressionController.get_compression_state` gave in an earlier run. The plan
         is replayed; load the weights after.
-    :param example_inputs: what to trace with; default: built from the configuration's ``input_info``.
+    :param example_inputs: what to trace with; default: built from the configuration's ``input_info``, without which it
+        is taken from the training loader.
     :param plugins: where algorithms, criteria and rules come from; the installed plugins by default.
     :param teacher: for algorithms that distil; default: a copy of the model as it is now. Put into eval mode.
     :param shared: live objects that algorithms look for, by their class, such as
@@ -297,7 +298,8 @@ def create_compressed_model(
     context = Context(model, example_inputs, plugins, train_loader, teacher=teacher, hold_masks=search)
     context.shared.update(shared or {})
     if example_inputs is None:
-        context.example_inputs = _varied(config.example_inputs(context.device))
+        found = _first_examples(context) if not config.input_info else None
+        context.example_inputs = found if found is not None else _varied(config.example_inputs(context.device))
     algorithms = [_build(plugins, entry, context) for entry in config.compression]
     controller = CompressionController(context, algorithms)
     controller.begin(_states(compression_state, controller.algorithms))
@@ -331,6 +333,12 @@ def _states(
         )
         raise CompactPruneError(msg)
     return states
+
+
+def _first_examples(context: Context) -> Any:
+    """Two examples of the first batch; None without a training loader."""
+    batch = next(context.batches(), None)
+    return tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
 
 
 def _varied(example_inputs: Any) -> Any:

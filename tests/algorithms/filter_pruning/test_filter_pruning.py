@@ -205,6 +205,16 @@ def test_an_impossible_flops_target_is_told_with_what_is_possible():
         compressed(pruning_flops_target=0.95)
 
 
+def test_without_input_info_the_loader_gives_the_example(tmp_path):
+    path = tmp_path / "entries_alone.json"
+    path.write_text('[{"algorithm": "filter_pruning", "params": {"schedule": "baseline"}}]')
+    ctrl, model = create_compressed_model(Net(), path, labelled_batches())
+    assert widths(model)["last.0"] == 8
+    assert ctrl.algorithms[0].context.example_inputs.shape == (2, 3, 12, 12)
+    with pytest.raises(ConfigError, match="input_info: missing"):
+        create_compressed_model(Net(), path)
+
+
 # -- when -------------------------------------------------------------------------------------------------------------
 
 
