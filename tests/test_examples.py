@@ -26,7 +26,7 @@ from nncf_compactprune.algorithms.fbnet import FBNetConfig
 from nncf_compactprune.algorithms.overparameterization.config import OverparameterizationConfig
 from nncf_compactprune.algorithms.overparameterization.recovery import RecoveryConfig
 from nncf_compactprune.cli import main
-from nncf_compactprune.config import CompressionConfig, InputInfo, load_config
+from nncf_compactprune.config import AccuracyAwareParams, CompressionConfig, InputInfo, load_config
 from nncf_compactprune.run import datasets
 from nncf_compactprune.run.settings import RunConfig
 
@@ -272,6 +272,11 @@ def test_readme_lists_what_catro_has_beside_or_otherwise() -> None:
 
 def test_data_free_document_lists_every_key_of_generation_with_its_default() -> None:
     assert table("generation.source", DOCUMENTS["docs/data_free.md"]) == fields(GenerationConfig, "generation.")
+
+
+def test_every_key_of_accuracy_aware_training_is_listed_with_its_default() -> None:
+    document = DOCUMENTS["docs/from_nncf2.md"]
+    assert table("maximal_relative_accuracy_degradation", document) == fields(AccuracyAwareParams)
 
 
 def test_readme_lists_every_key_of_a_run_with_its_default() -> None:
