@@ -102,8 +102,7 @@ def train(args, config, model, compression_ctrl, resuming_checkpoint, train_load
     if resuming_checkpoint is not None:
         start_epoch, best_accuracy = resuming_checkpoint["epoch"], resuming_checkpoint["best_accuracy"]
         optimizer.load_state_dict(resuming_checkpoint["optimizer"])
-        for _ in range(start_epoch):
-            lr_scheduler.step()
+        lr_scheduler.load_state_dict(resuming_checkpoint["lr_scheduler"])
     for epoch in range(start_epoch, config["epochs"]):
         compression_ctrl.scheduler.epoch_step()
         loss = train_epoch(compression_ctrl, model, epoch, optimizer, lr_scheduler, train_loader, criterion)
@@ -120,6 +119,7 @@ def train(args, config, model, compression_ctrl, resuming_checkpoint, train_load
             "compression_state": compression_ctrl.get_compression_state(),
             "best_accuracy": best_accuracy,
             "optimizer": optimizer.state_dict(),
+            "lr_scheduler": lr_scheduler.state_dict(),
         }
         torch.save(checkpoint, args.log_dir / "last.pth")
         if is_best:
