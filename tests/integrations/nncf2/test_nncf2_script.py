@@ -1,6 +1,6 @@
 """NNCF 2.x's way to write a training script: ``examples/nncf2_classification.py`` here, resumed and accuracy-aware.
 
-The same script with NNCF 2.19's imports is run by ``test_nncf219_script.py``.
+The same script with NNCF 2.19's imports is run by ``tests/integrations/test_nncf219_script.py``.
 """
 
 from __future__ import annotations
