@@ -39,6 +39,7 @@ import torch_pruning  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from nncf_compactprune import prune  # noqa: E402
+from nncf_compactprune.errors import ExportError  # noqa: E402
 from nncf_compactprune.export import export_model  # noqa: E402
 from nncf_compactprune.run.environment import environment  # noqa: E402
 from nncf_compactprune.serving import Serving, open_server  # noqa: E402
@@ -226,13 +227,19 @@ def measure(name: str, work: Path, seconds: float) -> None:
         # The FP32 file of the dense network is what pruned and quantized ones are compared with.
         paths = [folder / kind / f"model{tail}.{suffix}" for kind in kinds]
         reference = folder / "dense" / f"model.{suffix}"
-        found = benchmark(
-            list(dict.fromkeys([reference, *paths])),
-            serving=serving,
-            seconds=seconds,
-            memory=False,
-            sample_size=(3, SIDE, SIDE),
-        )
+        try:
+            found = benchmark(
+                list(dict.fromkeys([reference, *paths])),
+                serving=serving,
+                seconds=seconds,
+                memory=False,
+                sample_size=(3, SIDE, SIDE),
+            )
+        except ExportError as error:  # a runtime that does not run a file is a finding
+            print(f"{name}, {setting}: {error}")
+            with rows.open("a") as file:
+                file.write(json.dumps({"network": name, "setting": setting, "failed": str(error)[:300]}) + "\n")
+            continue
         row = {"network": name, "setting": setting, "steadiness": found.steadiness}
         for one in found.timings:
             kind = one.path.parent.name + ("" if "_int8" not in one.path.name else " int8")
@@ -287,6 +294,9 @@ def report(work: Path) -> str:
         rows = work / name / "rows.jsonl"
         for line in rows.read_text().splitlines() if rows.is_file() else ():
             row = json.loads(line)
+            if "failed" in row:
+                lines.append(f"| {name} | {row['setting']} | does not run |{' - |' * (len(HEADINGS) - 3)}")
+                continue
             cells = [name, row["setting"], _ms(row, "dense")]
             for kind in ("ours", "peer"):
                 cells += [_ms(row, kind), _faster(row, kind)]

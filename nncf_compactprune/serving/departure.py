@@ -84,8 +84,10 @@ def from_torch(modules: Sequence[ModuleValue], taps: Sequence[Tap], tolerance: f
         elif one.returned not in taken_by_found:
             alike = [tap for tap in taps[last + 1 :] if _plain(tap.value.shape) == _plain(one.value.shape)]
             after = next((tap for tap in alike if _is_kind(one.kind, tap.kind)), next(iter(alike), None))
-            operation = f"operation '{after.operation}' ({after.kind})" if after else "no operation of this shape"
-            return f"{operation}, which stands for module '{one.module}' ({one.kind}, {list(one.value.shape)})"
+            module = f"module '{one.module}' ({one.kind}, {list(one.value.shape)})"
+            if after is None:
+                return f"{module}: no later operation of the file gives this shape"
+            return f"operation '{after.operation}' ({after.kind}), which stands for {module}"
     return None
 
 

@@ -17,6 +17,7 @@ from nncf_compactprune.serving.server import LayerTime, Serving, Weight
 
 _NOT_SAVED = 0.25  # of the time that the saved MACs would have saved in step
 _MEMORY_BOUND = 12  # MACs for each number moved, below which a CPU waits for its memory
+_COLOURS = 4  # as many channels may be an image's, which nobody rounds
 _VECTOR = 16  # numbers in a 512-bit register
 
 
@@ -149,7 +150,7 @@ def _notes(pair: LayerPair, weight: Weight, quantized: bool) -> Iterator[str]:
     if faster >= (1 - _NOT_SAVED) * saved:
         return
     yield f"{saved:.0%} of the MACs saved, {max(0.0, faster):.0%} of the time"
-    odd = [side for side in weight.shape[:2] if side % _VECTOR and side > 1]
+    odd = [side for side in weight.shape[:2] if side % _VECTOR and side > _COLOURS]
     if odd:
         yield f"width {' and '.join(map(str, odd))} is no multiple of {_VECTOR}"
     if weight.moved and pair.macs[1] / weight.moved < _MEMORY_BOUND:
@@ -179,7 +180,8 @@ def rounding_of(pair: LayerPair, serving: Serving, multiples: Sequence[int] = (8
     """
     (out, into), side = pair.shape[:2], pair.side
     kernel = list(pair.shape[2:])
-    widths = {0: (out, into), **{m: (-(-out // m) * m, -(-into // m) * m) for m in multiples}}
+    widths = {0: (out, into)}
+    widths |= {m: (-(-out // m) * m, into if into <= _COLOURS else -(-into // m) * m) for m in multiples}
     core, requests = openvino.Core(), {}
     for multiple, (outputs, inputs) in widths.items():
         given = opset13.parameter([1, inputs, side, side], openvino.Type.f32)

@@ -116,7 +116,7 @@ def verify_served(
     if labelled and compared.torch_correct - compared.correct > max_drop * compared.labelled:
         problems.append(
             f"accuracy {compared.accuracy:.2%} as served, torch's is {compared.torch_accuracy:.2%} on the same "
-            f"{compared.labelled} samples: more than {100 * max_drop:g} points less."
+            f"{compared.labelled} samples. A loss of {100 * max_drop:g} % of the samples is accepted."
         )
     return ServedCheck(
         path,
@@ -264,7 +264,7 @@ def _departs(
         found = found or between(taps, server.taps(arrays), limit)
     except Exception as error:  # the finding must not be lost to the search for a place
         return f"{said} Where it begins could not be found: {reason_of(error)}."
-    return f"{said} The first to depart is {found}." if found else f"{said} Every single operation stays below it."
+    return f"{said} It begins at {found}." if found else f"{said} Every single operation stays below it."
 
 
 def _own_batches(path: Path, server: Server, plugins: Plugins | None) -> list[ServedBatch]:
