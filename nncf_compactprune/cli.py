@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +22,13 @@ from nncf_compactprune.commands.app import app
 from nncf_compactprune.commands.console import output_console
 from nncf_compactprune.config import json_schema
 from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.export import export_model
+from nncf_compactprune.export import Pixels, export_model
+from nncf_compactprune.integrations.layouts import export_to_layout
 from nncf_compactprune.plugins import default_plugins
 from nncf_compactprune.report import rich_table
 from nncf_compactprune.report.summary import summary_schema
 from nncf_compactprune.run.inspection import Inspection, inspect_model
-from nncf_compactprune.run.pipeline import load_run, run
+from nncf_compactprune.run.pipeline import described_by, load_run, run
 from nncf_compactprune.run.progress import bars_on
 from nncf_compactprune.run.settings import run_schema
 from nncf_compactprune.storage.writing import write_whole
@@ -111,11 +113,63 @@ def export_command(
         list[str] | None, typer.Option("--format", help="onnx, openvino, or a plugin's; repeatable.")
     ] = None,
     precisions: Annotated[list[str] | None, typer.Option("--precision", help="fp32, fp16; repeatable.")] = None,
+    layout: Annotated[str, typer.Option(help="plain; optimum for optimum-intel; ovms for Model Server.")] = "plain",
+    name: Annotated[str, typer.Option(help="Stem of the files, or the served model's name.")] = "model",
+    batch: Annotated[int | None, typer.Option(help="A fixed batch size; open by default.")] = None,
+    dynamic_size: Annotated[bool, typer.Option(help="Leave height and width open.")] = False,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX files.")] = None,
+    external_data: Annotated[bool, typer.Option(help="ONNX weights in a file of their own.")] = False,
+    embed_preprocessing: Annotated[
+        bool, typer.Option(help="OpenVINO files take u8 images of any size and normalise them.")
+    ] = False,
+    input_names: Annotated[list[str] | None, typer.Option("--input-name", help="In order; repeatable.")] = None,
+    output_names: Annotated[list[str] | None, typer.Option("--output-name", help="In order; repeatable.")] = None,
 ) -> None:
     """Export a pruned model to ONNX and OpenVINO IR, and verify the files in their runtimes."""
     pruned = load_run(directory)
-    target = output if output is not None else directory / "pruned"
-    files = export_model(pruned.model, pruned.example_inputs, target, formats or None, precisions or None)
+    said = described_by(directory)
+    pixels = said.pixels
+    if pixels is None and pruned.mean is not None and pruned.std is not None:
+        pixels = Pixels(pruned.mean, pruned.std)
+    options = replace(
+        said,
+        pixels=pixels,
+        batch=batch,
+        dynamic_size=dynamic_size,
+        opset=opset,
+        external_data=external_data,
+        embed_preprocessing=embed_preprocessing,
+    )
+    target = output if output is not None else directory / ("pruned" if layout == "plain" else layout)
+    model, inputs, ins, outs = pruned.model, pruned.example_inputs, input_names or None, output_names or None
+    if layout == "plain":
+        files = export_model(
+            model,
+            inputs,
+            target,
+            formats or None,
+            precisions or None,
+            name=name,
+            input_names=ins,
+            output_names=outs,
+            options=options,
+        )
+    else:
+        if formats or len(precisions or ()) > 1:
+            msg = f"--layout {layout}: holds one OpenVINO model. Leave --format out, and give one --precision at most."
+            raise CompactPruneError(msg)
+        precision = precisions[0] if precisions else None
+        files = export_to_layout(
+            model,
+            inputs,
+            target,
+            layout,
+            name=name,
+            precision=precision,
+            input_names=ins,
+            output_names=outs,
+            options=options,
+        )
     table = Table(Column("File", overflow="fold"), "Format", "Bytes", "Runtime", "Error", "Tolerance")
     for file in files:
         check = file.verification

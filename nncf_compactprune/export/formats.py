@@ -50,7 +50,7 @@ class ExportFormat:
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
 
     def parts(self, path: Path) -> list[Path]:
-        """The files that one export consists of, in the order in which they are put in place."""
+        """The files that one export may consist of, in the order in which they are put in place."""
         return [path]
 
     def refuse(self, model: nn.Module) -> None:
@@ -69,6 +69,13 @@ class ExportFormat:
         :raises ExportError: when the model cannot be exported.
         """
         raise NotImplementedError
+
+    def finish(self, ready: Prepared, path: Path) -> None:
+        """Adds to a file that was verified what changes its inputs, such as preprocessing, and verifies it again.
+
+        :param ready: the model.
+        :param path: the file, changed in place.
+        """
 
     def open(self, path: Path) -> Session:
         """Opens a file on the CPU to compare values, in the arithmetic that it was written for."""

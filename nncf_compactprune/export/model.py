@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import ExportError, nearest
 from nncf_compactprune.export.formats import ExportFormat, export_formats, opened
+from nncf_compactprune.export.options import ExportOptions
 from nncf_compactprune.export.prepared import is_quantized, prepared
 from nncf_compactprune.export.verify import Verification, compare
 from nncf_compactprune.plugins import Plugins
+from nncf_compactprune.storage.plan_file import plan_digest
 from nncf_compactprune.storage.writing import whole_files
+from nncf_compactprune.version import __version__
 
 QUANTIZED = "int8"
 
@@ -52,6 +56,7 @@ def export_model(
     output_names: Sequence[str] | None = None,
     dynamic_batch: bool = True,
     tolerance: float | None = None,
+    options: ExportOptions | None = None,
     plugins: Plugins | None = None,
 ) -> list[ExportedFile]:
     """Exports a model, verifies every file in its runtime, and then puts the files in place: all of them, or none.
@@ -72,6 +77,7 @@ def export_model(
     :param output_names: default: the keys of a dict output, ``output`` or ``output_0``, ``output_1``, ...
     :param dynamic_batch: leave dim 0 of every input open, and verify at two batch sizes.
     :param tolerance: largest accepted error relative to the largest absolute output; default: by precision.
+    :param options: batch, sizes, opset, and what files say about themselves: see :class:`ExportOptions`.
     :param plugins: where formats come from; the installed plugins by default.
     :return: the files in the order written.
     :raises StorageError: when a file cannot be written; nothing was exported then.
@@ -85,10 +91,16 @@ def export_model(
         (known[f], precision, path) for f, by_precision in paths.items() for precision, path in by_precision.items()
     ]
     targets = [part for kind, _, path in files for part in kind.parts(path)]
+    names = [target.name for target in targets]
     with (
-        whole_files(targets[0].parent, [target.name for target in targets]) as stage,
+        whole_files(targets[0].parent, names, stale=names) as stage,  # a part that is not written any more goes
         prepared(
-            model, example_inputs, dynamic_batch=dynamic_batch, input_names=input_names, output_names=output_names
+            model,
+            example_inputs,
+            dynamic_batch=dynamic_batch,
+            input_names=input_names,
+            output_names=output_names,
+            options=_described(model, options or ExportOptions()),
         ) as ready,
     ):
         for format_, by_precision in paths.items():
@@ -97,17 +109,28 @@ def export_model(
             compare(opened(stage / path.name, plugins), path, ready.references, ready.output_names, tolerance)
             for _, _, path in files
         ]
+        for kind, _, path in files:
+            kind.finish(ready, stage / path.name)
     return [
         ExportedFile(
             path,
             kind.name,
             precision,
-            sum(p.stat().st_size for p in kind.parts(path)),
+            sum(p.stat().st_size for p in kind.parts(path) if p.is_file()),
             check,
             f"{kind.title} {precision.upper()}",
         )
         for (kind, precision, path), check in zip(files, checks, strict=True)
     ]
+
+
+def _described(model: nn.Module, options: ExportOptions) -> ExportOptions:
+    """The options with what is known of the model: the digest of its plan, and what the plan says of its cost."""
+    plan = plan_of(model)
+    said = {"producer": f"nncf_compactprune {__version__}"}
+    if plan is not None:
+        said |= {"plan_sha256": plan_digest(plan.to_json().encode()), "algorithm": plan.algorithm}
+    return replace(options, metadata={**said, **options.metadata})
 
 
 def _paths(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import torch
 from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -18,7 +18,8 @@ from nncf_compactprune.errors import ExportError, nearest
 from nncf_compactprune.export.folding import folded
 from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order
-from nncf_compactprune.export.prepared import Array, Prepared
+from nncf_compactprune.export.options import OLDEST_QUANTIZED_OPSET
+from nncf_compactprune.export.prepared import Array, Prepared, is_quantized, reason_of
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
 _PROVIDERS = {"CPU": "CPUExecutionProvider", "CUDA": "CUDAExecutionProvider"}
@@ -35,6 +36,9 @@ class OnnxFormat(ExportFormat):
     suffix = ".onnx"
     precisions = ("fp32", "fp16", "int8")
 
+    def parts(self, path: Path) -> list[Path]:
+        return [path.with_name(f"{path.name}.data"), path]  # weights of their own come first, where there are any
+
     def refuse(self, model: nn.Module) -> None:
         super().refuse(model)
         size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
@@ -43,22 +47,22 @@ class OnnxFormat(ExportFormat):
             raise ExportError(msg)
 
     def write(self, ready: Prepared, paths: Mapping[str, Path]) -> None:
-        traced = next(iter(paths.values())).with_suffix(".traced")
-        _write_fp32(ready, traced)
+        traced = _traced(ready)
         for precision, path in paths.items():
+            model = onnx.ModelProto()
+            model.CopyFrom(traced)
             if precision == "fp16":
-                _convert_to_fp16(traced, path)
+                model = _converted_to_fp16(model)
             elif precision == "int8":
-                onnx.save(folded(onnx.load(traced)), path)
-            else:
-                shutil.copyfile(traced, path)
-        traced.unlink()
+                model = folded(model)
+            onnx.helper.set_model_props(model, ready.options.properties())
+            _save(model, path, external=ready.options.external_data)
 
     def open(self, path: Path) -> Session:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         ports = session.get_inputs()
         names = tuple(port.name for port in ports)
-        graph = onnx.load(path).graph
+        graph = onnx.load(path, load_external_data=False).graph
         half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
         quantized = any(node.op_type == "DequantizeLinear" for node in graph.node)
         return Session(
@@ -85,9 +89,16 @@ class OnnxFormat(ExportFormat):
         return lambda: session.run(None, feed)
 
 
-def _write_fp32(ready: Prepared, path: Path) -> None:
-    """Traces the model and writes it in float32."""
-    shapes = tuple({0: "batch"} if ready.dynamic_batch and t.dim() else {} for t in ready.trace_inputs.tensors)
+def _traced(ready: Prepared) -> onnx.ModelProto:
+    """Traces the model in float32.
+
+    :raises ExportError: it cannot be traced, or not in the opset asked for.
+    """
+    shapes = tuple(ready.open_dims(tensor) for tensor in ready.trace_inputs.tensors)
+    opset = ready.options.opset
+    if opset is not None and opset < OLDEST_QUANTIZED_OPSET and is_quantized(ready.flat.model):
+        msg = f"opset: a quantized model needs {OLDEST_QUANTIZED_OPSET} or more, got {opset}."
+        raise ExportError(msg)
     with exporting("torch's ONNX exporter failed", ready), warnings.catch_warnings():
         # torch's own deprecation, raised while its exporter copies its own tree specs.
         warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.`", FutureWarning)
@@ -100,7 +111,8 @@ def _write_fp32(ready: Prepared, path: Path) -> None:
             verbose=False,
             input_names=ready.input_names,
             output_names=ready.output_names,
-            dynamic_shapes=(shapes,) if ready.dynamic_batch else None,
+            dynamic_shapes=(shapes,) if any(shapes) else None,
+            opset_version=opset,
         )
     if program is None:
         msg = "torch's ONNX exporter returned no program."
@@ -119,17 +131,40 @@ def _write_fp32(ready: Prepared, path: Path) -> None:
         # Weights keep the names they have in the state dict.
         if value.name is not None:
             value.name = value.name.removeprefix("model.")
-    program.save(path, external_data=False)
+    proto: onnx.ModelProto = program.model_proto
+    got = next(one.version for one in proto.opset_import if one.domain in ("", "ai.onnx"))
+    if opset is not None and got != opset:
+        msg = f"opset: the model cannot be written in opset {opset}; torch's exporter gave {got}. Ask for {got}."
+        raise ExportError(msg)
+    return proto
 
 
-def _convert_to_fp16(source: Path, path: Path) -> None:
-    """Converts an FP32 file; inputs and outputs keep their types."""
+def _converted_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in float16; inputs and outputs keep their types."""
     with warnings.catch_warnings():
         # The converter warns for each weight that is rounded to zero or cut to the float16 range. Whether that matters
         # is what the verification measures.
         warnings.filterwarnings("ignore", "the float32 number .* will be truncated", UserWarning)
-        converted = convert_float_to_float16(onnx.load(source), keep_io_types=True)
-    onnx.save(converted, path)
+        converted = convert_float_to_float16(model, keep_io_types=True)
+    # The converter adds its casts at the end, but ONNX wants a node behind those that it reads.
+    ordered = onnx_ir.from_proto(converted)
+    ordered.graph.sort()
+    result: onnx.ModelProto = onnx_ir.to_proto(ordered)
+    return result
+
+
+def _save(model: onnx.ModelProto, path: Path, *, external: bool) -> None:
+    """Writes a file, and checks that it is valid ONNX."""
+    if external:
+        name = f"{path.name}.data"
+        onnx.save(model, path, save_as_external_data=True, location=name)
+    else:
+        onnx.save(model, path)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        msg = f"torch's ONNX exporter gave an invalid file: {reason_of(error)}."
+        raise ExportError(msg) from error
 
 
 @hookimpl

@@ -17,6 +17,8 @@ from nncf_compactprune.export.branches import refuse_frozen_reads
 from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order
 from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
+from nncf_compactprune.export.preprocessing import embedded, verify_embedded
+from nncf_compactprune.export.tolerances import TOLERANCES
 from nncf_compactprune.host.torch_internals import TracerWarning
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
@@ -40,10 +42,24 @@ class OpenVinoFormat(ExportFormat):
 
     def write(self, ready: Prepared, paths: Mapping[str, Path]) -> None:
         converted = _converted(ready)
+        for key, value in ready.options.properties().items():
+            converted.set_rt_info(value, ["compactprune", key])
         for precision, path in paths.items():
             if precision == "int8":
                 compress_quantize_weights_transformation(converted)
             self._save(converted, path, fp16=precision == "fp16")
+
+    def finish(self, ready: Prepared, path: Path) -> None:
+        if not ready.options.embed_preprocessing or ready.options.pixels is None:
+            return
+        arithmetic = self.open(path).arithmetic
+        model = embedded(openvino.Core().read_model(path).clone(), ready.options.pixels)
+        finished = path.with_name(f"finished_{path.name}")
+        self._save(model, finished, fp16=arithmetic == "fp16")
+        del model
+        for new, old in zip(self.parts(finished), self.parts(path), strict=True):
+            new.replace(old)
+        verify_embedded(ready, path, TOLERANCES[arithmetic])
 
     def open(self, path: Path) -> Session:
         model = openvino.Core().read_model(path)
@@ -111,8 +127,8 @@ def _converted(ready: Prepared) -> Any:
     for port, name, tensor in zip(converted.inputs, ready.input_names, ready.trace_inputs.tensors, strict=True):
         port.get_tensor().set_names({name})
         port.get_node().set_friendly_name(name)
-        batch = [-1] if ready.dynamic_batch and tensor.dim() else list(tensor.shape[:1])
-        shapes[port] = openvino.PartialShape([*batch, *tensor.shape[1:]])
+        opened = ready.open_dims(tensor)
+        shapes[port] = openvino.PartialShape([-1 if at in opened else side for at, side in enumerate(tensor.shape)])
     converted.reshape(shapes)
     taken = {_tensor_of(port) for port in converted.inputs}
     for port, name in zip(converted.outputs, ready.output_names, strict=True):

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.errors import ExportError
+from nncf_compactprune.export.options import ExportOptions
 from nncf_compactprune.host.nncf_hooks import hooks
 
 Array = npt.NDArray[Any]
@@ -88,6 +89,17 @@ class ModelInputs:
         """
         return dataclasses.replace(self, tensors=tuple(_resize_batch(tensor, size) for tensor in self.tensors))
 
+    def with_larger_images(self) -> ModelInputs:
+        """The same images, half as large again, in multiples of 32."""
+        sizes = [[-(-side * 3 // 64) * 32 for side in tensor.shape[2:]] for tensor in self.tensors]
+        return dataclasses.replace(
+            self,
+            tensors=tuple(
+                nn.functional.interpolate(tensor, size=size) if tensor.dim() == 4 else tensor
+                for tensor, size in zip(self.tensors, sizes, strict=True)
+            ),
+        )
+
     def arrays(self) -> tuple[Array, ...]:
         """The tensors as C-contiguous NumPy arrays."""
         return tuple(np.ascontiguousarray(tensor.numpy()) for tensor in self.tensors)
@@ -136,6 +148,7 @@ class Prepared:
     :param input_names: one per tensor of ``trace_inputs``.
     :param output_names: one per tensor that ``flat`` returns.
     :param dynamic_batch: whether dim 0 of every input stays open.
+    :param options: what else was asked for.
     """
 
     flat: FlatModel
@@ -144,6 +157,14 @@ class Prepared:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     dynamic_batch: bool
+    options: ExportOptions = field(default_factory=ExportOptions)
+
+    def open_dims(self, tensor: Tensor) -> dict[int, str]:
+        """Which dimensions of an input stay open, with their names."""
+        found = {0: "batch"} if self.dynamic_batch and tensor.dim() else {}
+        if self.options.dynamic_size and tensor.dim() == 4:
+            found |= {2: "height", 3: "width"}
+        return found
 
 
 @contextmanager
@@ -154,6 +175,7 @@ def prepared(
     dynamic_batch: bool,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    options: ExportOptions | None = None,
 ) -> Iterator[Prepared]:
     """Yields the model ready for export; afterwards it is as it was (training flags and device included).
 
@@ -162,9 +184,13 @@ def prepared(
     :param dynamic_batch: whether dim 0 of every input stays open.
     :param input_names: one per input tensor; those of ``forward`` by default.
     :param output_names: one per output tensor; see :func:`named_outputs` for the default.
+    :param options: see :class:`~nncf_compactprune.export.options.ExportOptions`.
     :raises ExportError: when the inputs or names do not fit, the forward fails, or an output is not finite.
     """
+    options = options or ExportOptions()
     inputs = ModelInputs.of(model, example_inputs)
+    if options.batch is not None:
+        dynamic_batch, inputs = False, inputs.with_batch(options.batch)
     batches = [inputs]
     trace_inputs = inputs
     if dynamic_batch:
@@ -173,6 +199,8 @@ def prepared(
         # traced, or a batch size that got stuck in the file would go unseen.
         trace_inputs = inputs if size > 1 else inputs.with_batch(2)
         batches.append(inputs.with_batch(1 if size > 1 else 3))
+    if options.dynamic_size:
+        batches.append(batches[-1].with_larger_images())
     with evaluation_on_cpu(model) as frozen, torch.no_grad():
         flat = FlatModel(frozen, inputs)
         names: tuple[str, ...] = ()
@@ -185,7 +213,7 @@ def prepared(
         if clash := sorted(set(ins) & set(outs)):
             msg = f"output_names: '{clash[0]}' is already the name of an input. Give the output another name."
             raise ExportError(msg)
-        yield Prepared(flat, trace_inputs, tuple(references), ins, outs, dynamic_batch)
+        yield Prepared(flat, trace_inputs, tuple(references), ins, outs, dynamic_batch, options)
 
 
 def named_outputs(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -14,14 +14,8 @@ from torch import nn
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.formats import Session, in_file_order, opened
 from nncf_compactprune.export.prepared import Array, Reference, prepared, reason_of
+from nncf_compactprune.export.tolerances import TOLERANCES as TOLERANCES
 from nncf_compactprune.plugins import Plugins
-
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1e-1}
-"""Largest accepted error by arithmetic, relative to the largest absolute value of the output.
-
-FP32 leaves two orders above what convolutional networks show (1e-7 to 1e-6: other summation orders). FP16 has 11 bits,
-and rounding adds up over the depth. A quantized file may round to a neighbouring level where torch did not.
-"""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
@@ -206,20 +206,28 @@ def _true_fields(model: nn.Module, dense: Any) -> dict[str, Any]:
     if before is None or before.keys() != now.keys():
         return {}
     fields: dict[str, Any] = {}
-    for (name, at), value in _integers(dense):
-        decided = _decided_by(kind, dense, (name, at), value, before)
+    places = dict(_integers(dense))
+    for place, value in places.items():
+        decided, together = _decided_by(kind, dense, [place], value, before), [place]
+        if not decided:
+            # Alone it changes more than widths: a shortcut of a ResNet is there where two widths differ.
+            together = [other for other, equal in places.items() if equal == value]
+            decided = _decided_by(kind, dense, together, value, before) if len(together) > 1 else set()
         shares = {Fraction(now[parameter][dim], before[parameter][dim]) for parameter, dim in decided}
         if len(shares) == 1 and (new := value * shares.pop()) != value and new.denominator == 1:
-            fields[name] = _placed(fields.get(name, getattr(dense, name)), at, int(new))
+            for name, at in together:
+                fields[name] = _placed(fields.get(name, getattr(dense, name)), at, int(new))
     return {**fields, **_head_counts(model, dense)}
 
 
 def _decided_by(
-    kind: type[nn.Module], dense: Any, place: Place, value: int, before: Mapping[str, tuple[int, ...]]
+    kind: type[nn.Module], dense: Any, places: Sequence[Place], value: int, before: Mapping[str, tuple[int, ...]]
 ) -> set[tuple[str, int]]:
-    """Parameter dimensions that grow with a field; none where the field changes more than widths."""
-    name, at = place
-    doubled = _shapes(kind, dense, {name: _placed(getattr(dense, name), at, 2 * value)})
+    """Parameter dimensions that grow with fields of one value; none where they change more than widths."""
+    fields: dict[str, Any] = {}
+    for name, at in places:
+        fields[name] = _placed(fields.get(name, getattr(dense, name)), at, 2 * value)
+    doubled = _shapes(kind, dense, fields)
     if doubled is None or doubled.keys() != before.keys():
         return set()
     return {

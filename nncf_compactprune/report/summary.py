@@ -113,6 +113,8 @@ class Summary(_Part):
     verification: dict[str, FileCheck]
     served: list[Served]
     self_check: dict[str, dict[str, Any]]
+    labels: list[str] = Field(default=[], description="of the classes, in order")
+    pixels: dict[str, list[float]] | None = Field(default=None, description="mean and std that images are given with")
     epochs: list[dict[str, Any]]
     layers: list[Layer] = Field(description="of the OpenVINO files; empty without them")
 

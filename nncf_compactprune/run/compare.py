@@ -13,7 +13,16 @@ from typing import Any
 import torch
 
 from nncf_compactprune.cut.self_check import SelfCheck
-from nncf_compactprune.export import QUANTIZED, ExportedFile, export_model, is_quantized, measure_latency
+from nncf_compactprune.cut.surgery import plan_of
+from nncf_compactprune.export import (
+    QUANTIZED,
+    ExportedFile,
+    ExportOptions,
+    Pixels,
+    export_model,
+    is_quantized,
+    measure_latency,
+)
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.report import Comparison, NetworkFigures, plot_widths, to_json, to_markdown
 from nncf_compactprune.report.charts import curves, layer_times
@@ -21,6 +30,7 @@ from nncf_compactprune.report.page import PAGE_FILE, run_page
 from nncf_compactprune.report.summary import SUMMARY_FILE, Summary, summary_text
 from nncf_compactprune.run.compress import Compressed
 from nncf_compactprune.run.environment import environment
+from nncf_compactprune.run.model_card import model_card
 from nncf_compactprune.run.models import ExampleInputs
 from nncf_compactprune.run.progress import tracked
 from nncf_compactprune.run.served import layers, served, torch_sides
@@ -62,6 +72,8 @@ def compare(run: Run, compressed: Compressed) -> Comparison:
     write_whole(run.directory / SUMMARY_FILE, text.encode())
     pictures = _pictures(run, plan, Summary.model_validate_json(text))
     _write_markdown(run, comparison, compressed, pictures)
+    card = model_card(run, comparison, plan, files["pruned"], export_options(run, pruned=True))
+    write_whole(run.directory / "model_card.md", card.encode())
     return comparison
 
 
@@ -91,8 +103,30 @@ def _export(run: Run, networks: Mapping[str, Network]) -> dict[str, Sequence[Exp
         for name in names:
             model, target = networks[name].model, run.directory / name
             precisions = None if is_quantized(model) else chosen.precisions  # a quantized network has one only
-            files[name] = export_model(model, run.example, target, chosen.formats, precisions)
+            files[name] = export_model(
+                model,
+                run.example,
+                target,
+                chosen.formats,
+                precisions,
+                input_names=chosen.input_names,
+                output_names=chosen.output_names,
+                options=export_options(run, name == "pruned"),
+            )
     return files
+
+
+def export_options(run: Run, pruned: bool) -> ExportOptions:
+    """What files say about their images and classes, and how they are written."""
+    chosen, data = run.config.export, run.dataset
+    asked = {key: getattr(chosen, key) for key in ("batch", "dynamic_size", "opset", "external_data")}
+    if data is None:
+        return ExportOptions(**asked)
+    plan = plan_of(run.model)
+    kept = plan.output_classes if pruned and plan is not None and plan.output_classes else range(len(data.class_names))
+    labels = [data.class_names[at] for at in kept]
+    pixels = Pixels(tuple(data.mean), tuple(data.std))
+    return ExportOptions(**asked, labels=labels, pixels=pixels, embed_preprocessing=chosen.embed_preprocessing)
 
 
 def _latency(files: Files, example: ExampleInputs) -> dict[str, dict[str, float]]:
@@ -115,7 +149,7 @@ def _latency(files: Files, example: ExampleInputs) -> dict[str, dict[str, float]
 
 def _document(run: Run, comparison: Comparison, compressed: Compressed, files: Files) -> dict[str, Any]:
     """The summary, but for what is found of the files as served."""
-    plan = compressed.plan
+    plan, options = compressed.plan, export_options(run, pruned=True)
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -142,6 +176,8 @@ def _document(run: Run, comparison: Comparison, compressed: Compressed, files: F
         },
         **({} if compressed.watched is None else {"accuracy_aware_training": compressed.watched.to_json()}),
         "self_check": {name: _as_json(check) for name, check in compressed.checks.items()},
+        "labels": list(options.labels),
+        "pixels": None if options.pixels is None else {k: list(v) for k, v in vars(options.pixels).items()},
         "epochs": list(run.snapshots.history),
     }
 

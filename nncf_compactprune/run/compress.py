@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,10 @@ from nncf_compactprune.controller import CompressionController, create_compresse
 from nncf_compactprune.cut.self_check import SelfCheck
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.decide.labelled import class_scores
+from nncf_compactprune.export import ExportOptions, Pixels
 from nncf_compactprune.host.tensors import carries_hooks
+from nncf_compactprune.integrations.layouts import PROCESSOR, processor
+from nncf_compactprune.integrations.pretrained import save_pruned_hf
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.run.datasets import ResolvedDataset, only_classes
 from nncf_compactprune.run.settings import RunConfig
@@ -24,6 +28,9 @@ from nncf_compactprune.run.state import FINE_TUNING, Network, Run
 from nncf_compactprune.run.training import fit
 from nncf_compactprune.run.watching import Watched, train_watching
 from nncf_compactprune.storage.checkpoint import save_pruned
+from nncf_compactprune.storage.writing import write_whole
+
+PRETRAINED = "pretrained"
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,23 @@ def compress(run: Run, dense: Network) -> Compressed:
         run.say("No checkpoint is written: it cannot hold a quantized network. The exported files can")
     else:
         save_pruned(model, run.directory, config=run.settings.document)
+        _save_pretrained(run, model)
     checks = {a.name: a.self_check for a in controller.algorithms if isinstance(a, ChannelPruning) and a.self_check}
     for name, check in checks.items():
         run.say(f"Self-check of {name}: {check}")
     pruned = run.measured(model, "Compressed" if carries_hooks(model) else "Pruned")
     return Compressed(dense, pruned, plan, checks, watched)
+
+
+def _save_pretrained(run: Run, model: nn.Module) -> None:
+    """A Hugging Face model's own folder beside the checkpoint."""
+    if not hasattr(model, "save_pretrained") or plan_of(model) is None:
+        return
+    folder = save_pruned_hf(model, run.directory / PRETRAINED)
+    if run.dataset is not None:
+        shape = run.dataset.input_shape
+        pixels = ExportOptions(pixels=Pixels(tuple(run.dataset.mean), tuple(run.dataset.std)))
+        write_whole(folder / PROCESSOR, (json.dumps(processor(pixels, shape), indent=2) + "\n").encode())
 
 
 def _fine_tune(run: Run, dataset: ResolvedDataset, controller: CompressionController, model: nn.Module) -> None:

@@ -6,13 +6,15 @@ A run writes into one directory::
     dense.safetensors   weights before pruning
     plan.json           what was removed
     model.safetensors   weights after fine-tuning; with config and plan, the checkpoint
+    pretrained/         of a Hugging Face model: what load_pruned_hf reads
     dense/, pruned/     ONNX and OpenVINO files of both
-    summary.json, report.html, report.md, with pictures beside it
+    summary.json, report.html, report.md, model_card.md, with pictures beside it
     snapshots/          while it runs: the last two epochs; a run that was killed goes on from there
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -20,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from nncf_compactprune.errors import ResolveError
+from nncf_compactprune.export import ExportOptions, Pixels
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.report import Comparison
+from nncf_compactprune.report.summary import SUMMARY_FILE
 from nncf_compactprune.run.compare import compare
 from nncf_compactprune.run.compress import compress
 from nncf_compactprune.run.dense import train_dense
@@ -72,6 +76,20 @@ def run(
     comparison = compare(this_run, compressed)
     this_run.snapshots.remove()
     return RunOutcome(comparison, compressed.plan, this_run.directory)
+
+
+def described_by(directory: Path) -> ExportOptions:
+    """What the summary of a run says of the network's images and classes.
+
+    :param directory: what a run wrote.
+    """
+    try:
+        report = json.loads((directory / SUMMARY_FILE).read_bytes())
+        pixels = report["pixels"]
+        said = None if pixels is None else Pixels(tuple(pixels["mean"]), tuple(pixels["std"]))
+        return ExportOptions(labels=report["labels"], pixels=said)
+    except (OSError, ValueError, KeyError, TypeError):  # of another version, or copied without it
+        return ExportOptions()
 
 
 def load_run(directory: str | PathLike[str], plugins: Plugins | None = None) -> ResolvedModel:

@@ -28,7 +28,7 @@ from nncf_compactprune.storage.writing import write_whole
 
 RESULTS = (
     *(DENSE_FILE, PLAN_FILE, WEIGHTS_FILE, "summary.json", "report.md", "report.html"),
-    *("widths.png", "training.png", "layers.png"),
+    *("model_card.md", "widths.png", "training.png", "layers.png"),
     "report.json",  # of versions before 0.1.0
 )
 

@@ -50,10 +50,17 @@ class OptimizerConfig(Section):
 
 
 class ExportConfig(Section):
-    """What ``run`` writes of the dense and the pruned model."""
+    """What ``run`` writes of the dense and the pruned model; see :class:`~nncf_compactprune.export.ExportOptions`."""
 
     formats: tuple[str, ...] = Field(default=("onnx", "openvino"), min_length=1, strict=False)
     precisions: tuple[Literal["fp32", "fp16"], ...] = Field(default=("fp32", "fp16"), min_length=1, strict=False)
+    batch: int | None = Field(default=None, ge=1)
+    dynamic_size: bool = False
+    opset: int | None = Field(default=None, ge=13)
+    external_data: bool = False
+    embed_preprocessing: bool = False
+    input_names: list[str] | None = None
+    output_names: list[str] | None = None
 
     @field_validator("formats")
     @classmethod

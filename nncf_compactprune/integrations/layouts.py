@@ -1,0 +1,133 @@
+"""Directories as other programs want them: optimum-intel's, and OpenVINO Model Server's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nncf_compactprune.cut.surgery import CONFIG_ATTRIBUTE
+from nncf_compactprune.errors import ExportError, nearest
+from nncf_compactprune.export import ExportedFile, ExportOptions, export_model
+from nncf_compactprune.export.prepared import ModelInputs
+from nncf_compactprune.plugins import Plugins
+from nncf_compactprune.storage.writing import whole_files
+
+LAYOUTS = ("plain", "optimum", "ovms")
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+_PLAIN_PROCESSOR = "ViTImageProcessor"  # resizes, rescales and normalises, and nothing else
+
+
+def export_to_layout(
+    model: nn.Module,
+    example_inputs: Any,
+    directory: str | PathLike[str],
+    layout: str,
+    *,
+    name: str = "model",
+    precision: str | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    options: ExportOptions | None = None,
+    plugins: Plugins | None = None,
+) -> list[ExportedFile]:
+    """Writes OpenVINO IR where another program looks for it.
+
+    ``optimum`` gives ``openvino_model.xml`` with ``config.json`` and ``preprocessor_config.json``, which
+    ``OVModelFor*.from_pretrained`` and pipelines read. ``ovms`` gives ``NAME/1/model.xml``, a model repository.
+
+    :param model: see :func:`~nncf_compactprune.export.export_model`; for ``optimum`` one of transformers or timm.
+    :param example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+    :param directory: created if missing.
+    :param layout: ``optimum`` or ``ovms``.
+    :param name: the served model's name, for ``ovms``.
+    :param precision: ``fp32`` by default, ``int8`` of a quantized model.
+    :param input_names: :param output_names: as ``export_model`` takes them; ``optimum`` knows its own.
+    :param options: see :class:`~nncf_compactprune.export.ExportOptions`.
+    :param plugins: where formats come from; the installed plugins by default.
+    :raises ExportError: an unknown layout, a model that it cannot hold, or what ``export_model`` raises.
+    """
+    folder = Path(directory)
+    if layout not in LAYOUTS[1:]:
+        msg = f"layout: expected optimum or ovms, got '{layout}'.{nearest(layout, LAYOUTS)}"
+        raise ExportError(msg)
+    documents: dict[str, Mapping[str, Any]] = {}
+    target = folder / name / "1" / "model.xml"
+    if layout == "optimum":
+        documents, target = _documents(model, example_inputs, options or ExportOptions()), folder / "openvino_model.xml"
+        if not hasattr(model, "config"):  # what optimum calls the tensors of an image classifier
+            input_names, output_names = input_names or ["pixel_values"], output_names or ["logits"]
+    files = export_model(
+        model,
+        example_inputs,
+        target,
+        None,
+        None if precision is None else [precision],
+        input_names=input_names,
+        output_names=output_names,
+        options=options,
+        plugins=plugins,
+    )
+    if not documents:
+        return files
+    with whole_files(folder, list(documents)) as new:
+        for file, document in documents.items():
+            (new / file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _documents(model: Any, example_inputs: Any, options: ExportOptions) -> dict[str, Mapping[str, Any]]:
+    """``config.json`` and, for images, ``preprocessor_config.json``."""
+    data_config = getattr(model, "pretrained_cfg", None)
+    if hasattr(model, "config") and hasattr(model.config, "to_dict"):
+        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+        config.pop(CONFIG_ATTRIBUTE, None)  # the file holds the network, whatever its widths
+    elif data_config and "architecture" in data_config:
+        config = {
+            "model_type": "timm_wrapper",
+            "architecture": data_config["architecture"],
+            "num_labels": model.num_classes,
+        }
+    else:
+        msg = (
+            f"layout: optimum reads models of transformers and timm, got {type(model).__name__}. Use the layout plain "
+            "or ovms."
+        )
+        raise ExportError(msg)
+    if options.labels:
+        config |= {
+            "id2label": {str(at): label for at, label in enumerate(options.labels)},
+            "label2id": {label: at for at, label in enumerate(options.labels)},
+        }
+    documents: dict[str, Mapping[str, Any]] = {CONFIG: config}
+    images = [tensor for tensor in ModelInputs.of(model, example_inputs).tensors if tensor.dim() == 4]
+    if images:
+        documents[PROCESSOR] = processor(options, images[0].shape[1:])
+    return documents
+
+
+def processor(options: ExportOptions, shape: Sequence[int]) -> dict[str, Any]:
+    """A ``preprocessor_config.json``: how transformers prepares images.
+
+    :param options: whose pixels say how they are normalised.
+    :param shape: ``(c, h, w)``.
+    """
+    channels, height, width = shape
+    pixels = options.pixels
+    result = {
+        "image_processor_type": _PLAIN_PROCESSOR,
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": pixels is not None,
+    }
+    if pixels is not None:
+        mean, std = (list(values) * (channels if len(values) == 1 else 1) for values in (pixels.mean, pixels.std))
+        result |= {"image_mean": mean, "image_std": std}
+    return result
