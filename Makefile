@@ -23,14 +23,14 @@ demo: $(VENV)/.installed ## Trains, prunes, fine-tunes and exports a network for
 
 test: lint test-floors test-main ## The checks every change must pass.
 
-test-main: $(VENV)/.installed-dev $(VENV)-optimum/.installed ## The tests, with the versions of constraints.txt.
+test-main: $(VENV)/.installed-dev ## The tests, with the versions of constraints.txt.
 	$(BIN)/python -m pytest -n 2
 
 # Old packages meet a newer Python and newer packages of their own: their warnings are no errors here.
 test-floors: $(VENV)-floors/.installed ## The tests of what needs no optional package, with the oldest versions allowed.
 	$(VENV)-floors/bin/python -m pytest -n 2 -o filterwarnings=default --ignore tests/test_examples.py tests
 
-test-all: lint $(VENV)-optimum/.installed ## The same with the slow tests.
+test-all: lint ## The same with the slow tests.
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: $(VENV)/.installed-dev
@@ -43,7 +43,7 @@ bench-deps: $(VENV)/.installed-dev ## What only the benchmarks need.
 	$(PIP) --no-deps torch-pruning
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-optimum build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-floors build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -56,13 +56,6 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-deps timm torchvision
 	$(PIP) huggingface_hub pyyaml pillow
 	touch $@
-
-# optimum-intel wants an older transformers: three packages in a folder of their own, which one test puts in front of the
-# others. Where they cannot be had, that test is skipped and says so.
-$(VENV)-optimum/.installed: $(VENV)/.installed-dev
-	-$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)-optimum \
-		optimum-intel==2.2.0 optimum==2.3.0 transformers==5.5.4
-	mkdir -p $(VENV)-optimum && touch $@
 
 $(VENV)-floors/.installed: pyproject.toml constraints-floors.txt
 	$(PYTHON) -m venv $(VENV)-floors
