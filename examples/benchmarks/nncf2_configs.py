@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table beside this file")
     args = parser.parse_args()
     lines = [
-        "| file | entries | outcome | MACs left | parameters left | ONNX bytes left |",
+        "| file | entries | outcome | MACs left | parameters left | bytes left |",
         "|---|---|---|---|---|---|",
     ]
     for path in sorted(args.folder.glob("*.json")):
