@@ -458,7 +458,7 @@ def start(
     }
     lines = [
         "# A start without training", "",
-        "Written by `recovery.py start`: ResNet-20, test accuracy on all 10,000 images (dense: 91.73), nothing trained.",
+        "Written by `recovery.py start`. ResNet-20, accuracy on all test images (dense: 91.73), nothing trained.",
         "", "| MACs, kept by | " + " | ".join(ways) + " |", "|" + "---|" * (len(ways) + 1),
     ]  # fmt: skip
     for budget in (0.5, 0.35):
