@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -444,7 +445,10 @@ def show_queue(rows: RowsOption = ROWS, only: str = "") -> None:
 
 @app.command()
 def start(
-    data: Annotated[Path, typer.Option(help="folder of images and weights")] = Path("../shared/data"), threads: int = 1
+    data: Annotated[Path, typer.Option(help="folder of images and weights")] = Path("../shared/data"),
+    budget: Annotated[list[float], typer.Option(help="share of the MACs kept")] = [0.5],  # noqa: B006
+    criterion: Annotated[list[str], typer.Option(help="criteria, as above")] = ["l2"],  # noqa: B006
+    threads: int = 1,
 ) -> None:
     """Writes recovery_start.md: accuracy with no training at all, by what is done after the cut."""
     torch.set_num_threads(threads)
@@ -461,16 +465,15 @@ def start(
         "Written by `recovery.py start`. ResNet-20, accuracy on all test images (dense: 91.73), nothing trained.",
         "", "| MACs, kept by | " + " | ".join(ways) + " |", "|" + "---|" * (len(ways) + 1),
     ]  # fmt: skip
-    for budget in (0.5, 0.35):
-        for criterion in ("l2", "catro"):
-            cells = []
-            for initializer in ways.values():
-                model = read.dense(20)
-                options = {"budget": {"macs": budget}, "train_loader": loader, "initializer": initializer}
-                prune(model, normalised(read.images[:2]), **options, **CRITERIA[criterion])
-                cells.append(f"{accuracy(model, *read.test):.1f}")
-            lines.append(f"| {budget:.0%}, {TITLES[criterion]}, default widths | " + " | ".join(cells) + " |")
-            print(lines[-1], flush=True)
+    for share, by in itertools.product(budget, criterion):
+        cells = []
+        for initializer in ways.values():
+            model = read.dense(20)
+            options = {"budget": {"macs": share}, "train_loader": loader, "initializer": initializer}
+            prune(model, normalised(read.images[:2]), **options, **CRITERIA[by])
+            cells.append(f"{accuracy(model, *read.test):.1f}")
+        lines.append(f"| {share:.0%}, {TITLES[by]}, default widths | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
     (HERE / "recovery_start.md").write_text("\n".join(lines) + "\n")
 
 
