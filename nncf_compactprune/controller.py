@@ -70,6 +70,10 @@ class Statistics:
 
     algorithms: Mapping[str, Mapping[str, Any]]
 
+    def only(self, name: str) -> Statistics:
+        """Those of one algorithm."""
+        return Statistics({key: figures for key, figures in self.algorithms.items() if key.split(" (")[0] == name})
+
     def to_str(self) -> str:
         """A table for logs."""
         table = Table("algorithm", "figure", "value")

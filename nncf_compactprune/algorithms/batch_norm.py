@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import nncf
 import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.host.distributed import averaged, process_count
 from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
+from nncf_compactprune.host.nncf_versions import batch_norm_adaptation
 from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.host.torch_internals import BatchNorm, tree_leaves
 
@@ -36,7 +36,7 @@ def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False)
         return
     with context.timed("batchnorm_adaptation"):
         with no_bars_in_pipes():
-            nncf.batch_norm_adaptation(model, nncf.Dataset(first_batches(context.batches(), samples)))
+            batch_norm_adaptation(model, first_batches(context.batches(), samples))
         pool_over_ranks(model)
 
 

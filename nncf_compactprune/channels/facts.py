@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from nncf_compactprune.host.nncf_quantization import SCALES, BaseQuantizer
 from nncf_compactprune.host.torch_internals import Convolution, RunningNorm
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
@@ -67,9 +68,14 @@ def prelu(module: Any, shapes: Shapes) -> dict[str, Any]:
     return {"num_parameters": shapes["weight"][0]}
 
 
+def quantizer(module: Any, shapes: Shapes) -> dict[str, Any]:
+    """The shape of the scales, which NNCF keeps beside them; scales of one channel each are cut with their channels."""
+    return {"_scale_shape": next(shapes[name] for name in SCALES if name in shapes)}
+
+
 @hookimpl
 def compactprune_module_facts() -> Mapping[type[nn.Module], Facts]:
-    """Facts of torch's own layers; subclasses (timm's, Hugging Face's) inherit them."""
+    """Facts of torch's own layers and NNCF's quantizers; subclasses (timm's, Hugging Face's) inherit them."""
     return {
         Convolution: convolution,
         nn.Linear: linear,
@@ -79,6 +85,7 @@ def compactprune_module_facts() -> Mapping[type[nn.Module], Facts]:
         nn.GroupNorm: group_norm,
         nn.Embedding: embedding,
         nn.PReLU: prelu,
+        BaseQuantizer: quantizer,
     }
 
 

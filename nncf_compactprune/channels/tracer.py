@@ -21,9 +21,13 @@ from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WI
 from nncf_compactprune.errors import TraceError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.marks import Writes
+from nncf_compactprune.host.nncf_quantization import carries_quantizers
 from nncf_compactprune.host.tensors import carries_channels, carries_hooks, model_tensors, named_modules
 from nncf_compactprune.host.torch_internals import (
     COMPOSITE,
+    original,
+    COMPOSITE,
+    original,
     register_module_forward_hook,
     register_module_forward_pre_hook,
     tree_leaves,
@@ -80,6 +84,12 @@ def trace(
 
 def _refuse_hooks(model: nn.Module) -> None:
     if carries_hooks(model):
+        if carries_quantizers(model):
+            msg = (
+                f"{type(model).__name__} is quantized by NNCF, whose hooks hide its weights from channel analysis: "
+                "prune first, then quantize the pruned model (nncf.quantize, or one list with both entries)."
+            )
+            raise TraceError(msg)
         msg = (
             f"{type(model).__name__} carries NNCF hooks (masks, quantizers or re-parameterised weights), which hide "
             "its weights from channel analysis. Strip it first (nncf.strip or controller.strip())."
@@ -400,7 +410,8 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
             self._stack.pop()
 
 
-_CHUNKS = (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)
+_CHUNKS = tuple(map(original, (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)))
+_ATTENTION = original(torch.nn.functional.scaled_dot_product_attention)
 
 
 class _TorchCalls(TorchFunctionMode):
@@ -418,7 +429,7 @@ class _TorchCalls(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and kwargs.get("scale") is None:
+        if func is _ATTENTION and kwargs.get("scale") is None:
             for tensor in (*args[:2], kwargs.get("query"), kwargs.get("key")):
                 if isinstance(tensor, Tensor):
                     width = self._tracer.labels(tensor)[-1]

@@ -23,13 +23,15 @@ from nncf.torch.function_hook import (
     wrap_model,
 )
 from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode, disable_function_hook_mode
-from nncf.torch.function_hook.hook_storage import RemovableHookHandle, decode_hook_name
+from nncf.torch.function_hook.hook_storage import HookStorage, RemovableHookHandle, decode_hook_name
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from nncf.torch.function_hook.wrapper import ForwardWithHooks
 from nncf.torch.layer_utils import StatefulModuleInterface
 from torch import nn
 
-from nncf_compactprune.host.tensors import NNCF_HOOKS
+from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.host.nncf2_parameters import is_nncf_network, unwatch_parameters, watch_parameters
+from nncf_compactprune.host.tensors import NNCF_HOOKS, carries_hooks
 
 
 class HookState(StatefulModuleInterface):  # type: ignore[misc]
@@ -129,7 +131,7 @@ def hook_input(model: nn.Module, operation: str, port: int, hook: nn.Module) -> 
     :param port: which input.
     :param hook: is called with the input and returns what is used instead.
     """
-    return HookHandle(model, register_pre_function_hook(_wrapped(model), operation, port, hook), before=True)
+    return HookHandle(model, register_pre_function_hook(_with_mode(model), operation, port, hook), before=True)
 
 
 def hook_output(model: nn.Module, operation: str, port: int, hook: nn.Module) -> Any:
@@ -140,12 +142,24 @@ def hook_output(model: nn.Module, operation: str, port: int, hook: nn.Module) ->
     :param port: which output.
     :param hook: is called with the output and returns what is used instead.
     """
-    return HookHandle(model, register_post_function_hook(_wrapped(model), operation, port, hook), before=False)
+    return HookHandle(model, register_post_function_hook(_with_mode(model), operation, port, hook), before=False)
 
 
 def _wrapped(model: nn.Module) -> nn.Module:
+    if is_nncf_network(model) and NNCF_HOOKS not in model._modules:
+        watch_parameters(model, HookStorage())
     # accelerate's mixed precision wraps around NNCF's wrapper, which then is not to be seen any more
     return model if NNCF_HOOKS in model._modules else wrap_model(model)
+
+
+def _with_mode(model: nn.Module) -> nn.Module:
+    if is_nncf_network(model):
+        msg = (
+            "Hooks on operations do not go with NNCF 2's create_compressed_model. Without NNCF_TORCH_LEGACY_TRACING=1, "
+            "nncf_compactprune.create_compressed_model runs the same entry on NNCF 2.19."
+        )
+        raise CompactPruneError(msg)
+    return _wrapped(model)
 
 
 def remove_hooks(model: nn.Module, which: Callable[[nn.Module], bool] = lambda hook: True) -> None:
@@ -166,7 +180,10 @@ def remove_hooks(model: nn.Module, which: Callable[[nn.Module], bool] = lambda h
 def unwrap_if_empty(model: nn.Module) -> None:
     """Removes NNCF's wrapper from a model that has no hooks left, unless something else was wrapped around it since:
     then it stays, and passes calls through."""
-    if NNCF_HOOKS not in model._modules or not get_hook_storage(model).is_empty():
+    if NNCF_HOOKS not in model._modules or carries_hooks(model):
+        return
+    if is_nncf_network(model):
+        unwatch_parameters(model)
         return
     if isinstance(model.forward, ForwardWithHooks):
         original = model.forward.orig_forward
@@ -199,12 +216,28 @@ def nncf_graph(model: nn.Module, example_inputs: Any) -> Any:
     :param example_inputs: a tensor, a tuple or a dict.
     :return: an ``nncf.common.graph.NNCFGraph``.
     """
+    if is_nncf_network(model):
+        return _graph_of_network(model, example_inputs)
     own_wrapper = not is_wrapped(model)
     try:
         return build_nncf_graph(wrap_model(model) if own_wrapper else model, example_inputs)
     finally:
         if own_wrapper:
             unwrap_if_empty(model)
+
+
+def _graph_of_network(model: nn.Module, example_inputs: Any) -> Any:
+    """The graph of NNCF 2's ``NNCFNetwork``; it gets function mode for one run, and its own hooks on parameters stay."""
+    storage = model._modules.pop(NNCF_HOOKS, None)
+    try:
+        model.__dict__["forward"] = ForwardWithHooks(model)  # past NNCFNetwork's own __setattr__, which warns
+        model.add_module(NNCF_HOOKS, HookStorage())
+        return build_nncf_graph(model, example_inputs)
+    finally:
+        model.__dict__.pop("forward", None)
+        del model._modules[NNCF_HOOKS]
+        if storage is not None:
+            model.add_module(NNCF_HOOKS, storage)
 
 
 def write_graph(model: nn.Module, example_inputs: Any, path: Path) -> None:

@@ -21,6 +21,7 @@ from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
 from nncf.torch.quantization.layers import BaseQuantizer
 from nncf.torch.quantization.reference import torch_executor
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase
 
 from nncf_compactprune.host.nncf_hooks import Hook, hooks, nncf_graph
 from nncf_compactprune.host.tensors import NNCF_HOOKS, named_modules, own_tensors
@@ -130,6 +131,14 @@ def _weight(model: nn.Module, graph: Any, hook: Hook) -> nn.Parameter | None:
             return None
         name = constant.layer_attributes.name
     return dict(model.named_parameters()).get(name)
+
+#: the parameters of NNCF's quantizers that have its scales' shape
+SCALES = ("_scale_param_storage", "_input_range_param_storage", "input_low")
+
+
+def carries_quantizers(model: nn.Module) -> bool:
+    """Whether ``nncf.quantize`` has put quantizers on a model, or ``nncf.strip`` has left torch's own in their place."""
+    return any(isinstance(hook.module, (BaseQuantizer, FakeQuantizeBase)) for hook in hooks(model))
 
 
 def quantizer_places(

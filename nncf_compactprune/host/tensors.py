@@ -19,7 +19,7 @@ NNCF_HOOKS = "__nncf_hooks"
 def carries_hooks(model: nn.Module) -> bool:
     """Whether a model has NNCF function hooks at work (masks, quantizers, re-parameterised weights)."""
     storage = getattr(model, NNCF_HOOKS, None)
-    return storage is not None and not storage.is_empty()
+    return storage is not None and bool(storage.pre_hooks or storage.post_hooks)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

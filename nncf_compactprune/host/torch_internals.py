@@ -1,5 +1,8 @@
 """What the package takes from torch's private modules: base classes of layers, dispatch modes, trees of values."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.jit._trace import TracerWarning
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -14,6 +17,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 #: the dispatch key of operations that are made of other operations
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
+
+def original(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch as function modes see it: NNCF 2's legacy tracing has put a wrapper in its place.
+
+    :param function: such as ``torch.nn.functional.linear``.
+    """
+    unwrapped: Callable[..., Any] = getattr(function, "_original_op", function)
+    return unwrapped
+
+
 __all__ = [
     "COMPOSITE",
     "BatchNorm",
@@ -24,6 +37,7 @@ __all__ = [
     "TransposedConvolution",
     "UninitializedBuffer",
     "UninitializedParameter",
+    "original",
     "register_module_forward_hook",
     "register_module_forward_pre_hook",
     "tree_leaves",

@@ -19,10 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from nncf_compactprune.channels import ChannelGraph, Member
 from nncf_compactprune.host.tensors import model_tensors
+from nncf_compactprune.host.torch_internals import original
 
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+CONVOLUTIONS = tuple(map(original, (F.conv1d, F.conv2d, F.conv3d)))
+TRANSPOSED = tuple(map(original, (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)))
+PRODUCTS = tuple(map(original, (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)))
+LINEAR = original(F.linear)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def _kind(func: Callable[..., Any]) -> str | None:
         return "convolution"
     if func in TRANSPOSED:
         return "transposed"
-    if func is F.linear:
+    if func is LINEAR:
         return "linear"
     return "product" if func in PRODUCTS else None
 

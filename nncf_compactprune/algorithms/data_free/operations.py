@@ -17,17 +17,19 @@ from torch.overrides import TorchFunctionMode
 
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import named_modules, own_tensors
-from nncf_compactprune.host.torch_internals import Convolution
+from nncf_compactprune.host.torch_internals import Convolution, original
 
 _LINEAR = ("input", "weight", "bias")
 _CONVOLUTION = (*_LINEAR, "stride", "padding", "dilation", "groups")
 _TRANSPOSED = (*_LINEAR, "stride", "padding", "output_padding", "groups", "dilation")
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
-    functional.linear: _LINEAR,
-    **dict.fromkeys((functional.conv1d, functional.conv2d, functional.conv3d), _CONVOLUTION),
-    **dict.fromkeys(
-        (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d), _TRANSPOSED
-    ),
+    original(getattr(functional, name)): arguments
+    for names, arguments in (
+        (("linear",), _LINEAR),
+        (("conv1d", "conv2d", "conv3d"), _CONVOLUTION),
+        (("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _TRANSPOSED),
+    )
+    for name in names
 }
 
 

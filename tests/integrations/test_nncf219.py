@@ -1,0 +1,246 @@
+"""NNCF 2.19's own config and ``create_compressed_model`` with the algorithms of this package.
+
+Runs in an environment with NNCF 2.19 and ``NNCF_TORCH_LEGACY_TRACING=1``: ``make test-nncf219``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nncf_compactprune import CompactPruneError, ConfigError, plan_of
+from nncf_compactprune.host.nncf_versions import LEGACY_TRACING, traces_by_patching
+
+if not traces_by_patching():
+    pytest.skip(f"needs NNCF 2.19 and {LEGACY_TRACING}=1: make test-nncf219", allow_module_level=True)
+
+from nncf import NNCFConfig
+from nncf.torch import create_compressed_model, load_state, register_default_init_args
+from nncf.torch.quantization import quantize_functions
+from nncf.torch.quantization.reference import ReferenceQuantizedFunctions
+from support.networks import IMAGE, conv_bn, depthwise, model32, residual
+
+from nncf_compactprune.host.nncf_hooks import hook_parameter, unwrap_if_empty
+from nncf_compactprune.integrations.nncf219 import CompactPruneController
+
+HALF = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}}
+ONE_SHOT = {**HALF, "params": {"schedule": "one_shot", "round_to": 1}}
+SOFT = {**HALF, "params": {"schedule": "exponential", "pruning_steps": 1, "round_to": 1}}
+QUANTIZATION = {"algorithm": "quantization", "initializer": {"range": {"num_init_samples": 8}}}
+
+
+@pytest.fixture(autouse=True)
+def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NNCF's quantizers in torch's operations: its compiled extension takes a minute to build."""
+    functions = {"Quantize_forward": "Quantize_forward", "Quantize_backward": "Quantize_backward"}
+
+    class Functions:
+        @staticmethod
+        def get(name: str) -> Any:
+            return getattr(ReferenceQuantizedFunctions, functions[name])
+
+    monkeypatch.setattr(quantize_functions, "QuantizedFunctionsCPU", Functions)
+
+
+def loader() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader([(torch.randn(IMAGE[1:], generator=generator), i % 5) for i in range(20)], batch_size=10)
+
+
+def config(*entries: dict[str, Any]) -> Any:
+    document = {"input_info": {"sample_size": list(IMAGE)}, "compression": list(entries)}
+    return register_default_init_args(NNCFConfig.from_dict(document), loader())
+
+
+def compressed(model: nn.Module, *entries: dict[str, Any], state: Any = None) -> tuple[Any, Any]:
+    return create_compressed_model(model, config(*entries), compression_state=state, dump_graphs=False)
+
+
+def train(ctrl: Any, model: nn.Module, epochs: int = 2) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
+    for child in getattr(ctrl, "child_ctrls", [ctrl]):
+        if isinstance(child, CompactPruneController) and epochs > 2:
+            child.attach(optimizer=optimizer)
+    for _ in range(epochs):
+        ctrl.scheduler.epoch_step()
+        model.train()
+        for images, labels in loader():
+            ctrl.scheduler.step()
+            loss = nn.functional.cross_entropy(model(images), labels) + ctrl.loss()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.eval()
+    return optimizer
+
+
+def weights(model: nn.Module) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if "_nncf" not in name and "pre_ops" not in name)
+
+
+def probe() -> Tensor:
+    return torch.randn(IMAGE, generator=torch.Generator().manual_seed(1))
+
+
+def close(left: Tensor, right: Tensor) -> bool:
+    left, right = left.detach(), right.detach()
+    return float((left - right).abs().max() / right.abs().max()) < 1e-5
+
+
+def test_a_config_file_is_taken_and_the_network_shrinks(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"input_info": {"sample_size": list(IMAGE)}, "compression": SOFT}))
+    model = model32()
+    dense, names = weights(model), set(model.state_dict())
+    ctrl, model = create_compressed_model(
+        model, register_default_init_args(NNCFConfig.from_json(str(path)), loader()), dump_graphs=False
+    )
+    train(ctrl, model)
+    assert ctrl.compression_stage().name == "FULLY_COMPRESSED"
+    assert weights(model) == dense  # masked as yet
+    masked = model(probe())
+    assert not close(masked, model32()(probe()))
+    assert "fbnet_pruning" in ctrl.statistics().to_str()
+    small = ctrl.strip()
+    assert weights(small) < 0.7 * dense
+    assert close(small.eval()(probe()), masked)
+    assert names <= set(small.state_dict())
+    assert not any("hooks" in name for name in small.state_dict())
+    ctrl.export_model(str(tmp_path / "small.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: probe()[:1].numpy()})
+    assert close(torch.from_numpy(found), masked[:1])
+
+
+@pytest.mark.parametrize("build", [residual, depthwise])
+@pytest.mark.parametrize("order", [(SOFT, QUANTIZATION), (QUANTIZATION, SOFT)])
+def test_scales_of_nncfs_quantizers_follow(build: Any, order: tuple[dict[str, Any], ...]) -> None:
+    torch.manual_seed(0)
+    ctrl, model = compressed(build().float(), *order)
+    train(ctrl, model)
+    masked, dense = model(probe()), weights(model)
+    small = ctrl.strip()
+    assert weights(small) < dense
+    assert close(small(probe()), masked)
+    scales = [(m.weight, op.op.scale) for m in model.modules() if hasattr(m, "pre_ops") for op in m.pre_ops.values()]
+    assert len(scales) > 3
+    assert all(scale.shape[0] == weight.shape[0] for weight, scale in scales)
+    assert all(tuple(op.op.scale_shape) == tuple(op.op.scale.shape) for m in model.modules() if hasattr(m, "pre_ops") for op in m.pre_ops.values())  # fmt: skip
+
+
+def test_cut_at_once_beside_quantization() -> None:
+    ctrl, model = compressed(model32(), ONE_SHOT, QUANTIZATION)
+    assert plan_of(model) is not None
+    train(ctrl, model)
+    before = model(probe())
+    assert close(ctrl.strip()(probe()), before)
+
+
+def test_it_shrinks_while_it_trains() -> None:
+    ctrl, model = compressed(model32(), SOFT)
+    dense = weights(model)
+    optimizer = train(ctrl, model, epochs=3)
+    assert weights(model) < 0.7 * dense
+    states = [(p, optimizer.state[p]["momentum_buffer"]) for p in model.parameters() if p in optimizer.state]
+    assert all(parameter.shape == momentum.shape for parameter, momentum in states)
+
+
+def test_several_entries_are_one_list() -> None:
+    factors = {"algorithm": "linear_overparameterization", "params": {"expansion": 2}}
+    ctrl, model = compressed(model32(), ONE_SHOT, factors)
+    assert len(ctrl.child_ctrls) == 2
+    train(ctrl, model)
+    before = model(probe())
+    small = ctrl.strip()
+    assert close(small(probe()), before)
+    assert weights(small) < weights(model32())
+    assert {"fbnet_pruning", "linear_overparameterization"} <= {name for name, _ in ctrl.statistics()}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"algorithm": "catro", "budget": {"macs": 0.5}, "params": {"schedule": "one_shot", "samples_per_class": 2}},
+        {"algorithm": "data_free_layerwise", "budget": {"macs": 0.8}, "generation": {"source": "statistics"}},
+        {"algorithm": "data_free_sparsity", "generation": {"source": "statistics"}},
+    ],
+    ids=lambda entry: entry["algorithm"],
+)
+def test_every_algorithm_works(entry: dict[str, Any]) -> None:
+    model = model32()
+    for _ in range(3):
+        model.train()(probe())  # statistics of a network that was trained
+    dense = model.eval()(probe()).clone()
+    ctrl, model = compressed(model, entry)
+    ctrl.scheduler.epoch_step()
+    assert not torch.equal(ctrl.strip().eval()(probe()), dense)
+
+
+def test_a_run_resumes() -> None:
+    ctrl, model = compressed(model32(), SOFT, QUANTIZATION)
+    train(ctrl, model, epochs=3)
+    state, weights_then, then = ctrl.get_compression_state(), model.state_dict(), model(probe())
+    again_ctrl, again = compressed(model32(), SOFT, QUANTIZATION, state=state)
+    load_state(again, weights_then, is_resume=True)
+    assert close(again.eval()(probe()), then)
+    assert again_ctrl.scheduler.get_state() == ctrl.scheduler.get_state()
+
+
+def test_mistakes_are_told() -> None:
+    with pytest.raises(ConfigError, match=r"budgt.*Did you mean 'budget'"):
+        compressed(model32(), {"algorithm": "fbnet_pruning", "budgt": {"macs": 0.5}})
+    with pytest.raises(CompactPruneError, match="data_free_quantization does not go with"):
+        compressed(model32(), {"algorithm": "data_free_quantization"})
+
+
+def test_nncfs_own_algorithm_stays_nncfs() -> None:
+    ctrl, _ = compressed(model32(), {"algorithm": "filter_pruning", "pruning_init": 0.5})
+    assert type(ctrl).__module__.startswith("nncf.")
+
+
+class Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def test_a_hooked_parameter_is_another_only_while_the_network_runs() -> None:
+    model = nn.Sequential(conv_bn(3, 8), conv_bn(8, 8))
+    wanted = nn.Sequential(conv_bn(3, 8), conv_bn(8, 8)).eval()
+    wanted.load_state_dict(model.state_dict())
+    _, network = compressed(model, ONE_SHOT | {"budget": {"macs": 1.0}})
+    with torch.no_grad():
+        wanted[1][0].weight.div_(2)
+    name = "1.0.weight"
+    parameter, before = network.get_parameter(name), network.eval()(probe())
+    handle = hook_parameter(network, name, Half())
+    assert close(network(probe()), wanted(probe()))
+    assert network.get_parameter(name) is parameter
+    assert "weight" not in vars(network[1][0])
+    with pytest.raises(RuntimeError, match="expected input"):
+        network(torch.randn(1, 5, 9, 9))
+    assert "weight" not in vars(network[1][0])
+    handle.remove()
+    unwrap_if_empty(network)
+    assert torch.equal(network(probe()), before)
+    assert not network._forward_hooks
+
+
+def test_without_legacy_tracing_the_remedy_is_told() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != LEGACY_TRACING}
+    code = "import nncf_compactprune; print('fine'); import nncf_compactprune.integrations.nncf219"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "fine"
+    assert result.stderr.strip().splitlines()[-1].endswith(
+        "NNCF 2.19 compresses from its config only with NNCF_TORCH_LEGACY_TRACING=1: set it in the environment before "
+        "NNCF is imported."
+    )
