@@ -122,7 +122,11 @@ def measure(rows: Rows, pythons: dict[str, str], seeds: int, data: Path, work: P
                     rows.add({"case": case, "seed": seed, "side": side} | row)
             both = len(pythons) == len(SIDES)
             files = {side: work / f"{case}_{side}_{seed}.xml" for side in SIDES}
-            if both and rows.find(case=case, seed=seed, latency=True) is None and all(f.exists() for f in files.values()):
+            if (
+                both
+                and rows.find(case=case, seed=seed, latency=True) is None
+                and all(f.exists() for f in files.values())
+            ):
                 taken = measure_latency(files, torch.randn(1, 3, 32, 32), runs=500, warmup=50)
                 rows.add({"case": case, "seed": seed, "latency": True} | {s: t.median_ms for s, t in taken.items()})
     for case in cases if len(pythons) == len(SIDES) else []:
@@ -137,18 +141,20 @@ def table(rows: Rows) -> str:
     lines = [
         "# NNCF 2.19's configurations, there and here",
         "",
-        "`python examples/benchmarks/nncf2.py`. ResNet-20 for CIFAR-10 (91.73 % dense), 10,000 training images, 6 epochs, "
-        "the schedule exponential over the first 3, SGD, batch 128, one thread; accuracy on all 10,000 test images. The "
-        f"same file and script on NNCF 2.19.0 and on this package with NNCF {version('nncf')}, torch {version('torch')}, "
-        f"OpenVINO {version('openvino')}. Files are FP32, or INT8 as fake quantization; MACs are counted in them. "
-        "Latency: batch 1, both files in turns. Step time: both sides in turns, medians of ratios.",
+        "`python examples/benchmarks/nncf2.py`. ResNet-20 for CIFAR-10 (91.73 % dense), 10,000 training images, 6 "
+        "epochs, the schedule exponential over the first 3, SGD, batch 128, one thread; accuracy on all 10,000 test "
+        f"images. The same file and script on NNCF 2.19.0 and on this package with NNCF {version('nncf')}, torch "
+        f"{version('torch')}, OpenVINO {version('openvino')}. Files are FP32, or INT8 as fake quantization; MACs are "
+        "counted in them. Latency: batch 1, both files in turns. Step time: both sides in turns, medians of ratios.",
         "",
-        "| configuration | seeds | accuracy, % | here | ONNX, bytes | here | IR, bytes | here | MACs in the file | here "
+        "| config | seeds | accuracy, % | here | ONNX, bytes | here | IR, bytes | here | MACs in the file | here "
         "| latency, ms | here | step while pruning, s | here | step after, s | here |",
         "|" + "---|" * 16,
     ]
     for case, words in WORDS.items():
-        sides = {side: [row for row in rows.rows if row.get("case") == case and row.get("side") == side] for side in SIDES}
+        sides = {
+            side: [row for row in rows.rows if row.get("case") == case and row.get("side") == side] for side in SIDES
+        }
         if not sides["nncf2"]:
             continue
         cells = [words, f"{len(sides['nncf2'])}, {len(sides['here'])}"]

@@ -50,7 +50,11 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Top-1 in percent."""
     model.eval()
-    return 100 * sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True)) / len(labels)
+    return (
+        100
+        * sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True))
+        / len(labels)
+    )
 
 
 class Side:
@@ -112,7 +116,9 @@ def macs_of(network: ov.Model) -> int:
     for op in network.get_ops():
         if op.get_type_name() in ("Convolution", "GroupConvolution", "MatMul"):
             weight, out = op.input(1).get_partial_shape().to_shape(), op.output(0).get_partial_shape()
-            outputs = weight[1] if op.get_type_name() == "MatMul" and not op.get_attributes()["transpose_b"] else weight[0]
+            outputs = (
+                weight[1] if op.get_type_name() == "MatMul" and not op.get_attributes()["transpose_b"] else weight[0]
+            )
             taps = 1
             for size in weight:
                 taps *= size

@@ -26,8 +26,6 @@ from nncf_compactprune.host.tensors import carries_channels, carries_hooks, mode
 from nncf_compactprune.host.torch_internals import (
     COMPOSITE,
     original,
-    COMPOSITE,
-    original,
     register_module_forward_hook,
     register_module_forward_pre_hook,
     tree_leaves,

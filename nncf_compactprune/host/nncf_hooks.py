@@ -227,7 +227,7 @@ def nncf_graph(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def _graph_of_network(model: nn.Module, example_inputs: Any) -> Any:
-    """The graph of NNCF 2's ``NNCFNetwork``; it gets function mode for one run, and its own hooks on parameters stay."""
+    """The graph of NNCF 2's ``NNCFNetwork``: function mode is on for one run, hooks on parameters stay."""
     storage = model._modules.pop(NNCF_HOOKS, None)
     try:
         model.__dict__["forward"] = ForwardWithHooks(model)  # past NNCFNetwork's own __setattr__, which warns

@@ -132,12 +132,13 @@ def _weight(model: nn.Module, graph: Any, hook: Hook) -> nn.Parameter | None:
         name = constant.layer_attributes.name
     return dict(model.named_parameters()).get(name)
 
+
 #: the parameters of NNCF's quantizers that have its scales' shape
 SCALES = ("_scale_param_storage", "_input_range_param_storage", "input_low")
 
 
 def carries_quantizers(model: nn.Module) -> bool:
-    """Whether ``nncf.quantize`` has put quantizers on a model, or ``nncf.strip`` has left torch's own in their place."""
+    """Whether a model has quantizers of ``nncf.quantize``, or torch's own, which ``nncf.strip`` puts in their place."""
     return any(isinstance(hook.module, (BaseQuantizer, FakeQuantizeBase)) for hook in hooks(model))
 
 

@@ -81,8 +81,10 @@ class Engine:
         """Builds the algorithms: afresh, or as an earlier run had left them."""
         needs_operations = [e["algorithm"] for e in self.entries if e["algorithm"] in HOOK_OPERATIONS]
         if needs_operations:
-            msg = f"{needs_operations[0]} does not go with NNCF 2's create_compressed_model. Without {LEGACY_TRACING}=1, "
-            msg += "nncf_compactprune.create_compressed_model runs it on NNCF 2.19."
+            msg = (
+                f"{needs_operations[0]} does not go with NNCF 2's create_compressed_model. Without {LEGACY_TRACING}=1 "
+                "nncf_compactprune.create_compressed_model runs it on NNCF 2.19."
+            )
             raise CompactPruneError(msg)
         document = {key: self._config[key] for key in SHARED_KEYS if key in self._config}
         self._controller, _ = create_compressed_model(

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,10 @@ if not traces_by_patching():
 
 from nncf import NNCFConfig
 from nncf.torch import create_compressed_model, load_state, register_default_init_args
-from nncf.torch.quantization import quantize_functions
-from nncf.torch.quantization.reference import ReferenceQuantizedFunctions
 from support.networks import IMAGE, conv_bn, depthwise, model32, residual
 
 from nncf_compactprune.host.nncf_hooks import hook_parameter, unwrap_if_empty
+from nncf_compactprune.host.nncf_quantization import not_compiled
 from nncf_compactprune.integrations.nncf219 import CompactPruneController
 
 HALF = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}}
@@ -40,16 +40,10 @@ QUANTIZATION = {"algorithm": "quantization", "initializer": {"range": {"num_init
 
 
 @pytest.fixture(autouse=True)
-def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+def arithmetic() -> Iterator[None]:
     """NNCF's quantizers in torch's operations: its compiled extension takes a minute to build."""
-    functions = {"Quantize_forward": "Quantize_forward", "Quantize_backward": "Quantize_backward"}
-
-    class Functions:
-        @staticmethod
-        def get(name: str) -> Any:
-            return getattr(ReferenceQuantizedFunctions, functions[name])
-
-    monkeypatch.setattr(quantize_functions, "QuantizedFunctionsCPU", Functions)
+    with not_compiled():
+        yield
 
 
 def loader() -> DataLoader[Any]:
@@ -132,10 +126,10 @@ def test_scales_of_nncfs_quantizers_follow(build: Any, order: tuple[dict[str, An
     small = ctrl.strip()
     assert weights(small) < dense
     assert close(small(probe()), masked)
-    scales = [(m.weight, op.op.scale) for m in model.modules() if hasattr(m, "pre_ops") for op in m.pre_ops.values()]
-    assert len(scales) > 3
-    assert all(scale.shape[0] == weight.shape[0] for weight, scale in scales)
-    assert all(tuple(op.op.scale_shape) == tuple(op.op.scale.shape) for m in model.modules() if hasattr(m, "pre_ops") for op in m.pre_ops.values())  # fmt: skip
+    layers = [(m, op.op) for m in model.modules() if hasattr(m, "pre_ops") for op in m.pre_ops.values()]
+    assert len(layers) > 3
+    assert all(quantizer.scale.shape[0] == layer.weight.shape[0] for layer, quantizer in layers)
+    assert all(tuple(quantizer.scale_shape) == tuple(quantizer.scale.shape) for _, quantizer in layers)
 
 
 def test_cut_at_once_beside_quantization() -> None:
@@ -240,7 +234,5 @@ def test_without_legacy_tracing_the_remedy_is_told() -> None:
     code = "import nncf_compactprune; print('fine'); import nncf_compactprune.integrations.nncf219"
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "fine"
-    assert result.stderr.strip().splitlines()[-1].endswith(
-        "NNCF 2.19 compresses from its config only with NNCF_TORCH_LEGACY_TRACING=1: set it in the environment before "
-        "NNCF is imported."
-    )
+    remedy = f"only with {LEGACY_TRACING}=1: set it in the environment before NNCF is imported."
+    assert result.stderr.strip().splitlines()[-1].endswith(remedy)
