@@ -200,6 +200,7 @@ class CompactPruneController(nncf2.PTCompressionAlgorithmController):  # type: i
                 msg += "config of the run that made it."
                 raise CompactPruneError(msg)
             self._engine.start(state[STATE])
+        super().load_state(state)
 
 
 class _Loss(nncf2.PTCompressionLoss):  # type: ignore[misc]
