@@ -38,7 +38,8 @@ __all__ = ["CompactPruneController", "install"]
 
 STATE = "compactprune"  # where this package's state is, in the controller's state
 SHARED_KEYS = ("input_info", "target_device", "ignored_scopes", "target_scopes", "compression_lr_multiplier")
-HOOK_OPERATIONS = ("data_free_quantization",)  # NNCF 2's tracing sees no function mode, which these need
+# They hook operations, or run a copy of the network part by part, which NNCF 2's tracing has no place for.
+NOT_HERE = ("data_free_quantization", "data_free_layerwise", "data_free_sparsity")
 _names: set[str] = set()
 
 
@@ -79,10 +80,10 @@ class Engine:
 
     def start(self, state: Mapping[str, Any] | None = None) -> None:
         """Builds the algorithms: afresh, or as an earlier run had left them."""
-        needs_operations = [e["algorithm"] for e in self.entries if e["algorithm"] in HOOK_OPERATIONS]
-        if needs_operations:
+        left_out = [e["algorithm"] for e in self.entries if e["algorithm"] in NOT_HERE]
+        if left_out:
             msg = (
-                f"{needs_operations[0]} does not go with NNCF 2's create_compressed_model. Without {LEGACY_TRACING}=1 "
+                f"{left_out[0]} does not go with NNCF 2's create_compressed_model. Without {LEGACY_TRACING}=1 "
                 "nncf_compactprune.create_compressed_model runs it on NNCF 2.19."
             )
             raise CompactPruneError(msg)

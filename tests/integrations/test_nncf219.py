@@ -162,23 +162,12 @@ def test_several_entries_are_one_list() -> None:
     assert {"fbnet_pruning", "linear_overparameterization"} <= {name for name, _ in ctrl.statistics()}
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"algorithm": "catro", "budget": {"macs": 0.5}, "params": {"schedule": "one_shot", "samples_per_class": 2}},
-        {"algorithm": "data_free_layerwise", "budget": {"macs": 0.8}, "generation": {"source": "bn_sampling"}},
-        {"algorithm": "data_free_sparsity", "generation": {"source": "bn_sampling"}},
-    ],
-    ids=lambda entry: entry["algorithm"],
-)
-def test_every_algorithm_works(entry: dict[str, Any]) -> None:
-    model = model32()
-    for _ in range(3):
-        model.train()(probe())  # statistics of a network that was trained
-    dense = model.eval()(probe()).clone()
-    ctrl, model = compressed(model, entry)
-    ctrl.scheduler.epoch_step()
-    assert not torch.equal(ctrl.strip().eval()(probe()), dense)
+def test_catro_works() -> None:
+    params = {"schedule": "one_shot", "samples_per_class": 2}
+    ctrl, model = compressed(model32(), {"algorithm": "catro", "budget": {"macs": 0.5}, "params": params})
+    before = model.eval()(probe())
+    assert weights(model) < weights(model32())
+    assert close(ctrl.strip()(probe()), before)
 
 
 def test_a_run_resumes() -> None:
@@ -194,8 +183,9 @@ def test_a_run_resumes() -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(ConfigError, match=r"budgt.*Did you mean 'budget'"):
         compressed(model32(), {"algorithm": "fbnet_pruning", "budgt": {"macs": 0.5}})
-    with pytest.raises(CompactPruneError, match="data_free_quantization does not go with"):
-        compressed(model32(), {"algorithm": "data_free_quantization"})
+    for name in ("data_free_quantization", "data_free_sparsity"):
+        with pytest.raises(CompactPruneError, match=f"{name} does not go with"):
+            compressed(model32(), {"algorithm": name})
 
 
 def test_nncfs_own_algorithm_stays_nncfs() -> None:
@@ -210,7 +200,7 @@ class Half(nn.Module):
 
 def test_a_hooked_parameter_is_another_only_while_the_network_runs() -> None:
     wanted = model32("plain")
-    _, network = compressed(model32("plain"), ONE_SHOT | {"budget": {"macs": 1.0}})
+    _, network = compressed(model32("plain"), SOFT)
     name = "features.2.0.weight"
     with torch.no_grad():
         wanted.get_parameter(name).div_(2)
