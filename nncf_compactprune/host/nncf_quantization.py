@@ -18,7 +18,7 @@ from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
 from nncf.torch.function_hook import get_hook_storage, is_wrapped, wrap_model
 from nncf.torch.model_graph_manager import get_const_node
 from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
-from nncf.torch.quantization.layers import BaseQuantizer
+from nncf.torch.quantization.layers import BaseQuantizer as BaseQuantizer
 from nncf.torch.quantization.reference import torch_executor
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase
