@@ -408,8 +408,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
             self._stack.pop()
 
 
-_SPLITTING: tuple[Callable[..., Any], ...] = (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)
-_CHUNKS = tuple(map(original, _SPLITTING))
+_CHUNKS = tuple(map(original, (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)))
 _ATTENTION = original(torch.nn.functional.scaled_dot_product_attention)
 
 

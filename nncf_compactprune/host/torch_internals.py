@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
-def original(function: Callable[..., Any]) -> Callable[..., Any]:
+def original(function: Any) -> Callable[..., Any]:
     """A function of torch as function modes see it: NNCF 2's legacy tracing has put a wrapper in its place.
 
     :param function: such as ``torch.nn.functional.linear``.
