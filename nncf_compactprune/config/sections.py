@@ -27,7 +27,7 @@ class Section(BaseModel):
     refused, and does not appear in the schema.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
     unread: ClassVar[Mapping[str, str]] = {}
 
     @field_validator("*")

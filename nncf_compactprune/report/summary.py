@@ -112,6 +112,7 @@ class Summary(_Part):
     pinned: list[Pinned]
     verification: dict[str, FileCheck]
     served: list[Served]
+    accuracy_aware_training: dict[str, Any] | None = Field(default=None, description="the search and what it found")
     self_check: dict[str, dict[str, Any]]
     labels: list[str] = Field(default=[], description="of the classes, in order")
     pixels: dict[str, list[float]] | None = Field(default=None, description="mean and std that images are given with")

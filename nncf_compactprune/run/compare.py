@@ -117,7 +117,11 @@ def _export(run: Run, networks: Mapping[str, Network]) -> dict[str, Sequence[Exp
 
 
 def export_options(run: Run, pruned: bool) -> ExportOptions:
-    """What files say about their images and classes, and how they are written."""
+    """What files say about their images and classes, and how they are written.
+
+    :param run: the run.
+    :param pruned: for the pruned network's files, whose classifier may have been cut; otherwise for the dense one's.
+    """
     chosen, data = run.config.export, run.dataset
     asked = {key: getattr(chosen, key) for key in ("batch", "dynamic_size", "opset", "external_data")}
     if data is None:

@@ -16,8 +16,9 @@ from nncf_compactprune.plugins import default_plugins
 
 FOLDER = (ROOT / ".." / "shared" / "data" / "nncf2_configs").resolve()
 FILES = sorted(FOLDER.glob("*.json"))
-#: files with something that NNCF dropped, and how they say so
+#: algorithms that NNCF dropped, and how they say so
 REFUSED = {"binarization": '"binarization" is not supported'}
+MIXED_PRECISION = "initializer.precision: mixed precision is not supported: no runtime here executes it"
 
 needs_files = pytest.mark.skipif(not FILES, reason=f"NNCF 2.x's configuration files are not in {FOLDER.name}")
 
@@ -32,7 +33,10 @@ def test_a_real_file_loads_or_is_refused_for_its_reason(path: Path) -> None:
     if unknown:
         pytest.skip(f"{', '.join(unknown)} is not installed")
     reasons = [REFUSED[entry["algorithm"]] for entry in entries if entry["algorithm"] in REFUSED]
-    if reasons:
+    if any("precision" in entry.get("initializer", {}) for entry in entries):
+        with pytest.raises(ConfigError, match=MIXED_PRECISION):
+            load_config(document)
+    elif reasons:
         with pytest.raises(ConfigError) as caught:
             load_config(document)
         assert len(caught.value.problems) == len(reasons)

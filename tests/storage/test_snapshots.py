@@ -168,7 +168,7 @@ RUN = """
         return train_epoch(*args, **kwargs)
 
     training.train_epoch = killed
-    compare.export_model = lambda *args: []  # not what this is about
+    compare.export_model = lambda *args, **kwargs: []  # not what this is about
     pipeline.run(sys.argv[1], overrides={"output_dir": sys.argv[2]})
 """
 
@@ -206,7 +206,7 @@ def test_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytes
     data = datasets.digits()
     few = dataclasses.replace(data, train=Subset(data.train, range(64)), test=Subset(data.test, range(32)))
     monkeypatch.setattr(prepare, "resolve_dataset", lambda *_: few)
-    monkeypatch.setattr(compare, "export_model", lambda *_: [])  # not what this is about
+    monkeypatch.setattr(compare, "export_model", lambda *_, **__: [])  # not what this is about
     pipeline.run(config, overrides={"output_dir": str(tmp_path / "whole")}, say=said.append)
     assert not any("Going on" in line for line in said)
     for interrupt_at in (2, 3):  # the second dense epoch; two epochs on, while masked
