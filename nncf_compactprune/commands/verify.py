@@ -72,16 +72,13 @@ def checks_table(checks: Sequence[ServedCheck]) -> Table:
     table = Table(
         Column("File", overflow="fold"),
         "Served by",
-        "In",
         "Against",
         "Batches",
-        "Error",
-        "Limit",
-        "Same class",
-        "Accuracy",
-        "Torch's",
-        "Widths",
-        "",
+        Column("Error\n(limit)", no_wrap=True),
+        Column("Same\nclass", no_wrap=True),
+        Column("Accuracy\n(torch's)", no_wrap=True),
+        Column("Widths", no_wrap=True),
+        Column("", no_wrap=True),
     )
     for check in checks:
         table.add_row(*(escape(cell) for cell in _cells(check)))
@@ -99,16 +96,16 @@ def as_document(check: ServedCheck) -> dict[str, Any]:
 def _cells(check: ServedCheck) -> tuple[str, ...]:
     return (
         str(check.path),
-        check.runtime,
-        check.arithmetic,
+        f"{check.runtime}, {check.arithmetic}",
         f"{check.compared_with}, {check.samples} samples",
         ", ".join(map(str, check.batch_sizes)),
-        f"{check.error:.1e}",
-        "-" if check.tolerance is None else f"{check.tolerance:.0e}",
-        *(
-            "-" if share is None else f"{share:.2%}"
-            for share in (check.agreement, check.accuracy, check.torch_accuracy)
-        ),
+        f"{check.error:.1e}" + ("" if check.tolerance is None else f"\n({check.tolerance:.0e})"),
+        _percent(check.agreement),
+        _percent(check.accuracy) + ("" if check.torch_accuracy is None else f"\n({check.torch_accuracy:.2%})"),
         "-" if check.widths is None else f"{check.widths[0]} of {check.widths[1]}",
         "ok" if check.passed else "FAILED",
     )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"

@@ -61,7 +61,11 @@ class Engine:
 
     @classmethod
     def of(cls, model: Any, config: Any) -> Engine:
-        """The model's engine."""
+        """The model's engine.
+
+        :param model: an ``NNCFNetwork``.
+        :param config: NNCF's, with all entries.
+        """
         if getattr(model.nncf, STATE, None) is None:
             setattr(model.nncf, STATE, cls(model, config))
         engine: Engine = getattr(model.nncf, STATE)
@@ -184,7 +188,11 @@ class CompactPruneController(nncf2.PTCompressionAlgorithmController):  # type: i
         self._engine.follow()
 
     def strip(self, do_copy: bool = True, strip_format: Any = nncf2.StripFormat.NATIVE) -> Any:
-        """Ends the compression of the network itself, and returns it or a copy."""
+        """Ends the compression of the network itself.
+
+        :param do_copy: return a copy of it.
+        :param strip_format: of NNCF's quantizers.
+        """
         self.prepare_for_export()
         return self.strip_model(self.model, do_copy, strip_format)
 

@@ -66,7 +66,8 @@ def test_summary_follows_its_schema(summary: Summary, tmp_path: Path) -> None:
     assert read_summary(tmp_path) == summary
     schema = summary_schema()
     assert schema["additionalProperties"] is False
-    assert set(summary_document()) | {"summary_version"} == set(schema["properties"])
+    optional = {"summary_version", "labels", "pixels", "accuracy_aware_training"}
+    assert set(summary_document()) | optional == set(schema["properties"])
     (tmp_path / "summary.json").write_text(json.dumps({**summary_document(), "modell": 1}))
     with pytest.raises(CompactPruneError, match="is no summary of a run"):
         read_summary(tmp_path)

@@ -54,7 +54,7 @@ def write_config(folder: Path, **changes: Any) -> Path:
 def test_the_smallest_network_that_holds_is_found_told_and_reported(tmp_path: Path) -> None:
     lines: list[str] = []
     outcome = run(write_config(tmp_path / "a", epochs=3), say=lines.append)
-    report = json.loads((outcome.directory / "report.json").read_text())
+    report = json.loads((outcome.directory / "summary.json").read_text())
     found = report["accuracy_aware_training"]
     assert found["mode"] == "adaptive_compression_level"
     assert found["allowed"] == pytest.approx(found["uncompressed"] - 3)
@@ -110,14 +110,16 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     weights, expected = (load_file(outcome.directory / "model.safetensors") for outcome in (again, whole))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
-    reports = [json.loads((o.directory / "report.json").read_text())["accuracy_aware_training"] for o in (again, whole)]
+    reports = [
+        json.loads((o.directory / "summary.json").read_text())["accuracy_aware_training"] for o in (again, whole)
+    ]
     assert reports[0] == reports[1]
 
 
 def test_early_exit_ends_when_the_accuracy_is_held(tmp_path: Path) -> None:
     lines: list[str] = []
     outcome = run(write_config(tmp_path / "a", accuracy_aware_training=EARLY), say=lines.append)
-    found = json.loads((outcome.directory / "report.json").read_text())["accuracy_aware_training"]
+    found = json.loads((outcome.directory / "summary.json").read_text())["accuracy_aware_training"]
     assert found["holds"]
     assert found["epochs"][-1]["epoch"] == 2  # the schedule arrives in the second
     assert any(line.startswith("Accurate enough after epoch 2") for line in lines)
