@@ -255,16 +255,19 @@ def _groups(
     cuts = np.flatnonzero(np.r_[True, (group_of_label[1:] != group_of_label[:-1]) | (slots[1:] != slots[:-1])])
     sizes = np.bincount(group_of_class[present], minlength=len(kinds))
     members: list[list[Member]] = [[] for _ in kinds]
-    for begin, end in zip(cuts, [*cuts[1:].tolist(), labels.size], strict=True):
-        slot_index, group = int(slots[begin]), int(group_of_label[begin])
+    places = zip(slots[cuts].tolist(), group_of_label[cuts].tolist(), np.split(labels, cuts[1:]), strict=True)
+    widths = sizes.tolist()
+    for slot_index, group, own in places:
         slot = space.slots[slot_index]
-        indices = (labels[begin:end] - slot.start).reshape(int(sizes[group]), -1)
+        indices = (own - slot.start).reshape(widths[group], -1)
         role = space.roles.get(slot_index, "other")
         members[group].append(Member(slot.parameter, slot.dim, indices, role, slot.is_buffer))
+    by_consent = present[solution.approximate[present] >= 0]
     approximate = {
-        int(g): solution.reasons[solution.approximate[c]]
-        for c, g in zip(present.tolist(), group_of_class[present].tolist(), strict=True)
-        if solution.approximate[c] >= 0
+        group: solution.reasons[index]
+        for group, index in zip(
+            group_of_class[by_consent].tolist(), solution.approximate[by_consent].tolist(), strict=True
+        )
     }
     return [
         _named_group(members[g], int(sizes[g]), _words(approximate[g]) if g in approximate else "")
@@ -284,9 +287,11 @@ def _mix(slots: LabelArray, counts: LabelArray) -> npt.NDArray[np.uint64]:
         return mixed
 
 
+_RANK: dict[Role, int] = {"producer": 0, "norm": 1, "consumer": 2, "other": 3}
+
+
 def _named_group(members: list[Member], size: int, approximate: str) -> ChannelGroup:
-    rank: dict[Role, int] = {"producer": 0, "norm": 1, "consumer": 2, "other": 3}
-    ordered = sorted(members, key=lambda m: (rank[m.role], m.is_buffer))
+    ordered = sorted(members, key=lambda m: (_RANK[m.role], m.is_buffer))
     return ChannelGroup(owner(ordered[0].parameter), size, tuple(ordered), approximate)
 
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from nncf_compactprune.channels.groups import ChannelGraph, build_graph
 from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Pin, Reason, Role
 from nncf_compactprune.channels.running_code import Number, numbers_in_code, user_location
-from nncf_compactprune.channels.shapes import ValuesNeeded, without_arithmetic
+from nncf_compactprune.channels.shapes import ShapesOnly, ValuesNeeded
 from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WIDTHS, AttributeTerm, MacTerm
 from nncf_compactprune.errors import TraceError
 from nncf_compactprune.host.calls import call_model, evaluating
@@ -106,8 +106,8 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
     :param model: it is only run.
     :param space: receives labels, equalities and pins.
     :param rules: ATen packet name (``"aten.convolution"``) to rule.
-    :param shapes_only: leave out the arithmetic of convolutions and matrix products (their results are zeros of the
-        right shape); a run that reads values raises :class:`~nncf_compactprune.channels.shapes.ValuesNeeded`.
+    :param shapes_only: leave out the arithmetic where results are of a plain shape (they are zeros then); a run that
+        reads values raises :class:`~nncf_compactprune.channels.shapes.ValuesNeeded`.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         self.mac_terms: list[MacTerm] = []
         self.unsupported: Counter[str] = Counter()
         self._rules = rules
-        self._shapes_only = shapes_only
+        self._shapes = ShapesOnly() if shapes_only else None
         self._noted: list[weakref.ref[Tensor]] = []
         self._resolved: dict[Any, Callable[..., None] | None] = {}
         self._constants: dict[int, DimLabels] = {}
@@ -344,7 +344,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         rule = self._rule(func) if labelled else None
         if labelled and rule is None and func.has_kernel_for_dispatch_key(COMPOSITE):
             return self._taken_apart(func, args, kwargs)
-        out = without_arithmetic(func, args, unchanged=not labelled) if self._shapes_only else None
+        out = None if self._shapes is None else self._shapes.result(func, args, unchanged=not labelled)
         if out is None:
             out = func(*args, **kwargs)
         if not labelled:
