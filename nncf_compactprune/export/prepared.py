@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.options import ExportOptions
+from nncf_compactprune.host.calls import evaluating, unmarked
+from nncf_compactprune.host.marks import Writes
 from nncf_compactprune.host.nncf_hooks import hooks
 
 Array = npt.NDArray[Any]
@@ -201,7 +203,7 @@ def prepared(
         batches.append(inputs.with_batch(1 if size > 1 else 3))
     if options.dynamic_size:
         batches.append(batches[-1].with_larger_images())
-    with evaluation_on_cpu(model) as frozen, torch.no_grad():
+    with evaluation_on_cpu(model) as frozen:
         flat = FlatModel(frozen, inputs)
         names: tuple[str, ...] = ()
         references = []
@@ -295,22 +297,23 @@ def reason_of(error: BaseException) -> str:
 def evaluation_on_cpu(model: nn.Module) -> Iterator[nn.Module]:
     """The model in evaluation mode on the CPU: itself when it is there already, else a copy."""
     tensors = [*model.parameters(), *model.buffers()]
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        yield copy.deepcopy(model).to("cpu").eval()
-        return
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
+    on_cpu = copy.deepcopy(model).to("cpu") if elsewhere else model
+    buffers = [(buffer, buffer.detach().clone()) for buffer in on_cpu.buffers()]
     try:
-        yield model
+        with evaluating(on_cpu, mode=Writes()):  # not entered: exporters do not run under a dispatch mode
+            yield on_cpu
     finally:
-        for module, training in flags:
-            module.training = training
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
 
 
 def _compute(flat: FlatModel, inputs: ModelInputs, *, other_batch: bool) -> tuple[tuple[str, ...], tuple[Array, ...]]:
     try:
         # Cloned, because a model may write into its input or return it.
-        outputs = list(named_outputs(flat.call([tensor.clone() for tensor in inputs.tensors])))
+        with unmarked(flat.model):
+            outputs = list(named_outputs(flat.call([tensor.clone() for tensor in inputs.tensors])))
     except ExportError:
         raise
     except Exception as error:

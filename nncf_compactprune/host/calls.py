@@ -45,8 +45,9 @@ def evaluating(
     :param mode: sees the operations in place of one that only looks for writes: two modes cost twice the time.
     """
     with nullcontext() if changes else unmarked(model, inputs, mode=mode):
-        training = [module for _, module in named_modules(model) if module.training]
-        if training:
+        training: list[nn.Module] = []
+        if any(module.training for _, module in named_modules(model)):
+            training = [module for module in model.modules() if module.training]  # those of NNCF's hooks too
             model.eval()
         try:
             with torch.no_grad(), _without_autocast(model), _same_random_states(model):

@@ -108,6 +108,31 @@ def names_in(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
+class Remembers(nn.Module):
+    """Keeps its last features and counts its runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("runs", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x)
+        if not torch.compiler.is_compiling():  # torch's exporter takes neither
+            self.features = features
+            self.runs += 1
+        return features.relu()
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_export_leaves_no_mark_on_the_model(image: Tensor, suffix: str, tmp_path: Path) -> None:
+    net = Remembers()
+    export_model(net, image, tmp_path / f"model{suffix}")
+    assert not hasattr(net, "features")
+    assert net.runs == 0
+    assert net.training
+
+
 def test_all_files_equal_torch_at_every_batch_size_and_leave_the_model_alone(
     net: Net, image: Tensor, tmp_path: Path
 ) -> None:
