@@ -157,6 +157,10 @@ def _plain(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.is_contiguous() and x.dim() > 0
 
 
+_OF_ONE = (
+    *("relu", "leaky_relu", "elu", "silu", "gelu", "sigmoid", "tanh"),
+    *("hardtanh", "hardswish", "hardsigmoid", "_softmax"),
+)
 _SHAPES: dict[Any, Callable[[Sequence[Any]], Sequence[int] | None]] = {
     _aten.convolution.default: _convolution,
     _aten.mm.default: lambda args: _product(args[0], args[1]),
@@ -164,15 +168,10 @@ _SHAPES: dict[Any, Callable[[Sequence[Any]], Sequence[int] | None]] = {
     _aten.addmm.default: _added_product,
     _aten.cat.default: _concatenation,
     _aten.mul.Tensor: _scaled,
-    **{
-        operation: _elementwise
-        for operation in (
-            _aten.add.Tensor, _aten.sub.Tensor, _aten.relu.default, _aten.hardtanh.default, _aten.silu.default,
-            _aten.gelu.default, _aten.sigmoid.default, _aten.hardswish.default, _aten.hardsigmoid.default,
-            _aten.leaky_relu.default, _aten.elu.default, _aten.tanh.default, _aten._softmax.default,
-        )
-    },
-}  # fmt: skip
+    _aten.add.Tensor: _elementwise,
+    _aten.sub.Tensor: _elementwise,
+    **{getattr(_aten, name).default: _elementwise for name in _OF_ONE},
+}
 
 #: norms, to whether this call of one does more than to compute its result
 _NORMS: dict[Any, Callable[[Sequence[Any]], bool]] = {

@@ -26,9 +26,10 @@ from nncf_compactprune.channels.running_code import user_location
 from nncf_compactprune.channels.shapes import ValuesNeeded
 from nncf_compactprune.channels.tracer import Tracer
 from nncf_compactprune.cut.masked_model import masked
-from nncf_compactprune.cut.self_check import check_inputs, in_double, prune_in_place, to_double
+from nncf_compactprune.cut.self_check import in_double, prune_in_place, to_double
 from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import for_a_while
+from nncf_compactprune.cut.trials import check_inputs
 from nncf_compactprune.errors import FixedAttributeError, SelfCheckError, TraceError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import named_modules

@@ -4,13 +4,17 @@ Outputs alone can say nothing: a detector finds no box in noise, an untrained ne
 a layer scale of 1e-6 hides its branch. So every layer that was cut is looked at, on the channels that stay, relative to
 its own size. The same noise is then added to what it passes on, in both runs: the next layer has something to work on
 at every channel, even behind layers that are dead or constant on this input.
+
+Where a network takes two examples at once, the second alone gets the noise, and one run of each network tells both: the
+outputs for the first example are the network's own.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.host.tensors import computed_tensors, model_tensors, named_modules, own_tensors
+from nncf_compactprune.host.torch_internals import unseen_by_modes
 from nncf_compactprune.plan import PruningPlan
 
 SAMPLE = 4096
@@ -27,6 +32,20 @@ NOISE_PERIOD = 65521
 SIGNAL, NOISE = 0.4, 0.8  # shares that keep the size of what passes, so that nothing grows from layer to layer
 
 Call = tuple[str, int]  # module, and the how many-th of its calls
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What the compact run had at one call.
+
+    :param shape: of the output.
+    :param sample: some of it.
+    :param noise: size of the noise that was added; None: the output is not finite.
+    """
+
+    shape: tuple[int, ...]
+    sample: Tensor
+    noise: float | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,7 @@ class Probe:
     """
 
     def __init__(self, model: nn.Module, plan: PruningPlan) -> None:
+        started = time.perf_counter()
         self._modules: dict[str, nn.Module] = {}
         self._axes: dict[str, list[tuple[int, Tensor]]] = {}
         tensors = model_tensors(model).all()
@@ -78,73 +98,96 @@ class Probe:
             ]
             if axes:
                 self._modules[name], self._axes[name] = module, axes + _joined_groups(module, axes)
-        self._shapes: dict[str, dict[Call, tuple[int, ...]]] = {}
-        self._expected: dict[Call, tuple[Tensor, float]] = {}
+        self._widths = {name: {len(kept) for _, kept in axes} for name, axes in self._axes.items()}
+        self._unknown: set[str] = set()  # outputs whose channels cannot be told
+        self._bare: set[str] = set()  # outputs without examples, such as computed weights: they get no noise in pairs
+        self._learned = False
+        self._held: dict[Call, _Held] = {}
         self._errors: dict[str, float] = {}
         self._noise = torch.randn(NOISE_PERIOD, generator=torch.Generator().manual_seed(0)).abs()  # alive behind a ReLU
+        self.seconds = time.perf_counter() - started
 
     @contextmanager
-    def shapes(self, of: str) -> Iterator[None]:
-        """Notes the shapes of a run: ``"masked"`` or ``"compact"``."""
-        noted = self._shapes[of] = {}
+    def compact(self, *, in_pairs: bool) -> Iterator[None]:
+        """Notes what the compact run holds, and adds noise.
 
-        def look(call: Call, out: Tensor) -> None:
-            noted[call] = tuple(out.shape)
-
-        with self._watching(look):
-            yield
-
-    @contextmanager
-    def masked(self) -> Iterator[None]:
-        """Remembers what a masked run holds, with noise added. Both shapes must be known."""
-        expected = self._expected = {}
+        :param in_pairs: to the second of two examples alone; to all otherwise.
+        """
+        self._held = {}
 
         def look(call: Call, out: Tensor) -> Tensor | None:
-            axis = self._axis(call)
-            if axis is None:
-                return None
-            kept = out if axis.kept is None else out.index_select(axis.dim, axis.kept.to(out.device))
-            sample = _sample(kept, axis).clone()
+            name = call[0]
+            part = _second(out) if in_pairs and name not in self._bare else out
+            sample = _sample(part, self._widths[name]).clone()
             size = float(torch.linalg.vector_norm(sample)) / math.sqrt(max(sample.numel(), 1))
-            if not math.isfinite(size):
+            noise = NOISE * max(size, LEAST_NOISE) if math.isfinite(size) else None
+            self._held[call] = _Held(tuple(out.shape), sample, noise)
+            if noise is None or (in_pairs and name in self._bare):
                 return None
-            size = NOISE * max(size, LEAST_NOISE)
-            expected[call] = sample, size
-            noise = self._noise_like(kept)
-            if axis.kept is None:
-                return out.mul(SIGNAL).add_(noise, alpha=size)
-            return out.mul(SIGNAL).index_add_(axis.dim, axis.kept.to(out.device), noise, alpha=size)
+            noisy, part = _quieter(out, in_pairs=in_pairs)
+            part.add_(self._noise_like(part.shape, part), alpha=noise)
+            return noisy
 
         with self._watching(look):
             yield
 
     @contextmanager
-    def compact(self) -> Iterator[None]:
-        """Compares a compact run with what was remembered, the same noise added."""
+    def masked(self, *, in_pairs: bool) -> Iterator[None]:
+        """Compares a masked run with what was noted, the same noise added.
+
+        :param in_pairs: as in the compact run.
+        """
         self._errors = {}
+        self._learned = False
 
         def look(call: Call, out: Tensor) -> Tensor | None:
-            if call not in self._expected:
+            name, held = call[0], self._held.get(call)
+            axis = None if held is None else self._axis(name, tuple(out.shape), held.shape)
+            if held is None:
                 return None
-            expected, size = self._expected[call]
-            actual = _sample(out, self._axis(call))
-            if actual.shape != expected.shape:
+            if axis is None:
+                return self._learn(self._unknown, name)
+            if in_pairs and axis.kept is not None and axis.dim == 0 and name not in self._bare:
+                return self._learn(self._bare, name)
+            part = _second(out) if in_pairs and name not in self._bare else out
+            self._compare(name, _sample(part, self._widths[name], axis), held)
+            if held.noise is None or (in_pairs and name in self._bare):
                 return None
-            difference = _largest(actual - expected)
-            largest = _largest(expected)
-            if difference or largest:  # zeros on both sides tell nothing
-                error = difference / largest if largest else math.inf
-                self._errors[call[0]] = max(self._errors.get(call[0], 0.0), math.inf if math.isnan(error) else error)
-            return out.mul(SIGNAL).add_(self._noise_like(out), alpha=size)
+            noisy, part = _quieter(out, in_pairs=in_pairs)
+            if axis.kept is None:
+                part.add_(self._noise_like(part.shape, part), alpha=held.noise)
+            else:
+                kept = axis.kept.to(part.device)
+                shape = (*part.shape[: axis.dim], len(kept), *part.shape[axis.dim + 1 :])
+                part.index_add_(axis.dim, kept, self._noise_like(shape, part), alpha=held.noise)
+            return noisy
 
         with self._watching(look):
             yield
+
+    @property
+    def to_be_repeated(self) -> bool:
+        """Whether the last masked run met outputs that the compact run should have treated otherwise. Now it will."""
+        return self._learned
 
     def result(self) -> Inside:
         """What the last comparison found."""
         worst = max(self._errors, key=self._errors.__getitem__, default="")
         unseen = tuple(name for name in self._modules if name not in self._errors)
         return Inside(self._errors.get(worst, 0.0), worst, tuple(self._errors), unseen)
+
+    def _learn(self, names: set[str], name: str) -> None:
+        names.add(name)
+        self._learned = True
+
+    def _compare(self, name: str, expected: Tensor, held: _Held) -> None:
+        largest = _largest(expected)
+        if not math.isfinite(largest):
+            return
+        difference = _largest(held.sample - expected)
+        if difference or largest:  # zeros on both sides tell nothing
+            error = difference / largest if largest else math.inf
+            self._errors[name] = max(self._errors.get(name, 0.0), math.inf if math.isnan(error) else error)
 
     @contextmanager
     def _watching(self, look: Callable[[Call, Tensor], Tensor | None]) -> Iterator[None]:
@@ -153,37 +196,40 @@ class Probe:
         def hook_of(name: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
             def hook(module: nn.Module, args: Any, out: Any) -> Tensor | None:
                 counts[name] += 1
-                floating = isinstance(out, Tensor) and out.is_floating_point()
-                return look((name, counts[name]), out) if floating else None
+                if not isinstance(out, Tensor) or not out.is_floating_point():
+                    return None
+                with unseen_by_modes():
+                    return look((name, counts[name]), out)
 
             return hook
 
         handles: list[Any] = []
         try:
             for name, module in self._modules.items():
-                handles.append(module.register_forward_hook(hook_of(name)))
+                if name not in self._unknown:
+                    handles.append(module.register_forward_hook(hook_of(name)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _axis(self, call: Call) -> _Axis | None:
+    def _axis(self, name: str, dense: tuple[int, ...], compact: tuple[int, ...]) -> _Axis | None:
         """Which channels of an output stay, or None where that is not known."""
-        dense, compact = (self._shapes[of].get(call, ()) for of in ("masked", "compact"))
-        if not dense or len(dense) != len(compact):
+        if len(dense) != len(compact):
             return None
         cut = [dim for dim, sizes in enumerate(zip(dense, compact, strict=True)) if sizes[0] != sizes[1]]
         if not cut:
             return _Axis()
-        fitting = [kept for size, kept in self._axes[call[0]] if (size, len(kept)) == (dense[cut[0]], compact[cut[0]])]
+        fitting = [kept for size, kept in self._axes[name] if (size, len(kept)) == (dense[cut[0]], compact[cut[0]])]
         return _Axis(cut[0], fitting[0]) if len(cut) == 1 and fitting else None
 
-    def _noise_like(self, out: Tensor) -> Tensor:
+    def _noise_like(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """The same noise for the same shape, whoever asks."""
-        self._noise = self._noise.to(out)
-        if self._noise.numel() < out.numel():
-            self._noise = self._noise.repeat(-(-out.numel() // self._noise.numel()))
-        return self._noise[: out.numel()].view(out.shape)
+        self._noise = self._noise.to(like)
+        numel = math.prod(shape)
+        if self._noise.numel() < numel:
+            self._noise = self._noise.repeat(-(-numel // self._noise.numel()))
+        return self._noise[:numel].view(shape)
 
 
 def _looked_at(module: nn.Module) -> list[Tensor]:
@@ -210,11 +256,39 @@ def _largest(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, math.inf)) if tensor.numel() else 0.0
 
 
-def _sample(out: Tensor, axis: _Axis | None) -> Tensor:
-    """All channels at some positions: what differs between two runs are channels, at every position."""
-    if out.numel() <= SAMPLE:
-        return out
-    if axis is None or axis.kept is None:
-        return out.reshape(-1)[:: -(-out.numel() // SAMPLE)]
-    rows = out.movedim(axis.dim, 0).flatten(1)
-    return rows[:, :: -(-out.numel() // SAMPLE)]
+def _second(out: Tensor) -> Tensor:
+    """What belongs to the second of two examples; all where that cannot be told."""
+    half, odd = divmod(out.shape[0], 2) if out.dim() else (0, 1)
+    return out if odd else out[half:]
+
+
+def _quieter(out: Tensor, *, in_pairs: bool) -> tuple[Tensor, Tensor]:
+    """A copy of an output, and the part of it that gets noise, scaled down."""
+    part = _second(out) if in_pairs else out
+    if part is out:
+        noisy = out.mul(SIGNAL)
+        return noisy, noisy
+    noisy = out.clone()
+    return noisy, _second(noisy).mul_(SIGNAL)
+
+
+def _sample(out: Tensor, widths: set[int], axis: _Axis | None = None) -> Tensor:
+    """All channels at some positions: what differs between two runs are channels, at every position.
+
+    :param out: of the compact network, or of the masked one.
+    :param widths: how many channels may stay: dimensions of these sizes are taken whole.
+    :param axis: which channels of the masked network's output stay.
+    """
+    sizes = list(out.shape)
+    if axis is not None and axis.kept is not None:
+        sizes[axis.dim] = len(axis.kept)
+    thinned = {dim: size for dim, size in enumerate(sizes) if size not in widths}
+    steps = dict.fromkeys(thinned, 1)
+    numel = math.prod(sizes)
+    while numel > SAMPLE and any(size > 1 for size in thinned.values()):
+        dim = max(thinned, key=lambda d: thinned[d])
+        numel = numel // thinned[dim] * -(-thinned[dim] // 2)
+        thinned[dim], steps[dim] = -(-thinned[dim] // 2), steps[dim] * 2
+    chosen = out[tuple(slice(None, None, steps.get(dim, 1)) for dim in range(out.dim()))]
+    kept = None if axis is None or axis.kept is None else axis.kept.to(out.device)
+    return chosen if kept is None or axis is None else chosen.index_select(axis.dim, kept)

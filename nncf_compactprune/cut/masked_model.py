@@ -37,12 +37,13 @@ def zero_removed(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     :param data: a tensor of any shape.
     :param dims: kept positions by dimension; all of a dimension that is not named.
     """
-    data = data.clone()
+    stays: Tensor | None = None
     for dim, positions in dims.items():
-        removed = torch.ones(data.shape[dim], dtype=torch.bool, device=data.device)
-        removed[positions.to(data.device)] = False
-        data.index_fill_(dim, removed.nonzero().ravel(), 0)
-    return data
+        of_dim = torch.zeros(data.shape[dim], dtype=torch.bool, device=data.device)
+        of_dim[positions.to(data.device)] = True
+        of_dim = of_dim.view([-1 if d == dim else 1 for d in range(data.dim())])
+        stays = of_dim if stays is None else stays & of_dim
+    return data.clone() if stays is None else torch.where(stays, data, data.new_zeros(()))
 
 
 class NormOverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]

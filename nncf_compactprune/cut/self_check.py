@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from nncf_compactprune.cut.inside import Inside, Probe
 from nncf_compactprune.cut.masked_model import masked
 from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import Transaction, for_a_while, transaction
+from nncf_compactprune.cut.trials import Trial, trials
 from nncf_compactprune.errors import SelfCheckError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import model_tensors
@@ -26,11 +27,6 @@ from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
 
 SELF_CHECK_TOLERANCE = 1e-5
-
-
-LARGE_IMAGE = 128
-PROBED_IMAGE = 96
-
 PROBE_TOLERANCE = 1e-4
 
 
@@ -90,8 +86,8 @@ def prune_in_place(
 
     :param model: dense, cut in place.
     :param plan: what stays.
-    :param example_inputs: what both are run on, in eval mode: its first example, at half the resolution where that is
-        large and the model takes it (see :func:`check_inputs`).
+    :param example_inputs: what both are run on, in eval mode: its first two examples, at less resolution where that is
+        large and the model takes it (see :func:`~nncf_compactprune.cut.trials.trials`).
     :param optimizer: its per-parameter state is cut alike.
     :param ema: a module with the same parameter names, or a holder with a ``module`` attribute; cut alike.
     :param plugins: where facts of modules come from; the installed plugins by default.
@@ -123,11 +119,11 @@ def prune_in_place(
 def _proven(log: Transaction, model: nn.Module, plan: PruningPlan, probe: Probe, example_inputs: Any) -> SelfCheck:
     """:raises SelfCheckError: the compact model does not run, or differs in double precision too."""
     started = time.perf_counter()
-    inputs, error, silent, inside = _compared(log, model, plan, probe, example_inputs)
+    trial, error, silent, inside = _compared(log, model, plan, probe, example_inputs)
     dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
     if not _agree(error, inside) and dtype != "float64":
         # rounding of many float32 layers, or a wrong cut? float64 tells them apart
-        error, silent, inside = _compare(log, model, plan, probe, inputs, double=True)
+        error, silent, inside = _compare(log, model, plan, probe, trial, double=True)
         dtype = "float64"
     if not _agree(error, inside):
         layer = f", by {inside.error:.1e} in '{inside.worst}'" if inside.error > PROBE_TOLERANCE else ""
@@ -137,7 +133,7 @@ def _proven(log: Transaction, model: nn.Module, plan: PruningPlan, probe: Probe,
             "The model was restored. Please report the architecture; ignored_scopes can leave the layer out."
         )
         raise SelfCheckError(msg)
-    seconds = time.perf_counter() - started
+    seconds = probe.seconds + time.perf_counter() - started
     return SelfCheck(error, dtype, seconds, inside.error, inside.worst, inside.compared, inside.unseen, silent)
 
 
@@ -151,47 +147,14 @@ def shortened(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
-def check_inputs(example_inputs: Any) -> list[Any]:
-    """What a comparison may run on, cheapest first, the example input itself last.
-
-    One example tells as much about channels as many, and every other pixel of a large image as much as all: what
-    differs between a masked and a wrongly cut model are channels, at every position. Not every model runs on these, so
-    the next one is for when the masked model does not.
-    """
-    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    if not tensors:
-        return [example_inputs]
-    candidates = [example_inputs]
-    batch = len(tensors[0])
-    if batch > 1 and all(len(leaf) == batch for leaf in tensors):
-        candidates.append(_on_tensors(lambda leaf: leaf[:1], example_inputs, 1))
-    smaller = _halved(candidates[-1], LARGE_IMAGE)
-    return [*([] if smaller is None else [smaller]), *candidates[::-1]]
-
-
-def _halved(inputs: Any, least: int) -> Any:
-    """Every other row and column of the images among the inputs, None where none has so many pixels a side."""
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    images = [leaf for leaf in tensors if leaf.dim() > 2]
-    if len(images) == 1 and images[0].dim() == 4 and min(images[0].shape[2:]) >= least:
-        return _on_tensors(lambda leaf: leaf[..., ::2, ::2], inputs, 4)
-    return None
-
-
-def _on_tensors(change: Callable[[Tensor], Tensor], inputs: Any, least_dims: int) -> Any:
-    return tree_map(
-        lambda leaf: change(leaf) if isinstance(leaf, Tensor) and leaf.dim() >= least_dims else leaf, inputs
-    )
-
-
 def _compared(
     log: Transaction, model: nn.Module, plan: PruningPlan, probe: Probe, example_inputs: Any
-) -> tuple[Any, float, bool, Inside]:
-    """The first of the check inputs that both models run on, and the comparison."""
+) -> tuple[Trial, float, bool, Inside]:
+    """The first of the trials that both models run, and the comparison."""
     failure: SelfCheckError | None = None
-    for inputs in check_inputs(example_inputs):
+    for trial in trials(example_inputs):
         try:
-            return inputs, *_compare(log, model, plan, probe, inputs)
+            return trial, *_compare(log, model, plan, probe, trial)
         except SelfCheckError as error:
             failure = error
     assert failure is not None
@@ -199,9 +162,9 @@ def _compared(
 
 
 def _compare(
-    log: Transaction, model: nn.Module, plan: PruningPlan, probe: Probe, inputs: Any, *, double: bool = False
+    log: Transaction, model: nn.Module, plan: PruningPlan, probe: Probe, trial: Trial, *, double: bool = False
 ) -> tuple[float, bool, Inside]:
-    """Both models as they are, and once more with noise inside, at the cheapest resolution that they take.
+    """Both models as they are, and with noise inside.
 
     The compact model comes first: where its code does not let it shrink, it fails early, and the dense one need not
     run at all.
@@ -209,39 +172,46 @@ def _compare(
     :return: difference of the outputs, whether these say nothing, difference inside.
     """
     precision = in_double if double else nullcontext
-    inputs = tree_map(to_double, inputs) if double else inputs
-    with precision(model), probe.shapes("compact"):
-        compact = _run(model, inputs, "after the cut")
-    log.rollback()
-    try:
-        with masked(model, plan), precision(model):
-            with probe.shapes("masked"):
-                expected = _run(model, inputs, "with masks")
-            error = _difference(expected, compact, plan.output_classes)
-            probed, to_the_end = _remembered(model, probe, inputs)
-    finally:
-        log.replay()
-    with precision(model), probe.compact(), nullcontext() if to_the_end else suppress(SelfCheckError):
-        _run(model, probed, "after the cut")
-    return error, _says_nothing(expected), probe.result()
+    inputs = tree_map(to_double, trial.inputs) if double else trial.inputs
+    while True:
+        with precision(model):
+            compact, compact_failed = _runs(model, inputs, "after the cut", probe.compact, trial)
+        log.rollback()
+        try:
+            with masked(model, plan), precision(model):
+                expected, masked_failed = _runs(model, inputs, "with masks", probe.masked, trial)
+        finally:
+            log.replay()
+        if compact_failed is not None and masked_failed is None:
+            raise compact_failed
+        if not probe.to_be_repeated:
+            return _difference(expected, compact, plan.output_classes), _says_nothing(expected), probe.result()
 
 
-def _remembered(model: nn.Module, probe: Probe, inputs: Any) -> tuple[Any, bool]:
-    """Runs the masked model for the probe, smaller than the inputs are where it runs so.
+def _runs(
+    model: nn.Module, inputs: Any, when: str, probe: Callable[..., AbstractContextManager[None]], trial: Trial
+) -> tuple[list[Tensor], SelfCheckError | None]:
+    """Runs a model, the probe looking.
 
     A detector may fail on the boxes that it finds in noise: what came before is compared all the same.
 
-    :return: what it was run on, and whether it ran to the end.
+    :return: the outputs without noise, and the failure of a second run, with noise, where one was needed.
     """
-    for candidate in (_halved(inputs, PROBED_IMAGE), inputs):
-        if candidate is not None:
-            try:
-                with probe.masked():
-                    _run(model, candidate, "with masks")
-                return candidate, True
-            except SelfCheckError:
-                continue
-    return inputs, False
+    if trial.in_pairs:
+        with probe(in_pairs=True):
+            return [_first(out) for out in _run(model, inputs, when)], None
+    outputs = _run(model, inputs, when)
+    try:
+        with probe(in_pairs=False):
+            _run(model, inputs, when)
+    except SelfCheckError as error:
+        return outputs, error
+    return outputs, None
+
+
+def _first(out: Tensor) -> Tensor:
+    """What belongs to the first of two examples; all where that cannot be told."""
+    return out if out.dim() == 0 or len(out) % 2 else out[: len(out) // 2]
 
 
 def _says_nothing(outputs: Sequence[Tensor]) -> bool:

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 #: the dispatch key of operations that are made of other operations
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
+#: operations inside are not seen by dispatch modes, which would cost many times what they do
+unseen_by_modes = torch._C._DisableTorchDispatch
 
 def original(function: Any) -> Callable[..., Any]:
     """A function of torch as function modes see it: NNCF 2's legacy tracing has put a wrapper in its place.
@@ -42,4 +44,5 @@ __all__ = [
     "register_module_forward_pre_hook",
     "tree_leaves",
     "tree_map",
+    "unseen_by_modes",
 ]

@@ -168,3 +168,79 @@ def test_the_result_says_what_was_compared():
     seen = SelfCheck(1e-7, "float32", 0.1, 2e-7, "a", ("a", "b"), ("c",))
     assert str(seen) == "error 1e-07 at the outputs, 2e-07 inside (2 of 3 cut layers compared)"
     assert seen.is_proof
+
+
+RUNS: list = []  # what networks are called with and answer: no attribute, or it would be taken back
+
+
+class Counted(nn.Sequential):
+    def forward(self, x):
+        y = super().forward(x)
+        RUNS.append((x, y))
+        return y
+
+
+class OneExample(nn.Module):
+    """Takes one example at a time."""
+
+    def forward(self, x):
+        return x.view(1, *x.shape[1:])
+
+
+def counted(*more: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    layers = (conv_bn(3, 16), conv_bn(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    return Counted(*more, *layers).eval()
+
+
+def test_two_runs_tell_the_outputs_and_what_is_inside():
+    model = counted()
+    x = torch.randn(1, 3, 224, 224)
+    plan = random_plan(model, x)
+    RUNS.clear()
+    check = prune_in_place(model, plan, x)
+    assert check.is_proof
+    assert check.unseen == ()
+    assert [tuple(given.shape) for given, _ in RUNS] == [(2, 3, 56, 56)] * 2
+    own = model(RUNS[0][0])
+    torch.testing.assert_close(RUNS[0][1][:1], own[:1])  # the first example's answer is the network's own
+    torch.testing.assert_close(RUNS[1][1][:1], own[:1])
+    assert not torch.allclose(RUNS[0][1][1:], own[1:], rtol=0.1)  # the second got noise
+
+
+def test_a_network_of_one_example_runs_twice_each():
+    model = counted(OneExample())
+    x = torch.randn(1, 3, 32, 32)
+    plan = random_plan(model, x)
+    RUNS.clear()
+    check = prune_in_place(model, plan, x, dry_run=True)
+    assert check.unseen == ()
+    assert [len(given) for given, _ in RUNS] == [1] * 4
+    with pytest.raises(SelfCheckError, match="differs from the masked one"):
+        prune_in_place(model, with_one_index_exchanged(plan, model, 0), x)
+
+
+def test_behind_a_dead_layer_noise_tells():
+    model = counted()
+    x = torch.randn(1, 3, 32, 32)
+    plan = random_plan(model, x)
+    with torch.no_grad():
+        model[0][1].weight.zero_()
+        model[0][1].bias.fill_(-1)  # behind its ReLU all is 0
+    assert prune_in_place(model, plan, x, dry_run=True).is_proof
+    consumer = "1.0.weight"
+    stays = list(plan.kept[consumer][1])
+    stays[0] = next(at for at in range(16) if at not in stays)
+    kept = {**plan.kept, consumer: {**plan.kept[consumer], 1: tuple(sorted(stays))}}
+    with pytest.raises(SelfCheckError, match=r"in '1\.0'"):
+        prune_in_place(model, dataclasses.replace(plan, kept=kept), x)
+
+
+def test_computed_weights_are_compared_too():
+    model = counted()
+    torch.nn.utils.parametrizations.weight_norm(model[0][0])
+    x = torch.randn(1, 3, 32, 32)
+    plan = random_plan(model, x)
+    check = prune_in_place(model, plan, x, dry_run=True)
+    assert any("parametrizations" in name for name in check.compared)
+    assert check.inside <= 1e-5
