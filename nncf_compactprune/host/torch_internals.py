@@ -20,6 +20,7 @@ COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 #: operations inside are not seen by dispatch modes, which would cost many times what they do
 unseen_by_modes = torch._C._DisableTorchDispatch
 
+
 def original(function: Any) -> Callable[..., Any]:
     """A function of torch as function modes see it: NNCF 2's legacy tracing has put a wrapper in its place.
 
