@@ -146,9 +146,11 @@ class Probe:
             if held is None:
                 return None
             if axis is None:
-                return self._learn(self._unknown, name)
+                self._learn(self._unknown, name)
+                return None
             if in_pairs and axis.kept is not None and axis.dim == 0 and name not in self._bare:
-                return self._learn(self._bare, name)
+                self._learn(self._bare, name)
+                return None
             part = _second(out) if in_pairs and name not in self._bare else out
             self._compare(name, _sample(part, self._widths[name], axis), held)
             if held.noise is None or (in_pairs and name in self._bare):
