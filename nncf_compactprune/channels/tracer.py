@@ -110,6 +110,8 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         reads values raises :class:`~nncf_compactprune.channels.shapes.ValuesNeeded`.
     """
 
+    supports_higher_order_operators = False  # what their branches do with channels is not known
+
     def __init__(
         self, model: nn.Module, space: LabelSpace, rules: Mapping[str, Callable[..., None]], *, shapes_only: bool
     ) -> None:

@@ -202,7 +202,12 @@ class Memory:
 
 
 class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation before it writes. A subclass calls ``self.memory.save`` before it runs an operation."""
+    """Sees every operation before it writes. A subclass calls ``self.memory.save`` before it runs an operation.
+
+    ``torch.cond`` and its kin pass as they are: their branches may not write.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -219,7 +224,7 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @functools.cache
 def written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """Place and name of the arguments that an operation may write into."""
-    found = enumerate(func._schema.arguments)
+    found = enumerate(func._schema.arguments if isinstance(func, torch._ops.OpOverload) else ())
     return tuple((place, said.name) for place, said in found if said.alias_info and said.alias_info.is_write)
 
 
