@@ -35,7 +35,7 @@ def test_two_processes_get_what_one_gets(tmp_path: Path, monkeypatch: pytest.Mon
     ]
     two = subprocess.run(
         [sys.executable, *command, str(tmp_path / "two")],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -166,6 +167,9 @@ def main() -> None:
         check(dist.get_rank())
         dist.barrier()
     destroy()
+    # gloo's threads may outlive the group; one that drops a Python object while the interpreter ends aborts the process.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
