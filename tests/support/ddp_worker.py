@@ -167,7 +167,7 @@ def main() -> None:
         check(dist.get_rank())
         dist.barrier()
     destroy()
-    # gloo's threads may outlive the group; one that drops a Python object while the interpreter ends aborts the process.
+    # gloo's threads may outlive the group; one that drops a Python object at the end aborts the process.
     sys.stdout.flush()
     os._exit(0)
 
