@@ -156,8 +156,8 @@ class CompressionController:
 
     def attach(self, *, optimizer: Optimizer | None = None, ema: nn.Module | None = None) -> None:
         """Lets the model shrink *while training*: as soon as the schedule reaches its target the channels are cut, the
-        optimizer's state and the EMA copy along with them, and the remaining epochs are really cheaper. Without an
-        optimizer the masks stay on until :meth:`strip`.
+        optimizer's state and the EMA copy along with them, and the remaining epochs are really cheaper. With
+        ``shrink_every`` they are cut on the way, too. Without an optimizer the masks stay on until :meth:`strip`.
 
         :param optimizer: holds the model's parameters; its references stay valid.
         :param ema: a shadow copy (timm's ``ModelEma*``, ``torch.optim.swa_utils.AveragedModel``, or a plain copy).
@@ -360,6 +360,23 @@ def _varied(example_inputs: Any) -> Any:
         return leaf
 
     return tree_map(vary, example_inputs)
+
+
+def refuse_to_shrink_on_the_way(controller: CompressionController, wrapper: str) -> None:
+    """Several cuts while training need somebody who wraps the network again after each.
+
+    :param controller: of the network.
+    :param wrapper: who holds it and does not follow, for the message.
+    :raises CompactPruneError: an entry has ``shrink_every``.
+    """
+    for algorithm in controller.algorithms:
+        if algorithm.shrinks_on_the_way:
+            msg = (
+                f"{wrapper} holds the network on several devices and does not follow when it shrinks. Leave out "
+                f"'shrink_every' of '{algorithm.name}' (channels are then masked, and cut at the end), train on one "
+                "device, or use a loop of your own that wraps the network again, as examples/torchrun_ddp.py does."
+            )
+            raise CompactPruneError(msg)
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,11 @@ class CompressionAlgorithm(ABC):
         return 0.0
 
     @property
+    def shrinks_on_the_way(self) -> bool:
+        """Whether the model is to be cut several times while it trains."""
+        return False
+
+    @property
     def compression_rate(self) -> float:
         """Share of the cost removed now, in [0, 1)."""
         return 0.0

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import nncf
 import numpy as np
 import numpy.typing as npt
+from nncf.common.logging import nncf_logger
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionS
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.data_free.reconstruction import Refits
 from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, check_refit
+from nncf_compactprune.algorithms.shrinking import Shrunk
 from nncf_compactprune.channels import ChannelGraph, Pin, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Initializer, Registered, Section
 from nncf_compactprune.cut.diagnosis import analyse, culprits
@@ -44,6 +46,8 @@ class ChannelPruningParams(Section):
     :param num_init_steps: epochs before pruning starts.
     :param pruning_init: share of the budgeted cost removed when it starts, in [0, 1).
     :param pruning_steps: epochs from there to the full budget.
+    :param shrink_every: what is masked is cut at the start of every so many epochs of the schedule, optimizer state and
+        EMA copy along with it; it cannot come back then. Null: at the end of the schedule only.
     :param allocation: how many channels each group loses: ``"balanced"``, ``"uniform"``, ``"global"``, ``"greedy"``,
         ``"least_loss"`` or a plugin's. In Python, it and ``schedule`` may be a callable of the plugin's kind.
     :param round_to: widths are multiples of this (vector units like 8); groups may also stay whole. ``"auto"``: of 8 in
@@ -57,6 +61,7 @@ class ChannelPruningParams(Section):
     num_init_steps: int = Field(default=0, ge=0)
     pruning_init: float = Field(default=0.0, ge=0, lt=1)
     pruning_steps: int = Field(default=10, ge=1)
+    shrink_every: int | None = Field(default=None, ge=1)
     allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "balanced"
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     min_channels: int = Field(default=1, ge=1)
@@ -67,6 +72,16 @@ class ChannelPruningParams(Section):
     def prunes_before_training(self) -> bool:
         """The cut happens at once, not in an epoch."""
         return self.schedule == "one_shot" and self.num_init_steps == 0
+
+    @model_validator(mode="after")
+    def _shrinks_step_by_step(self) -> ChannelPruningParams:
+        if self.shrink_every is not None and self.schedule == "one_shot":
+            msg = (
+                'shrink_every: cuts on the way of a schedule, and "one_shot" cuts everything at once. Leave it out, or '
+                'set "schedule": "exponential".'
+            )
+            raise ValueError(msg)
+        return self
 
 
 class PruningInitializer(Initializer):
@@ -119,7 +134,7 @@ class ChannelPruning(CompressionAlgorithm):
         super().__init__(config, context)
         self.plan: PruningPlan | None = None
         self.self_check: SelfCheck | None = None
-        self._graph: ChannelGraph | None = None
+        self._shrunk: Shrunk | None = None
         self._masks: Masks | None = None
         #: what a re-fit after the cut did; None before it, and where there is none
         self.refits: Refits | None = None
@@ -138,13 +153,14 @@ class ChannelPruning(CompressionAlgorithm):
     def decide(self, rate: float) -> PruningPlan:
         """Decides what goes, without changing the model: :meth:`scores` and the allocation of ``params``, by default.
 
-        It reads :attr:`graph`, :attr:`prunable` and :meth:`problem`. Every process decides; the plans are compared.
+        It reads :attr:`graph`, :attr:`prunable` and :meth:`problem`, all of the dense model. Where the model was cut on
+        the way, it looks at :attr:`present`. Every process decides; the plans are compared.
 
         :param rate: share of the cost to remove, up to :attr:`target_rate`; a search may ask for more.
         """
         with self.context.timed("scores"):
-            raw = averaged(self.scores(self.graph))
-            scores = [_checked(s, g.name) for s, g in zip(raw, self.graph.groups, strict=True)]
+            raw = averaged(self.scores(self.present))
+            scores = self.shrunk.scores([_checked(s, g.name) for s, g in zip(raw, self.graph.groups, strict=True)])
         with self.context.timed("allocation"):
             allocation = self.context.plugins.resolve("allocations", self.config.params.allocation)
             keep = allocate(self.problem(rate), scores, allocation)
@@ -165,7 +181,7 @@ class ChannelPruning(CompressionAlgorithm):
         if target <= 0 < rate:  # the configuration asks for nothing, a search does
             dense = self.graph.macs
             budgets["macs"] = dense - math.floor(dense * rate)
-        return AllocationProblem(self.graph, self.prunable, budgets, self.limits)
+        return AllocationProblem(self.graph, self.prunable, budgets, self.limits, self.shrunk.widths)
 
     def _dense_and_saved(self, kind: Kind) -> tuple[int, int]:
         """What the dense model costs, and how much of it the budget takes away."""
@@ -236,15 +252,24 @@ class ChannelPruning(CompressionAlgorithm):
             self._analyse(trial=True)
             self._masks = Masks(self.context.model, self.graph)
 
+    @property
+    def shrinks_on_the_way(self) -> bool:
+        return getattr(self.config.params, "shrink_every", None) is not None  # NNCF 2.x's grammar does not know of it
+
     def epoch_step(self, epoch: int) -> None:
         params = self.config.params
         if self._done or not self._scheduled or epoch < params.num_init_steps:
             return
-        rate = self.rate_at(epoch - params.num_init_steps)
-        if rate >= self.target_rate and self.context.optimizer is not None and not self.context.hold_masks:
+        at = epoch - params.num_init_steps
+        rate = self.rate_at(at)
+        follows = self.context.optimizer is not None and not self.context.hold_masks
+        if rate >= self.target_rate and follows:
             self._prune_now()
-        elif rate != self._rate:
+            return
+        if rate != self._rate:
             self.compression_rate = rate
+        if follows and self.shrinks_on_the_way and (at + 1) % params.shrink_every == 0:
+            self._shrink()
 
     def step(self, step: int) -> None:
         self._trained_masked = True
@@ -310,10 +335,21 @@ class ChannelPruning(CompressionAlgorithm):
     @property
     def graph(self) -> ChannelGraph:
         """The dense model's channels."""
-        if self._graph is None:
+        return self.shrunk.dense
+
+    @property
+    def present(self) -> ChannelGraph:
+        """The channels of the model as it is while a schedule runs: with ``shrink_every``, those that were not cut yet.
+        Groups are those of :attr:`graph`, in the same order."""
+        return self.shrunk.graph
+
+    @property
+    def shrunk(self) -> Shrunk:
+        """What is left of the dense model while a schedule runs."""
+        if self._shrunk is None:
             msg = "call prepare() first"
             raise nncf.InternalError(msg)
-        return self._graph
+        return self._shrunk
 
     @property
     def final_plan(self) -> PruningPlan:
@@ -328,6 +364,7 @@ class ChannelPruning(CompressionAlgorithm):
             "plan": None if self.plan is None else self.plan.to_json(),
             "rate": self._rate,
             "cut": self._done,
+            "shrunk": None if self._done else self.shrunk.get_state(),
             "scheduled": self._scheduled,
             "params": self.config.params.model_dump(mode="json"),
         }
@@ -345,7 +382,11 @@ class ChannelPruning(CompressionAlgorithm):
             self._cut(plan)
             self._rate = float(state["rate"])
         else:
-            if plan is not None:
+            earlier = state.get("shrunk")
+            if earlier is not None and earlier["plan"] != self._shrunk_to:
+                self._cut(PruningPlan.from_json(earlier["plan"]), on_the_way=True)
+                self.shrunk.load_scores(earlier)
+            elif plan is not None and earlier is None:
                 plan.validate(self.context.model)
             self._mask(plan, float(state["rate"]))
             self._trained_masked = True  # the weights that belong to this state were
@@ -358,7 +399,8 @@ class ChannelPruning(CompressionAlgorithm):
         """
         if self._done:
             return
-        plan = make_plan(self.graph, kept_by_masks(self.graph, weights), algorithm=self.name)
+        keep = self.shrunk.in_dense(kept_by_masks(self.present, weights))
+        plan = make_plan(self.graph, keep, algorithm=self.name)
         if self.plan is None or plan.kept != self.plan.kept:
             self._mask(plan, self.rate_of(plan))
         self._trained_masked = True
@@ -412,15 +454,16 @@ class ChannelPruning(CompressionAlgorithm):
         """Finds the groups; with a trial, those that the network's code does not let shrink are pinned now."""
         with self.context.timed("trace"):
             find = analyse if trial else partial(trace, pins=pins)
-            self._graph = find(
+            graph = find(
                 self.context.model,
                 self.context.example_inputs,
                 plugins=self.context.plugins,
                 allow_approximate=self.config.params.allow_approximate,
             )
-        self.prunable = self._select_groups(self._graph)
+        self._shrunk = Shrunk(graph)
+        self.prunable = self._select_groups(graph)
         self.problem(self.target_rate)  # an impossible budget is told now, not after an hour of training
-        self.context.plugins.emit("traced", graph=self._graph)
+        self.context.plugins.emit("traced", graph=graph)
 
     def may_go(self, graph: ChannelGraph) -> list[bool]:
         """Which groups of channels the configuration leaves to prune: those in scope, by default.
@@ -461,7 +504,23 @@ class ChannelPruning(CompressionAlgorithm):
             make_up(plan)
         self.context.plugins.emit("pruned", plan=plan, self_check=self.self_check)
 
-    def _cut(self, plan: PruningPlan) -> None:
+    def _shrink(self) -> None:
+        """Cuts what is masked, on the way. The network computes the same before and after."""
+        plan = self.plan
+        if plan is None or self.shrunk.from_here(plan).is_identity:
+            return
+        trained = self._trained_masked
+        self._cut(plan, on_the_way=True)
+        self._trained_masked = trained
+        self.context.plugins.emit("shrunk", plan=plan, self_check=self.self_check)
+
+    def _cut(self, plan: PruningPlan, *, on_the_way: bool = False) -> None:
+        """Cuts the model as it is.
+
+        :param plan: in the dense model's channels.
+        :param on_the_way: the schedule goes on from there.
+        """
+        what_goes = self.shrunk.from_here(plan)
         if self._masks is not None:
             self._masks.share(self.context.ema)  # a copy of a masked model has masks of its own
             self._masks.remove()
@@ -470,7 +529,7 @@ class ChannelPruning(CompressionAlgorithm):
             with self.context.timed("surgery"):
                 self.self_check = prune_in_place(
                     context.model,
-                    plan,
+                    what_goes,
                     context.example_inputs,
                     optimizer=context.optimizer,
                     ema=context.ema,
@@ -478,25 +537,35 @@ class ChannelPruning(CompressionAlgorithm):
                 )
         except BaseException:
             if self._masks is not None:
-                self._masks = Masks(context.model, self.graph)
+                self._masks = Masks(context.model, self.present)
                 if self.plan is not None:
-                    self._masks.update(self.plan)
+                    self._masks.update(self.shrunk.from_here(self.plan))
             raise
-        self._masks = None
         if context.ema is not None:
             drop_masks(copy_in(context.ema, context.model))
         self.plan = plan
-        self._done = True
+        self._done = not on_the_way
+        if process_count() > 1 and context.optimizer is not None:
+            nncf_logger.info("The network shrank: wrap it in DistributedDataParallel again before the next step.")
+        if on_the_way:
+            self.shrunk.cut(plan)
+        self._masks = Masks(context.model, self.present) if on_the_way else None
+
+    @property
+    def _shrunk_to(self) -> str | None:
+        """The plan that the model was cut to on the way, as JSON."""
+        return None if self.shrunk.plan is None else self.shrunk.plan.to_json()
 
     def _mask(self, plan: PruningPlan | None, rate: float) -> None:
-        """Masks what the plan removes; nothing, without a plan."""
+        """Masks what the plan removes and is still there; nothing, without a plan."""
+        what_goes = None if plan is None else self.shrunk.from_here(plan)
         if self._masks is None:
-            self._masks = Masks(self.context.model, self.graph)
+            self._masks = Masks(self.context.model, self.present)
         self._masks.share(self.context.ema)
-        if plan is None:
+        if what_goes is None or what_goes.is_identity:
             self._masks.remove()
         else:
-            self._masks.update(plan)
+            self._masks.update(what_goes)
         self.plan, self._rate, self._trained_masked = plan, rate, False
 
     def _restore(self, state: Mapping[str, Any]) -> None:

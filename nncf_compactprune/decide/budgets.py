@@ -81,6 +81,7 @@ class AllocationProblem:
     :param prunable: which groups may be cut, shape ``[groups]``.
     :param budgets: kind (``"macs"``, ``"params"``) to the most that may be left.
     :param limits: bounds of every group.
+    :param widest: the most that each group may still keep, an allowed width, ``[groups]``; None: all of it.
     :raises BudgetError: the floors make a budget unreachable; the message states the reachable minimum.
     """
 
@@ -90,6 +91,7 @@ class AllocationProblem:
         prunable: Sequence[bool],
         budgets: Mapping[str, int],
         limits: Limits,
+        widest: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self.graph = graph
         self.budgets = dict(budgets)
@@ -98,6 +100,8 @@ class AllocationProblem:
             allowed_widths(group, limits) if free else np.array([group.size])
             for group, free in zip(graph.groups, prunable, strict=True)
         ]
+        if widest is not None:
+            self.allowed = [options[options <= most] for options, most in zip(self.allowed, widest, strict=True)]
         self.floor = np.array([options[0] for options in self.allowed], np.float64)
         for kind, most in self.budgets.items():
             least, dense = graph.cost[kind](self.floor), graph.cost[kind](self.sizes)
@@ -247,8 +251,8 @@ def lazy_greedy(problem: AllocationProblem, curves: Scores) -> Widths:
     :param curves: for each group the loss at every number removed, ``[channels]``, convex, rising.
     :return: widths, ``[groups]``.
     """
-    widths = problem.sizes.copy()
-    missing = {kind: problem.graph.cost[kind](widths) - most for kind, most in problem.budgets.items()}
+    widths = np.array([options[-1] for options in problem.allowed], np.float64)
+    missing = {kind: problem.graph.cost[kind](problem.sizes) - most for kind, most in problem.budgets.items()}
     missing = {kind: excess for kind, excess in missing.items() if excess > 0}  # the others hold whatever goes
     level = [len(options) - 1 for options in problem.allowed]
 

@@ -8,7 +8,8 @@
     trainer.train(resume_from_checkpoint=last)
 
 When the model shrinks: with ``"one_shot"`` as the callback is made, before the optimizer exists. With a schedule on one
-process, at the epoch that reaches the budget, optimizer state along with it. With a schedule on several processes, at
+process, at the epoch that reaches the budget, optimizer state along with it; with ``shrink_every``, on the way too. With
+a schedule on several processes, at
 the end of training, as the ``Trainer`` wraps the model itself; until then the channels are masked.
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.algorithms import CompressionAlgorithm, CompressionStage
 from nncf_compactprune.config import CompressionConfig, load_config
-from nncf_compactprune.controller import create_compressed_model
+from nncf_compactprune.controller import create_compressed_model, refuse_to_shrink_on_the_way
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.huggingface import restore_forward
@@ -140,6 +141,8 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 'Use "schedule": "one_shot", which prunes before the Trainer compiles.'
             )
             raise CompactPruneError(msg)
+        if args.world_size > 1 or args.n_gpu > 1:
+            refuse_to_shrink_on_the_way(self.controller, "CompressionCallback: the Trainer's wrapper")
         if self._resumed is not None:
             fill(self._model, self._resumed)
         if args.world_size == 1 and args.n_gpu <= 1:
@@ -148,9 +151,10 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins an epoch of the schedule; the model may shrink here."""
+        before = plan_of(self._model)
         self.controller.scheduler.epoch_step(int(state.epoch or 0))
-        if not self._full and self._is_full():
-            self._full = True
+        if plan_of(self._model) is not before or (not self._full and self._is_full()):
+            self._full = self._is_full()
             # What was measured on a larger model is no candidate for the best one, and its weights would not fit.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
             self._describe()

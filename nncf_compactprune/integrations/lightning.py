@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.algorithms import CompressionAlgorithm
 from nncf_compactprune.config import CompressionConfig
-from nncf_compactprune.controller import create_compressed_model
+from nncf_compactprune.controller import create_compressed_model, refuse_to_shrink_on_the_way
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.packages import require_package
 from nncf_compactprune.plugins import Plugins
@@ -94,6 +94,8 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
             raise CompactPruneError(msg)
         if self._with_loss() or not all(algorithm.settled for algorithm in self.controller.algorithms):
             self._refuse_unfit(trainer, pl_module)
+        if trainer.world_size > 1:
+            refuse_to_shrink_on_the_way(self.controller, "CompressionCallback: Lightning's strategy")
         if trainer.world_size == 1 and len(trainer.optimizers) == 1:
             self.controller.attach(optimizer=trainer.optimizers[0])
 

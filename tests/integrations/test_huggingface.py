@@ -250,28 +250,30 @@ def test_one_shot_prunes_before_the_optimizer_exists(examples: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("build", "stop_after"), [(vit, STEPS + 2), (resnet, 3 * STEPS + 2)], ids=["vit, masked", "resnet, cut"]
+    ("build", "stop_after", "params"),
+    [(vit, STEPS + 2, {}), (resnet, 3 * STEPS + 2, {}), (resnet, STEPS + 2, {"shrink_every": 1})],
+    ids=["vit, masked", "resnet, cut", "resnet, cut on the way"],
 )
 def test_a_run_that_ended_early_goes_on_to_the_same_weights(
-    build: Any, stop_after: int, examples: Any, tmp_path: Path
+    build: Any, stop_after: int, params: dict[str, Any], examples: Any, tmp_path: Path
 ) -> None:
     whole = build()
     first = copy.deepcopy(whole.state_dict())
-    trainer(whole, CompressionCallback(whole, document()), examples, tmp_path / "whole").train()
+    trainer(whole, CompressionCallback(whole, document(**params)), examples, tmp_path / "whole").train()
 
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
     cut = build()
     cut.load_state_dict(first)
     with pytest.raises(KeyboardInterrupt):
         trainer(
-            cut, CompressionCallback(cut, document()), examples, tmp_path / "cut", Watch(stop_after), **options
+            cut, CompressionCallback(cut, document(**params)), examples, tmp_path / "cut", Watch(stop_after), **options
         ).train()
     last = last_checkpoint(tmp_path / "cut")
     assert last is not None
     assert last.endswith(f"checkpoint-{stop_after}")
     torch.manual_seed(5)
     again = build()  # other weights: everything must come from the checkpoint
-    callback = CompressionCallback(again, document(), resume_from_checkpoint=last)
+    callback = CompressionCallback(again, document(**params), resume_from_checkpoint=last)
     trainer(again, callback, examples, tmp_path / "cut", **options).train(resume_from_checkpoint=last)
     assert again.state_dict().keys() == whole.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
@@ -353,6 +355,11 @@ def test_mistakes_are_told_before_they_cost_anything(examples: Any, tmp_path: Pa
         callback.on_train_begin(
             dataclasses.replace(arguments(tmp_path), torch_compile=True), transformers.TrainerState(), None, model=model
         )
+    shrinking = CompressionCallback(resnet(), document(shrink_every=1))
+    several = arguments(tmp_path)
+    several._n_gpu = 2
+    with pytest.raises(CompactPruneError, match=r"wrapper holds the network on several devices.*'shrink_every'"):
+        shrinking.on_train_begin(several, transformers.TrainerState(), None, model=shrinking._model)
     resumed = transformers.TrainerState(global_step=3)
     with pytest.raises(CompactPruneError, match="resumes at step 3, but the callback was made without"):
         callback.on_train_begin(arguments(tmp_path), resumed, None, model=model)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
-from nncf_compactprune import create_compressed_model, prune
+from nncf_compactprune import create_compressed_model, plan_of, prune
 from nncf_compactprune.algorithms.batch_norm import pool_over_ranks
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.distributed import averaged, require_agreement, summed
@@ -128,6 +128,30 @@ def check_masks(rank: int) -> None:
     model.train()(torch.randn(4, 3, 12, 12)).sum().backward()
 
 
+def check_shrinking(rank: int) -> None:
+    """Cut on the way and wrapped again after each cut, all ranks end with the same small network."""
+    entry = CONFIG["compression"]
+    params = {**entry["params"], "pruning_steps": 3, "shrink_every": 1}
+    net = trained("residual", dtype=torch.float32)
+    ctrl, net = create_compressed_model(net, {**CONFIG, "compression": {**entry, "params": params}})
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    ctrl.attach(optimizer=optimizer)
+    model, sizes = DistributedDataParallel(net), []
+    for epoch in range(4):
+        before = plan_of(net)
+        ctrl.scheduler.epoch_step()
+        if plan_of(net) is not before:
+            model = DistributedDataParallel(net)
+        ctrl.scheduler.step()
+        inputs = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(10 * epoch + rank))
+        model.train()(inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sizes.append(sum(parameter.numel() for parameter in net.parameters()))
+    assert len(set(sizes)) == 4, sizes
+    assert all(torch.equal(averaged([parameter])[0], parameter) for parameter in net.parameters())
+
+
 def check_trainer(rank: int) -> None:
     """The Trainer masks while it trains and cuts at the end, on every rank alike."""
     from nncf_compactprune.integrations.huggingface import CompressionCallback, image_inputs
@@ -160,7 +184,7 @@ def main() -> None:
     destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     run_example("--output", output)
     sys.argv = [sys.argv[0], output]
-    checks = [check_collectives, check_plans, check_statistics, check_masks]
+    checks = [check_collectives, check_plans, check_statistics, check_masks, check_shrinking]
     if all(importlib.util.find_spec(package) for package in ("transformers", "accelerate")):
         checks.append(check_trainer)
     for check in checks:

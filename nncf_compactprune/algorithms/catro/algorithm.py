@@ -115,10 +115,10 @@ class Catro(ChannelPruning):
         return dataclasses.replace(self.context, train_loader=ClassSubset(loader, classes))
 
     def _kept(self, problem: AllocationProblem, curves: Sequence[RemovalCurve]) -> list[npt.NDArray[np.bool_]]:
-        losses = [curve.convex for curve in curves]
+        losses = self.shrunk.curves([curve.convex for curve in curves])
         widths = (uniform if self.config.params.allocation == "uniform" else lazy_greedy)(problem, losses)
-        removed = (self.graph.sizes - widths).astype(int)
-        return [curve.kept[gone] for curve, gone in zip(curves, removed, strict=True)]
+        removed = (self.present.sizes - widths).astype(int)
+        return self.shrunk.in_dense([curve.kept[gone] for curve, gone in zip(curves, removed, strict=True)])
 
     def _curves(self) -> list[RemovalCurve]:
         """What every group loses at every width, all on one scale."""
@@ -131,7 +131,7 @@ class Catro(ChannelPruning):
         groups = [index for index, free in enumerate(self.prunable) if free]
         found: dict[int, RemovalCurve] = {}
         if params.form == "plain":
-            scatter = FeatureScatter(self.graph, groups, classes, params.feature_size)
+            scatter = FeatureScatter(self.present, groups, classes, params.feature_size)
             scatter.collect(self.context.model, samples)
             for group in groups:
                 pair = scatter.scatter(group)
@@ -139,7 +139,7 @@ class Catro(ChannelPruning):
                     found[group] = trace_ratio_curve(pair[0].numpy(), pair[1].numpy())
         else:
             wanted = None if params.classes is None else torch.tensor(params.classes)
-            effects = MarginEffects(self.graph, groups, wanted)
+            effects = MarginEffects(self.present, groups, wanted)
             effects.collect(self.context.model, samples)
             for group in groups:
                 gram = effects.gram(group, params.contribution)
@@ -165,7 +165,7 @@ class Catro(ChannelPruning):
                 "catro: these groups are ranked by filter norms, because no consumer was seen: %s.", names
             )
         curves = []
-        for index, context in enumerate(criterion_contexts(self.context.model, self.graph)):
+        for index, context in enumerate(criterion_contexts(self.context.model, self.present)):
             norms = l2(context).double().cpu().square() if index in missing else torch.zeros(context.group.size)
             scale = float(np.mean(seen)) / max(float(norms.mean()), 1e-30)
             curves.append(found[index] if index in found else joint_removal(torch.diag(norms * scale).double().numpy()))

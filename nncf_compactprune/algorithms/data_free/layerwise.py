@@ -43,7 +43,7 @@ class DataFreeParams(ChannelPruningParams):
     """
 
     unread: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("num_init_steps", "pruning_init", "pruning_steps"), "everything happens at once."
+        ("num_init_steps", "pruning_init", "pruning_steps", "shrink_every"), "everything happens at once."
     )
     schedule: Literal["one_shot"] = "one_shot"
     allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "least_loss"
