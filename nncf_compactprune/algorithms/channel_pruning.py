@@ -254,7 +254,12 @@ class ChannelPruning(CompressionAlgorithm):
 
     @property
     def shrinks_on_the_way(self) -> bool:
-        return getattr(self.config.params, "shrink_every", None) is not None  # NNCF 2.x's grammar does not know of it
+        return self._shrink_every is not None
+
+    @property
+    def _shrink_every(self) -> int | None:
+        """Epochs from cut to cut; entries in NNCF 2.x's grammar do not know of it."""
+        return getattr(self.config.params, "shrink_every", None)
 
     def epoch_step(self, epoch: int) -> None:
         params = self.config.params
@@ -268,7 +273,7 @@ class ChannelPruning(CompressionAlgorithm):
             return
         if rate != self._rate:
             self.compression_rate = rate
-        if follows and self.shrinks_on_the_way and (at + 1) % params.shrink_every == 0:
+        if follows and self._shrink_every and (at + 1) % self._shrink_every == 0:
             self._shrink()
 
     def step(self, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import numpy as np
@@ -69,7 +70,7 @@ def random_keep(graph, seed, share):
 def never_grows(graph, plans):
     """Whether every plan keeps only what the one before it kept."""
     kept = [kept_channels(graph, plan) for plan in plans if plan is not None]
-    pairs = [pair for a, b in zip(kept, kept[1:], strict=False) for pair in zip(a, b, strict=True)]
+    pairs = [pair for a, b in itertools.pairwise(kept) for pair in zip(a, b, strict=True)]
     return all((after <= before).all() for before, after in pairs)
 
 
