@@ -8,9 +8,9 @@
     trainer.train(resume_from_checkpoint=last)
 
 When the model shrinks: with ``"one_shot"`` as the callback is made, before the optimizer exists. With a schedule on one
-process, at the epoch that reaches the budget, optimizer state along with it; with ``shrink_every``, on the way too. With
-a schedule on several processes, at
-the end of training, as the ``Trainer`` wraps the model itself; until then the channels are masked.
+process, at the epoch that reaches the budget, optimizer state along with it; with ``shrink_every``, on the way, too.
+With a schedule on several processes, at the end of training, as the ``Trainer`` wraps the model itself; until then the
+channels are masked.
 """
 
 from __future__ import annotations
