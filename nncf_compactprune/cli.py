@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import nncf
 import typer
@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from nncf_compactprune.commands import benchmark, compare, verify  # noqa: F401  # each adds its commands to app
+from nncf_compactprune.commands import benchmark, compare, family, verify  # noqa: F401  # each adds its commands to app
 from nncf_compactprune.commands.app import app
 from nncf_compactprune.commands.console import output_console
+from nncf_compactprune.commands.overrides import Overrides, parsed
 from nncf_compactprune.config import json_schema
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import Pixels, export_model
@@ -35,11 +36,6 @@ from nncf_compactprune.storage.writing import write_whole
 from nncf_compactprune.version import __version__
 
 USER_ERROR_STATUS = 2
-
-Overrides = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a config value, as in compression.budget.macs=0.4."),
-]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +72,7 @@ def run_command(
     overrides: Overrides = [],  # noqa: B006  # typer copies it
 ) -> None:
     """Train or load the dense model, prune, fine-tune, export and compare, as a config says."""
-    changes = _parsed(overrides)
+    changes = parsed(overrides)
     if output is not None:
         changes["output_dir"] = str(output)
     if weights is not None:
@@ -204,21 +200,6 @@ def schema_command(
     else:
         write_whole(output, f"{text}\n".encode())
         typer.echo(f"Written to {output}")
-
-
-def _parsed(overrides: Sequence[str]) -> dict[str, Any]:
-    """Reads ``KEY=VALUE``; values are JSON where they can be, and text otherwise."""
-    result: dict[str, Any] = {}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            msg = f"--set: expected KEY=VALUE, got '{override}'."
-            raise CompactPruneError(msg)
-        try:
-            result[key] = json.loads(text)
-        except json.JSONDecodeError:
-            result[key] = text
-    return result
 
 
 def _shape(text: str | None) -> list[int] | None:

@@ -237,6 +237,16 @@ class ChannelPruning(CompressionAlgorithm):
         """How layers are re-fitted; entries in NNCF 2.x's grammar do not know of it."""
         return getattr(self.config.initializer, "refit", None)
 
+    def check_budget(self) -> ChannelGraph:
+        """Analyses the model and leaves it as it is.
+
+        :return: its channels.
+        :raises BudgetError: the budget cannot be reached.
+        :raises CompactPruneError: nothing can be pruned, or a scope has no match.
+        """
+        self._analyse(trial=False)
+        return self.graph
+
     # -- life ----------------------------------------------------------------------------------------------------
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.report.summary import Layer, Summary
 
-_DENSE, _PRUNED, _TEST, _TEXT, _GRID = "#8899aa", "#1f6fb4", "#c8553d", "#33475b", "#e6eaee"
+DENSE, PRUNED, OTHER, TEXT, _GRID = "#8899aa", "#1f6fb4", "#c8553d", "#33475b", "#e6eaee"
 _SIZE = (4.8, 2.9)  # inches; narrow, so that its words can be read on a telephone
 _SHOWN_LAYERS = 18
 
@@ -25,10 +25,10 @@ def curves(summary: Summary, kind: str) -> bytes | None:
     epochs = summary.epochs
     if not epochs:
         return None
-    figure = _figure((_SIZE[0], 4.6))
+    figure = new_figure((_SIZE[0], 4.6))
     above, below = figure.subplots(2, 1, sharex=True)
     at = list(range(1, len(epochs) + 1))
-    for phase, colour, word in (("dense", _DENSE, "dense"), ("pruned", _PRUNED, "pruning")):
+    for phase, colour, word in (("dense", DENSE, "dense"), ("pruned", PRUNED, "pruning")):
         chosen = [(n, one) for n, one in zip(at, epochs, strict=True) if one.get("phase") == phase]
         if chosen:
             places = [n for n, _ in chosen]
@@ -38,23 +38,23 @@ def curves(summary: Summary, kind: str) -> bytes | None:
             test = (summary.dense if phase == "dense" else summary.pruned).accuracy
             if test is not None:
                 label = "test" if phase == "pruned" else None
-                below.plot([places[-1]], [100 * test], "D", ms=6, color=_TEST, label=label, zorder=3)
+                below.plot([places[-1]], [100 * test], "D", ms=6, color=OTHER, label=label, zorder=3)
     removed = [
         (n, 100 * one["compression_rate"]) for n, one in zip(at, epochs, strict=True) if "compression_rate" in one
     ]
-    above.set_ylabel("training loss", fontsize=9, color=_TEXT)
-    below.set_ylabel("accuracy, %", fontsize=9, color=_TEXT)
-    below.set_xlabel("epoch", fontsize=9, color=_TEXT)
+    above.set_ylabel("training loss", fontsize=9, color=TEXT)
+    below.set_ylabel("accuracy, %", fontsize=9, color=TEXT)
+    below.set_xlabel("epoch", fontsize=9, color=TEXT)
     if removed:
         right = above.twinx()
-        right.step(*zip(*removed, strict=True), where="post", color=_TEST, lw=1, ls="--")
+        right.step(*zip(*removed, strict=True), where="post", color=OTHER, lw=1, ls="--")
         right.set_ylim(0, 100)
-        right.set_ylabel("MACs removed, % (dashed)", fontsize=8, color=_TEST)
-        _plain(right)
+        right.set_ylabel("MACs removed, % (dashed)", fontsize=8, color=OTHER)
+        plain_axes(right)
     for axes in (above, below):
-        _plain(axes)
-    below.legend(fontsize=7.5, frameon=False, labelcolor=_TEXT)
-    return _drawn(figure, kind)
+        plain_axes(axes)
+    below.legend(fontsize=7.5, frameon=False, labelcolor=TEXT)
+    return drawn(figure, kind)
 
 
 def layer_times(layers: Sequence[Layer], kind: str) -> bytes | None:
@@ -68,19 +68,17 @@ def layer_times(layers: Sequence[Layer], kind: str) -> bytes | None:
     if not longest:
         return None
     chosen = [one for one in layers if one in longest]
-    figure = _figure((_SIZE[0], 0.9 + 0.26 * len(chosen)))
+    figure = new_figure((_SIZE[0], 0.9 + 0.26 * len(chosen)))
     axes = figure.subplots()
     rows = range(len(chosen))
-    axes.barh([row - 0.2 for row in rows], [one.us_dense for one in chosen], height=0.36, color=_DENSE, label="dense")
-    axes.barh(
-        [row + 0.2 for row in rows], [one.us_pruned for one in chosen], height=0.36, color=_PRUNED, label="pruned"
-    )
+    axes.barh([row - 0.2 for row in rows], [one.us_dense for one in chosen], height=0.36, color=DENSE, label="dense")
+    axes.barh([row + 0.2 for row in rows], [one.us_pruned for one in chosen], height=0.36, color=PRUNED, label="pruned")
     axes.set_yticks(list(rows), [one.name[-26:] for one in chosen], fontsize=8)
     axes.set_ylim(len(chosen) - 0.4, -0.6)
-    axes.set_xlabel("microseconds of one request", fontsize=9, color=_TEXT)
-    _plain(axes)
-    figure.legend(fontsize=8, frameon=False, labelcolor=_TEXT, loc="outside upper right", ncols=2)
-    return _drawn(figure, kind)
+    axes.set_xlabel("microseconds of one request", fontsize=9, color=TEXT)
+    plain_axes(axes)
+    figure.legend(fontsize=8, frameon=False, labelcolor=TEXT, loc="outside upper right", ncols=2)
+    return drawn(figure, kind)
 
 
 def front(points: Mapping[str, Summary], kind: str) -> bytes:
@@ -89,30 +87,30 @@ def front(points: Mapping[str, Summary], kind: str) -> bytes:
     :param points: summaries by the names of the runs.
     :param kind: ``svg`` or ``png``.
     """
-    figure = _figure((_SIZE[0], 3.4))
+    figure = new_figure((_SIZE[0], 3.4))
     axes = figure.subplots()
     dense = {(one.model, one.dense.macs, one.dense.accuracy) for one in points.values()}
     for model, macs, accuracy in sorted(dense, key=str):
-        axes.plot([macs / 1e6], [100 * (accuracy or 0)], "s", color=_DENSE, ms=7)
+        axes.plot([macs / 1e6], [100 * (accuracy or 0)], "s", color=DENSE, ms=7)
         axes.annotate(
             f"{model[-24:]}, dense",
             (macs / 1e6, 100 * (accuracy or 0)),
             fontsize=7,
-            color=_TEXT,
+            color=TEXT,
             xytext=(0, 6),
             textcoords="offset points",
             ha="right",
         )
     line = sorted((one.pruned.macs / 1e6, 100 * (one.pruned.accuracy or 0), name) for name, one in points.items())
-    axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", color=_PRUNED, ms=6, lw=1)
+    axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", color=PRUNED, ms=6, lw=1)
     for x, y, name in line:
-        axes.annotate(name, (x, y), fontsize=7, color=_TEXT, xytext=(4, -9), textcoords="offset points")
-    axes.set_xlabel("million MACs", fontsize=9, color=_TEXT)
-    axes.set_ylabel("test accuracy, %", fontsize=9, color=_TEXT)
+        axes.annotate(name, (x, y), fontsize=7, color=TEXT, xytext=(4, -9), textcoords="offset points")
+    axes.set_xlabel("million MACs", fontsize=9, color=TEXT)
+    axes.set_ylabel("test accuracy, %", fontsize=9, color=TEXT)
     axes.set_xlim(left=0)
     axes.margins(y=0.2)
-    _plain(axes)
-    return _drawn(figure, kind)
+    plain_axes(axes)
+    return drawn(figure, kind)
 
 
 def inline(picture: bytes, kind: str) -> str:
@@ -125,7 +123,12 @@ def inline(picture: bytes, kind: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(picture).decode()}"
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty figure.
+
+    :param size: in inches.
+    :raises CompactPruneError: without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -134,15 +137,21 @@ def _figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, layout="constrained")
 
 
-def _plain(axes: Any) -> None:
-    axes.tick_params(length=0, colors=_TEXT, labelsize=8)
+def plain_axes(axes: Any) -> None:
+    """A light grid and no frame."""
+    axes.tick_params(length=0, colors=TEXT, labelsize=8)
     axes.set_axisbelow(True)
     axes.grid(True, color=_GRID, linewidth=0.8)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
-def _drawn(figure: Any, kind: str) -> bytes:
+def drawn(figure: Any, kind: str) -> bytes:
+    """The picture.
+
+    :param figure: from :func:`new_figure`.
+    :param kind: ``svg`` or ``png``.
+    """
     image = io.BytesIO()
     # Without a date the same run draws the same bytes.
     figure.savefig(image, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)

@@ -32,8 +32,9 @@ from nncf_compactprune.run.compress import compress
 from nncf_compactprune.run.dense import train_dense
 from nncf_compactprune.run.models import ResolvedModel, resolve_model
 from nncf_compactprune.run.prepare import prepare
-from nncf_compactprune.run.settings import read_settings
+from nncf_compactprune.run.settings import Settings, read_settings
 from nncf_compactprune.run.state import Say
+from nncf_compactprune.run.warm_start import warm_started
 from nncf_compactprune.storage.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_pruned
 from nncf_compactprune.storage.plan_file import PLAN_FILE
 
@@ -70,8 +71,20 @@ def run(
     :raises CompactPruneError: as soon as anything is found wrong; what can be checked is checked before any training.
     """
     plugins = plugins or default_plugins()
-    this_run = prepare(read_settings(source, overrides, plugins), plugins, say)
+    return run_settings(read_settings(source, overrides, plugins), say=say, plugins=plugins)
+
+
+def run_settings(settings: Settings, *, say: Say = print, plugins: Plugins | None = None) -> RunOutcome:
+    """The same for a config that was read.
+
+    :param settings: the config.
+    :param say: is given one line for every step.
+    :param plugins: where names are looked up; the installed plugins by default.
+    :raises CompactPruneError: see :func:`run`.
+    """
+    this_run = prepare(settings, plugins or default_plugins(), say)
     dense = train_dense(this_run)
+    this_run = warm_started(this_run, dense)
     compressed = compress(this_run, dense)
     comparison = compare(this_run, compressed)
     this_run.snapshots.remove()

@@ -21,6 +21,7 @@ from nncf_compactprune.run.datasets import ResolvedDataset, resolve_dataset
 from nncf_compactprune.run.models import ExampleInputs, ResolvedModel, resolve_model
 from nncf_compactprune.run.settings import Settings, unread_key_warnings
 from nncf_compactprune.run.state import CHECKPOINTS, DENSE_FILE, SNAPSHOTS, Run, Say
+from nncf_compactprune.run.warm_start import check_warm_start
 from nncf_compactprune.storage.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from nncf_compactprune.storage.plan_file import PLAN_FILE
 from nncf_compactprune.storage.snapshots import Snapshots
@@ -45,6 +46,7 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
         say(f"Warning: {warning}")
     torch.manual_seed(settings.run.seed)
     _check_search(settings, plugins)
+    check_warm_start(settings)
     dataset = _dataset(settings, plugins)
     if dataset is not None:
         settings = _with_input_info(settings, dataset)
@@ -59,7 +61,7 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
     example = resolved.example_inputs
     if dataset is not None:
         dataset = normalised_for(resolved, dataset)
-        example = _real_example(resolved, dataset)
+        example = real_example(resolved, dataset)
         check_classes(resolved, example, dataset)
     for warning in late_schedules(settings, plugins):
         say(f"Warning: {warning}")
@@ -216,8 +218,12 @@ def normalised_for(resolved: ResolvedModel, dataset: ResolvedDataset) -> Resolve
     return replace(dataset, mean=resolved.mean, std=resolved.std)
 
 
-def _real_example(resolved: ResolvedModel, dataset: ResolvedDataset) -> ExampleInputs:
-    """The first test image, in the model's own kind of container: self-checks and exports are compared on real data."""
+def real_example(resolved: ResolvedModel, dataset: ResolvedDataset) -> ExampleInputs:
+    """The first test image, in the model's own kind of container: self-checks and exports are compared on real data.
+
+    :param resolved: the model.
+    :param dataset: where the image is from.
+    """
     images, _ = next(iter(dataset.test_loader(1)))
     if isinstance(resolved.example_inputs, dict):
         return dict.fromkeys(resolved.example_inputs, images)

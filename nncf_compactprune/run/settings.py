@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
 from nncf_compactprune.config import CompressionConfig, Section, load_config, load_section, read_document
+from nncf_compactprune.config.reading import Document
 from nncf_compactprune.errors import nearest
 from nncf_compactprune.plugins import Plugins, default_plugins
 
@@ -83,6 +84,8 @@ class RunConfig(Section):
         trained and no accuracy measured.
     :param dataset_options: the dataset's own options.
     :param epochs: fine-tuning epochs, while and after pruning.
+    :param warm_start: directory of a finished run of the same dense network, whose pruned network is pruned further;
+        budgets stay shares of the dense one.
     :param pretrain_epochs: epochs of dense training first; ignored where weights are given.
     :param lr_schedule: how the learning rate falls, by epoch.
     :param output_dir: where the artefacts go.
@@ -93,6 +96,7 @@ class RunConfig(Section):
     model: str
     model_options: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
+    warm_start: str | None = None
     dataset: str | None = None
     dataset_options: dict[str, Any] = Field(default_factory=dict)
     batch_size: int = Field(default=64, ge=1)
@@ -131,7 +135,16 @@ def read_settings(
     :param plugins: where algorithms are looked up; the installed plugins by default.
     :raises ConfigError: with all problems of the compression part, or all of the training part.
     """
-    document = read_document(source, overrides)
+    return settings_of(read_document(source, overrides), plugins)
+
+
+def settings_of(document: Document, plugins: Plugins | None = None) -> Settings:
+    """Validates a config that was read.
+
+    :param document: the config.
+    :param plugins: where algorithms are looked up; the installed plugins by default.
+    :raises ConfigError: with all problems of the compression part, or all of the training part.
+    """
     compression = load_config(document, plugins)
     return Settings(document.name, document.data, compression, load_section(document, RunConfig))
 

@@ -1,0 +1,1 @@
+"""A family: one dense network pruned to several budgets, beside unpruned siblings."""

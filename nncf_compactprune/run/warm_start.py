@@ -1,0 +1,72 @@
+"""Going on from the pruned network of another run, towards a smaller one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nncf_compactprune.algorithms import ChannelPruningConfig
+from nncf_compactprune.algorithms.channel_pruning import Kind
+from nncf_compactprune.channels import trace
+from nncf_compactprune.config import Budget, CompressionConfig
+from nncf_compactprune.errors import ConfigError, Problem
+from nncf_compactprune.plan import Cost
+from nncf_compactprune.run.settings import Settings
+from nncf_compactprune.run.state import Network, Run
+from nncf_compactprune.storage.checkpoint import WEIGHTS_FILE, load_pruned
+from nncf_compactprune.storage.plan_file import PLAN_FILE
+
+
+def check_warm_start(settings: Settings) -> None:
+    """There is something to start from.
+
+    :param settings: the config.
+    :raises ConfigError: there is not.
+    """
+    start = settings.run.warm_start
+    if start is None:
+        return
+    missing = [name for name in (PLAN_FILE, WEIGHTS_FILE) if not (Path(start) / name).is_file()]
+    if missing:
+        message = f"'{start}' is no directory of a finished run: {', '.join(missing)} not found there."
+        raise ConfigError(settings.source, [Problem("warm_start", message)])
+
+
+def warm_started(run: Run, dense: Network) -> Run:
+    """The run with its model cut as the earlier run's, with its weights, and budgets that mean the dense network's.
+
+    :param run: its model is the dense one, and is changed in place.
+    :param dense: a copy of it.
+    """
+    start = run.config.warm_start
+    if start is None:
+        return run
+    graph = trace(dense.model, run.example, plugins=run.plugins)
+    load_pruned(run.model, start, plugins=run.plugins)
+    run.say(f"Going on from the network of {start}")
+    cost = Cost(graph.macs, graph.params)
+    settings = replace(run.settings, compression=_of_dense(run.settings.compression, cost))
+    return replace(run, settings=settings)
+
+
+def _of_dense(config: CompressionConfig, dense: Cost) -> CompressionConfig:
+    """Shares become numbers, which mean the same for a smaller network."""
+    entries = [
+        entry.model_copy(update={"budget": absolute(entry.budget, dense)})
+        if isinstance(entry, ChannelPruningConfig)
+        else entry
+        for entry in config.compression
+    ]
+    return config.model_copy(update={"compression": entries})
+
+
+def absolute(budget: Budget, dense: Cost) -> Budget:
+    """The budget in numbers.
+
+    :param budget: in shares of the dense network or in numbers.
+    :param dense: what that costs.
+    """
+    costs: dict[Kind, int] = {"macs": dense.macs, "params": dense.params}
+    return budget.model_copy(
+        update={kind: budget.resolve(kind, costs[kind]) for kind in costs if getattr(budget, kind) is not None}
+    )
