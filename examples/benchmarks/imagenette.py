@@ -2,6 +2,7 @@
 
     python examples/benchmarks/imagenette.py run --data FOLDER      # arms that are missing in imagenette.jsonl
     python examples/benchmarks/imagenette.py table
+    python examples/benchmarks/imagenette.py weights --data FOLDER --output data   # with ten outputs, for configs
 
 FOLDER holds ``imagenette/{train,val}/<wnid>/*.JPEG`` and ``mobilenet_v1_075_224_imagenet.safetensors``. Of the training
 pictures of each class the last 40 are for choices; the validation pictures judge once, after the last epoch.
@@ -21,7 +22,7 @@ import torch
 import typer
 from PIL import Image
 from recovery import append, commit, mean_and_spread, read_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nncf_compactprune import analyse, create_compressed_model, plan_of
@@ -193,6 +194,20 @@ def run(
             row = trained(trial, read, threads)
             append(rows, row)
             print(json.dumps({"key": trial.key, "test": row["test"], "held out": row["curve"][-1]}), flush=True)
+
+
+@app.command()
+def weights(
+    data: Annotated[Path, typer.Option(help="folder of the trained weights")] = Path("../shared/data"),
+    output: Annotated[Path, typer.Option(help="where to write")] = Path("data"),
+) -> None:
+    """Writes the trained weights with the ten classes' outputs only, in the order of the picture folders."""
+    output.mkdir(parents=True, exist_ok=True)
+    indices = torch.tensor(list(CLASSES.values()))
+    for width in ("075", "025"):
+        tensors = load_file(data / f"mobilenet_v1_{width}_224_imagenet.safetensors")
+        cut = {name: t[indices] if name.startswith("conv_preds") else t for name, t in tensors.items()}
+        save_file(cut, output / f"mobilenet_v1_{width}_imagenette.safetensors")
 
 
 @app.command()

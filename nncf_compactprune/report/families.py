@@ -93,11 +93,11 @@ def family_rows(results: Results) -> list[tuple[str, ...]]:
         time = "-" if point.latency_ms is None else f"{point.latency_ms:.3g} ms"
         cells = (
             f"{point.name} (unpruned)" if point.kind == "sibling" else point.name,
-            f"{point.accuracy:.2%}",
+            f"{100 * point.accuracy:.2f} %",
             in_words(point.macs),
-            f"{point.macs / dense.macs:.1%}",
+            f"{100 * point.macs / dense.macs:.1f} %",
             in_words(point.params),
-            f"{point.params / dense.params:.1%}",
+            f"{100 * point.params / dense.params:.1f} %",
             time,
             f"{point.cpu_hours:.3f}" if point.kind != "dense" else "-",
             f"{point.gpu_hours:.3f}" if point.kind != "dense" else "-",
@@ -134,7 +134,7 @@ def beside_siblings(results: Results) -> list[str]:
             if ours is not None:
                 said.append(f"{100 * (ours - sibling.accuracy):+.2f} points at its {word}")
         found = ", ".join(said) if said else "its costs are outside the family's"
-        lines.append(f"{sibling.name}, {sibling.accuracy:.2%}: the family, between its members, has {found}.")
+        lines.append(f"{sibling.name}, {100 * sibling.accuracy:.2f} %: the family, between its members, has {found}.")
     return lines
 
 

@@ -41,8 +41,16 @@ def _panel(axes: Any, results: Results, cost: Cost, unit: float) -> None:
     axes.plot(*zip(*map(place, members), strict=True), "o", color=PRUNED, ms=6, label="pruned from it")
     if results.siblings:
         axes.plot(*zip(*map(place, results.siblings), strict=True), "D", color=OTHER, ms=6, label="unpruned siblings")
-    for point in results.points:
-        side = (4, 6) if point.kind == "sibling" else (4, -11)
-        axes.annotate(point.name, place(point), fontsize=7, color=TEXT, xytext=side, textcoords="offset points")
-    axes.set_xlim(0, 1.25 * max(place(point)[0] for point in results.points))
+    for at, point in enumerate(sorted(results.points, key=place)):  # neighbours: one name above, one below
+        axes.annotate(
+            point.name.removeprefix("macs_"),
+            place(point),
+            fontsize=7.5,
+            color=TEXT,
+            xytext=(0, 7 if at % 2 else -13),
+            textcoords="offset points",
+            ha="center",
+        )
+    least, most = (limit(place(point)[0] for point in results.points) for limit in (min, max))
+    axes.set_xlim(0 if least < most / 2 else least - 0.2 * (most - least) - 0.02 * most, most + 0.15 * (most - least))
     axes.margins(y=0.2)
