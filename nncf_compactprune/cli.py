@@ -28,6 +28,7 @@ from nncf_compactprune.integrations.layouts import export_to_layout
 from nncf_compactprune.plugins import default_plugins
 from nncf_compactprune.report import rich_table
 from nncf_compactprune.report.summary import summary_schema
+from nncf_compactprune.run.families.settings import family_schema
 from nncf_compactprune.run.inspection import Inspection, inspect_model
 from nncf_compactprune.run.pipeline import described_by, load_run, run
 from nncf_compactprune.run.progress import bars_on
@@ -191,9 +192,9 @@ def schema_command(
     """Print the JSON schema of configs, for editors: "$schema" in a config names it."""
     schema = summary_schema() if summary else json_schema()
     if not summary:
-        training = run_schema()
-        schema["properties"] |= training["properties"]
-        schema["$defs"] |= training["$defs"]
+        for part in (run_schema(), family_schema()):
+            schema["properties"] |= part["properties"]
+            schema["$defs"] |= part["$defs"]
     text = json.dumps(schema, indent=2)
     if output is None:
         typer.echo(text)

@@ -102,9 +102,9 @@ def report(rows: list[dict[str, Any]], setting: dict[str, Any], seeds: int) -> s
         "# Shrinking on the way",
         "",
         f"ResNet-{setting['depth']} to {setting['budget']:.0%} of its MACs, {setting['epochs']} epochs of "
-        f"{setting['images']:,} CIFAR-10 images, the schedule over {setting['steps']} of them, {seeds} seeds, one thread. "
-        "`python examples/benchmarks/shrink_while_training.py --data FOLDER` writes this file. Times are CPU times. Ratios "
-        "and differences are taken within a seed, to masks that stay to the end of training.",
+        f"{setting['images']:,} CIFAR-10 images, the schedule over {setting['steps']} of them, {seeds} seeds, one "
+        "thread. `python examples/benchmarks/shrink_while_training.py --data FOLDER` writes this file. Times are CPU "
+        "times. Ratios and differences are taken within a seed, to masks that stay to the end of training.",
         "",
         "| arm | MACs left | CPU seconds | ratio | test accuracy | difference, points |",
         "|---|---:|---:|---:|---:|---:|",

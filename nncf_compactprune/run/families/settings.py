@@ -128,6 +128,13 @@ def read_family(
     return Family(document.name, document.data, config, run, members)
 
 
+def family_schema() -> dict[str, Any]:
+    """The JSON schema's ``properties`` and ``$defs`` of :class:`FamilyConfig`, for a config's schema."""
+    schema = FamilyConfig.model_json_schema(ref_template="#/$defs/family.{model}")
+    definitions = {f"family.{name}": definition for name, definition in schema["$defs"].items()}
+    return {"properties": schema["properties"], "$defs": definitions}
+
+
 def _refuse(document: Document, run: RunConfig, config: FamilyConfig) -> None:
     problems = []
     if run.dataset is None:
