@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nncf_compactprune.algorithms import ChannelPruning, CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.latency import LatencyResult
 from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.config import CompressionConfig, load_algorithm, load_config
 from nncf_compactprune.cut.self_check import SelfCheck
@@ -388,7 +389,8 @@ class PruningResult:
     :param graph: the dense model's channels.
     :param self_check: how far the pruned model is from the masked one.
     :param seconds: wall time of each part (``"trace"``, ``"scores"``, ``"allocation"``, ``"surgery"``; the self-check's
-        forwards are inside ``"surgery"`` and stated in ``self_check.seconds``).
+        forwards are inside ``"surgery"`` and stated in ``self_check.seconds``; ``"latency"`` is the measurements).
+    :param latency: what a budget of latency came to, with all that was measured; None without one.
     """
 
     model: nn.Module
@@ -396,6 +398,7 @@ class PruningResult:
     graph: ChannelGraph
     self_check: SelfCheck | None
     seconds: Mapping[str, float]
+    latency: LatencyResult | None = None
 
 
 def prune(
@@ -422,7 +425,8 @@ def prune(
     :param model: a trained model.
     :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; MACs are counted for it.
     :param algorithm: a pruning algorithm by name.
-    :param budget: what may be left: ``{"macs": 0.5}``, ``{"params": "3M"}``, both at once.
+    :param budget: what may be left: ``{"macs": 0.5}``, ``{"params": "3M"}``, ``{"latency": "4.5ms"}`` measured, or several
+        at once.
     :param train_loader: batches for BatchNorm adaptation and for criteria that need data; none: no adaptation.
     :param ignored_scopes: what stays whole, in NNCF's scope grammar, see :mod:`nncf_compactprune.decide.scopes`.
     :param target_scopes: what alone may be pruned; default: everything.
@@ -455,4 +459,6 @@ def prune(
         raise CompactPruneError(msg)
     built.prepare()
     built.strip()
-    return PruningResult(model, built.final_plan, built.graph, built.self_check, dict(context.seconds))
+    return PruningResult(
+        model, built.final_plan, built.graph, built.self_check, dict(context.seconds), built.latency
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import nncf
 import numpy as np
@@ -22,21 +22,22 @@ from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionS
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.data_free.reconstruction import Refits
 from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, check_refit
+from nncf_compactprune.algorithms.latency import LatencyResult, LatencyTarget
 from nncf_compactprune.algorithms.shrinking import Shrunk
 from nncf_compactprune.channels import ChannelGraph, Pin, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Initializer, Registered, Section
+from nncf_compactprune.config.budget import KINDS, Kind
 from nncf_compactprune.cut.diagnosis import analyse, culprits
 from nncf_compactprune.cut.masks import Masks, drop_masks, kept_by_masks
 from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
-from nncf_compactprune.decide.budgets import AllocationProblem, Limits, allocate
+from nncf_compactprune.decide.budgets import AllocationProblem, Limits, allocate, least_widths
 from nncf_compactprune.decide.scopes import ScopeRules, prunable_groups
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
 from nncf_compactprune.host.distributed import averaged, process_count, require_agreement
 from nncf_compactprune.host.tensors import copy_in
 from nncf_compactprune.plan import PruningPlan, make_plan
 
-Kind = Literal["macs", "params"]
-KINDS: tuple[Kind, ...] = ("macs", "params")
+_Scores = TypeVar("_Scores")
 
 
 class ChannelPruningParams(Section):
@@ -51,7 +52,8 @@ class ChannelPruningParams(Section):
     :param allocation: how many channels each group loses: ``"balanced"``, ``"uniform"``, ``"global"``, ``"greedy"``,
         ``"least_loss"`` or a plugin's. In Python, it and ``schedule`` may be a callable of the plugin's kind.
     :param round_to: widths are multiples of this (vector units like 8); groups may also stay whole. ``"auto"``: of 8 in
-        layers of 128 channels or more, of 4, 2 and 1 in layers half, a quarter and an eighth as wide.
+        layers of 128 channels or more, of 4, 2 and 1 in layers half, a quarter and an eighth as wide; with a budget of
+        latency of what the device was measured to like.
     :param min_channels: least channels kept in any group.
     :param max_ratio: largest share removed from any group, in [0, 1].
     :param allow_approximate: also prune channels that a LayerNorm normalises over.
@@ -139,6 +141,8 @@ class ChannelPruning(CompressionAlgorithm):
         #: what a re-fit after the cut did; None before it, and where there is none
         self.refits: Refits | None = None
         self.prunable: Sequence[bool] = ()  # which groups of the graph may be cut, [groups]
+        self._latency: LatencyTarget | None = None
+        self._held_scores: list[Any] | None = None  # while widths are searched: computed once
         self._rate = 0.0
         self._scheduled = True
         self._trained_masked = False  # since the masks changed last
@@ -159,12 +163,26 @@ class ChannelPruning(CompressionAlgorithm):
         :param rate: share of the cost to remove, up to :attr:`target_rate`; a search may ask for more.
         """
         with self.context.timed("scores"):
-            raw = averaged(self.scores(self.present))
-            scores = self.shrunk.scores([_checked(s, g.name) for s, g in zip(raw, self.graph.groups, strict=True)])
+            scores = self.shrunk.scores(self.held(self._checked_scores))
         with self.context.timed("allocation"):
             allocation = self.context.plugins.resolve("allocations", self.config.params.allocation)
             keep = allocate(self.problem(rate), scores, allocation)
             return make_plan(self.graph, keep, algorithm=self.name)
+
+    def _checked_scores(self) -> list[npt.NDArray[np.float64]]:
+        raw = averaged(self.scores(self.present))
+        return [_checked(s, g.name) for s, g in zip(raw, self.graph.groups, strict=True)]
+
+    def held(self, make: Callable[[], _Scores]) -> _Scores:
+        """What :meth:`decide` computes from weights and data alone: once, where it is asked to decide several times.
+
+        :param make: computes it.
+        """
+        if self._held_scores is None:
+            return make()
+        if not self._held_scores:
+            self._held_scores.append(make())
+        return self._held_scores[0]  # type: ignore[no-any-return]
 
     def problem(self, rate: float) -> AllocationProblem:
         """What is to be shared out on the way to the target: every budget loosened by the same share of its way.
@@ -174,25 +192,56 @@ class ChannelPruning(CompressionAlgorithm):
         """
         target = self.target_rate
         budgets: dict[str, int] = {}
-        for kind in KINDS:
+        for kind in self._kinds:
             dense, saved = self._dense_and_saved(kind)
             share = 1.0 if rate == target else rate / target if target > 0 else 0.0
             budgets[kind] = dense - (saved if share == 1 else math.floor(saved * share))
         if target <= 0 < rate:  # the configuration asks for nothing, a search does
             dense = self.graph.macs
             budgets["macs"] = dense - math.floor(dense * rate)
-        return AllocationProblem(self.graph, self.prunable, budgets, self.limits, self.shrunk.widths)
+        latency = self._times
+        if latency is not None and rate <= target:  # measured to be reachable, which the model may see otherwise
+            floor = least_widths(self.graph, self.prunable, self.limits)
+            budgets["latency"] = max(budgets["latency"], latency.model(floor))
+        model = None if latency is None else latency.model
+        return AllocationProblem(self.graph, self.prunable, budgets, self.limits, self.shrunk.widths, model)
 
     def _dense_and_saved(self, kind: Kind) -> tuple[int, int]:
         """What the dense model costs, and how much of it the budget takes away."""
-        dense = self.graph.cost[kind](self.graph.sizes)
+        dense = self._cost(kind, self.graph.sizes)
         return dense, dense - min(self.config.budget.resolve(kind, dense), dense)
+
+    def _cost(self, kind: Kind, widths: npt.NDArray[Any]) -> int:
+        if kind != "latency":
+            return self.graph.cost[kind](widths)
+        assert self._times is not None
+        return self._times.model(widths)
+
+    @property
+    def _kinds(self) -> Sequence[Kind]:
+        """What is budgeted; MACs and parameters always are, by all that there are if need be."""
+        return KINDS if self.config.budget.latency is not None else KINDS[:2]
+
+    @property
+    def _times(self) -> LatencyTarget | None:
+        """The budget of time, measured when it is first asked for; None where there is none."""
+        if self._latency is None and self.config.budget.latency is not None:
+            params = self.config.params
+            limits = Limits(params.min_channels, params.max_ratio, params.round_to)
+            with self.context.timed("latency"):
+                self._latency = LatencyTarget(self.config.budget, self.context, self.graph, self.prunable, limits)
+        return self._latency
+
+    @property
+    def latency(self) -> LatencyResult | None:
+        """What the budget of time came to; None where there is none, and before the decision."""
+        return None if self._latency is None else self._latency.result
 
     @property
     def limits(self) -> Limits:
         """What bounds the width of every group."""
-        params = self.config.params
-        return Limits(params.min_channels, params.max_ratio, params.round_to)
+        params, vector = self.config.params, None if self._latency is None else self._latency.vector
+        return Limits(params.min_channels, params.max_ratio, params.round_to, vector)
 
     def rate_at(self, epoch: int) -> float:
         """The share of the cost that the schedule removes in an epoch.
@@ -251,7 +300,7 @@ class ChannelPruning(CompressionAlgorithm):
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
         if state is not None:
-            self._analyse(trial=not state["cut"])
+            self._analyse(trial=not state["cut"], check=not state["cut"])
             self._restore(state)
             return
         if self._refit is not None:
@@ -306,10 +355,8 @@ class ChannelPruning(CompressionAlgorithm):
     def target_rate(self) -> float:
         """Share of the cost to be removed in the end: that of the tightest budget."""
         graph = self.graph
-        return max(
-            1 - self.config.budget.resolve(kind, graph.cost[kind](graph.sizes)) / max(graph.cost[kind](graph.sizes), 1)
-            for kind in KINDS
-        )
+        dense = {kind: self._cost(kind, graph.sizes) for kind in self._kinds}
+        return max(1 - self.config.budget.resolve(kind, cost) / max(cost, 1) for kind, cost in dense.items())
 
     @property
     def _goal(self) -> float:
@@ -320,9 +367,9 @@ class ChannelPruning(CompressionAlgorithm):
     def maximal_compression_rate(self) -> float:
         floor = self.problem(0.0).floor
         target, rates = self.target_rate, []
-        for kind in KINDS:
+        for kind in self._kinds:
             dense, saved = self._dense_and_saved(kind)
-            removable = dense - self.graph.cost[kind](floor)
+            removable = dense - self._cost(kind, floor)
             if target > 0 and saved:
                 rates.append(target * removable / saved)
             elif target <= 0 and kind == "macs":
@@ -425,8 +472,9 @@ class ChannelPruning(CompressionAlgorithm):
 
         :param plan: of this model.
         """
-        shares = [1 - getattr(plan.after, k) / max(getattr(plan.before, k), 1) for k in KINDS if self._counts(k)]
-        return max(shares, default=0.0)
+        widths = np.array([group.after for group in plan.groups], np.float64)
+        kinds = [kind for kind in self._kinds if self._counts(kind)]
+        return max((1 - self._cost(k, widths) / max(self._cost(k, self.graph.sizes), 1) for k in kinds), default=0.0)
 
     def _counts(self, kind: Kind) -> bool:
         """Whether the rate is about this cost."""
@@ -442,6 +490,7 @@ class ChannelPruning(CompressionAlgorithm):
             "parameters": f"{params:,} of {self.graph.params:,} ({params / max(self.graph.params, 1):.1%})",
             "groups pruned": f"{pruned} of {len(self.graph.groups)}",
             "pinned": len(self.graph.pinned),
+            **({} if self.latency is None else {"latency": str(self.latency)}),
             **({} if self.self_check is None else {"self-check": str(self.self_check)}),
             **({} if self.refits is None else self.refits.statistics()),
         }
@@ -452,7 +501,8 @@ class ChannelPruning(CompressionAlgorithm):
         """The cut is its own trial: groups that the network's code does not let shrink are pinned when it fails."""
         pins: list[Pin] = []
         while True:
-            self._analyse(trial=False, pins=pins)
+            # Networks of other widths are measured before the cut, so they must be known to run.
+            self._analyse(trial=self.config.budget.latency is not None, pins=pins)
             plan = self._agreed(self.target_rate)
             try:
                 self._prune_now(plan)
@@ -465,7 +515,7 @@ class ChannelPruning(CompressionAlgorithm):
                     raise
                 pins += found
 
-    def _analyse(self, *, trial: bool, pins: Sequence[Pin] = ()) -> None:
+    def _analyse(self, *, trial: bool, pins: Sequence[Pin] = (), check: bool = True) -> None:
         """Finds the groups; with a trial, those that the network's code does not let shrink are pinned now."""
         with self.context.timed("trace"):
             find = analyse if trial else partial(trace, pins=pins)
@@ -477,7 +527,8 @@ class ChannelPruning(CompressionAlgorithm):
             )
         self._shrunk = Shrunk(graph)
         self.prunable = self._select_groups(graph)
-        self.problem(self.target_rate)  # an impossible budget is told now, not after an hour of training
+        if check:
+            self.problem(self.target_rate)  # an impossible budget is told now, not after an hour of training
         self.context.plugins.emit("traced", graph=graph)
 
     def may_go(self, graph: ChannelGraph) -> list[bool]:
@@ -501,9 +552,19 @@ class ChannelPruning(CompressionAlgorithm):
 
     def _agreed(self, rate: float) -> PruningPlan:
         """What is decided, compared over all processes."""
-        plan = self.decide(rate)
+        plan = self._measured(rate) if self._times is not None and rate == self.target_rate else self.decide(rate)
         require_agreement(plan.to_json() if process_count() > 1 else "", f"the plan of '{self.name}'")
         return plan
+
+    def _measured(self, rate: float) -> PruningPlan:
+        """What is decided, and measured to hold the budget of time."""
+        assert self._times is not None
+        self._held_scores = []
+        try:
+            with self.context.timed("latency"):
+                return self._times.refined(partial(self.decide, rate))
+        finally:
+            self._held_scores = None
 
     def _prune_now(self, plan: PruningPlan | None = None) -> None:
         """Cuts to a plan, or to the last decision if that is complete, or decides for the full budget. Adapts BatchNorm

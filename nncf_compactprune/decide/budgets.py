@@ -1,4 +1,4 @@
-"""Who goes: allocation of channels under budgets of MACs and parameters, always on exact costs.
+"""Who goes: allocation of channels under budgets of MACs and parameters, on exact costs, and of measured time.
 
 Scores rank channels inside a group; an allocation decides how many each group keeps. All budgets hold at once.
 """
@@ -9,7 +9,8 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,11 +34,14 @@ class Limits:
     :param max_ratio: largest share removed, in [0, 1].
     :param round_to: widths are multiples of this many positions; a group that is no multiple may stay whole.
         ``"auto"``: of a sixteenth of the group's positions, brought down to a power of two between 1 and 8.
+    :param vector: what was measured to be the width of the device's vectors, which ``"auto"`` then goes by: multiples
+        of an eighth of the group's positions, brought down to a power of two between 1 and this; None: not measured.
     """
 
     min_channels: int = 1
     max_ratio: float = 1.0
     round_to: int | Literal["auto"] = 1
+    vector: int | None = None
 
     def step(self, positions: int) -> int:
         """What widths of a group are multiples of.
@@ -52,7 +56,8 @@ class Limits:
         """
         if self.round_to != "auto":
             return self.round_to
-        return min(1 << max(positions // 16, 1).bit_length() - 1, 8)
+        choices, most = (16, 8) if self.vector is None else (8, self.vector)
+        return min(1 << max(positions // choices, 1).bit_length() - 1, most)
 
 
 def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]:
@@ -74,14 +79,41 @@ def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]
     return np.append(multiples, group.size)
 
 
+def least_widths(graph: ChannelGraph, prunable: Sequence[bool], limits: Limits) -> Widths:
+    """The least that every group may keep, ``[groups]``.
+
+    :param graph: the dense model's channels.
+    :param prunable: which groups may be cut, ``[groups]``.
+    :param limits: bounds of every group.
+    """
+    groups = zip(graph.groups, prunable, strict=True)
+    return np.array([allowed_widths(g, limits)[0] if free else g.size for g, free in groups], np.float64)
+
+
+class CostOfWidths(Protocol):
+    """What a network costs at any widths."""
+
+    def __call__(self, widths: Widths) -> int:
+        """The cost at the given group widths, ``[groups]``."""
+
+    def saved(self, widths: Widths, group: int, removed: int) -> float:
+        """What removing channels of one group saves.
+
+        :param widths: of all groups before, ``[groups]``.
+        :param group: its index.
+        :param removed: how many of its channels go.
+        """
+
+
 class AllocationProblem:
     """The problem: groups, their allowed widths, costs and budgets.
 
     :param graph: the dense model's channels.
     :param prunable: which groups may be cut, shape ``[groups]``.
-    :param budgets: kind (``"macs"``, ``"params"``) to the most that may be left.
+    :param budgets: kind (``"macs"``, ``"params"``, ``"latency"``) to the most that may be left.
     :param limits: bounds of every group.
     :param widest: the most that each group may still keep, an allowed width, ``[groups]``; None: all of it.
+    :param latency: nanoseconds of one request at any widths, where there is such a budget.
     :raises BudgetError: the floors make a budget unreachable; the message states the reachable minimum.
     """
 
@@ -92,8 +124,12 @@ class AllocationProblem:
         budgets: Mapping[str, int],
         limits: Limits,
         widest: npt.NDArray[np.int64] | None = None,
+        latency: CostOfWidths | None = None,
     ) -> None:
         self.graph = graph
+        self.costs: dict[str, CostOfWidths] = {"macs": graph.cost.macs, "params": graph.cost.params}
+        if latency is not None:
+            self.costs["latency"] = latency
         self.budgets = dict(budgets)
         self.sizes = graph.sizes.astype(np.float64)
         self.allowed = [
@@ -104,19 +140,20 @@ class AllocationProblem:
             self.allowed = [options[options <= most] for options, most in zip(self.allowed, widest, strict=True)]
         self.floor = np.array([options[0] for options in self.allowed], np.float64)
         for kind, most in self.budgets.items():
-            least, dense = graph.cost[kind](self.floor), graph.cost[kind](self.sizes)
+            least, dense = self.costs[kind](self.floor), self.costs[kind](self.sizes)
             if least > most:
+                shown = partial(_shown, kind)
                 msg = (
-                    f"budget: {kind} of at most {most:,} ({most / max(dense, 1):.1%} of {dense:,}) cannot be reached: "
-                    f"with min_channels={limits.min_channels}, max_ratio={limits.max_ratio}, "
+                    f"budget: {kind} of at most {shown(most)} ({most / max(dense, 1):.1%} of {shown(dense)}) cannot be "
+                    f"reached: with min_channels={limits.min_channels}, max_ratio={limits.max_ratio}, "
                     f"round_to={limits.round_to} and {sum(map(bool, prunable))} of {len(self.allowed)} groups prunable "
-                    f"the least is {least:,} ({least / max(dense, 1):.1%}). Raise the budget or loosen the floors."
+                    f"the least is {shown(least)} ({least / max(dense, 1):.1%}). Raise the budget or loosen the floors."
                 )
                 raise BudgetError(msg)
 
     def fits(self, widths: Widths) -> bool:
         """Whether all budgets hold."""
-        return all(self.graph.cost[kind](widths) <= most for kind, most in self.budgets.items())
+        return all(self.costs[kind](widths) <= most for kind, most in self.budgets.items())
 
     def round_up(self, group: int, width: float) -> int:
         """The smallest allowed width of at least ``width``.
@@ -126,6 +163,10 @@ class AllocationProblem:
         """
         options = self.allowed[group]
         return int(options[min(int(np.searchsorted(options, width - 1e-9)), len(options) - 1)])
+
+
+def _shown(kind: str, cost: int) -> str:
+    return f"{cost / 1e6:.3g} ms" if kind == "latency" else f"{cost:,}"
 
 
 def uniform(problem: AllocationProblem, scores: Scores) -> Widths:
@@ -252,7 +293,7 @@ def lazy_greedy(problem: AllocationProblem, curves: Scores) -> Widths:
     :return: widths, ``[groups]``.
     """
     widths = np.array([options[-1] for options in problem.allowed], np.float64)
-    missing = {kind: problem.graph.cost[kind](problem.sizes) - most for kind, most in problem.budgets.items()}
+    missing = {kind: problem.costs[kind](problem.sizes) - most for kind, most in problem.budgets.items()}
     missing = {kind: excess for kind, excess in missing.items() if excess > 0}  # the others hold whatever goes
     level = [len(options) - 1 for options in problem.allowed]
 
@@ -287,9 +328,9 @@ def _saving(problem: AllocationProblem, missing: Mapping[str, int], widths: Widt
     """The largest share of what a budget missed at first, among the budgets still missed, that a step saves."""
     shares = [0.0]
     for kind, first in missing.items():
-        excess = problem.graph.cost[kind](widths) - problem.budgets[kind]
+        excess = problem.costs[kind](widths) - problem.budgets[kind]
         if excess > 0:
-            shares.append(min(problem.graph.cost[kind].saved(widths, group, removed), excess) / first)
+            shares.append(min(problem.costs[kind].saved(widths, group, removed), excess) / first)
     return max(shares)
 
 

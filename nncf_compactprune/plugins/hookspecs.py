@@ -129,6 +129,16 @@ class DatasetResolver(Protocol):
         """
 
 
+class LatencyMeter(Protocol):
+    """Measures exported networks on a device: built once for a budget, by what that asks for."""
+
+    def __call__(self, options: Any, /) -> Any:
+        """
+        :param options: a :class:`nncf_compactprune.serving.meter.MeterOptions`: device, precision, hint, batch, threads.
+        :return: a :class:`nncf_compactprune.serving.meter.Meter`.
+        """
+
+
 @dataclass(frozen=True)
 class Event:
     """Something happened in the life of a compression.
@@ -187,6 +197,11 @@ def compactprune_datasets() -> Mapping[str, DatasetResolver]:  # type: ignore[em
 @hookspec
 def compactprune_export_formats() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Returns subclasses of :class:`nncf_compactprune.export.ExportFormat`."""
+
+
+@hookspec
+def compactprune_latency_meters() -> Mapping[str, LatencyMeter]:  # type: ignore[empty-body]
+    """Returns latency meters by the name that a budget's ``"runtime"`` says."""
 
 
 @hookspec

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         DatasetResolver,
         FactsFn,
         Importance,
+        LatencyMeter,
         ModelResolver,
         OpRule,
         Schedule,
@@ -44,6 +45,7 @@ _NOUNS = {
     "models": "model scheme",
     "datasets": "data set scheme",
     "export_formats": "export format",
+    "latency_meters": "latency meter",
 }
 
 
@@ -66,6 +68,7 @@ class Plugins:
         self.models: dict[str, ModelResolver] = {}
         self.datasets: dict[str, DatasetResolver] = {}
         self.export_formats: dict[str, type[Any]] = {}
+        self.latency_meters: dict[str, LatencyMeter] = {}
 
     def register(self, plugin: object, name: str | None = None) -> str:
         """Adds a plugin: whole, or not at all.
@@ -128,7 +131,7 @@ class Plugins:
 
     def resolve(self, registry: str, given: Any) -> Any:
         """
-        :param registry: ``"importance"``, ``"allocations"`` or ``"schedules"``.
+        :param registry: ``"importance"``, ``"allocations"``, ``"schedules"`` or ``"latency_meters"``.
         :param given: a name in it, or a callable, which stands for itself.
         :return: the callable.
         :raises PluginError: with the nearest known name, or all of them.

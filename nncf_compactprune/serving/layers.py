@@ -100,7 +100,7 @@ def profile(
     if len(first) != len(second):
         msg = f"{dense} has {len(first)} layers, {pruned} has {len(second)}: they are not one architecture."
         raise ExportError(msg)
-    known = _named(second, names)
+    known = modules_of(second, names)
     spent = [{one.operation: one for one in times} for times in (first_times, second_times)]
     layers = []
     for before, after in zip(first, second, strict=True):
@@ -120,8 +120,12 @@ def profile(
     return Profile(tuple(layers), (_rest(first, first_times), _rest(second, second_times)))
 
 
-def _named(weights: Sequence[Weight], names: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, str]:
-    """Modules of operations: both run in one order, and their weights have one shape."""
+def modules_of(weights: Sequence[Weight], names: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, str]:
+    """Modules of operations: both run in one order, and their weights have one shape.
+
+    :param weights: of a file.
+    :param names: modules with the shapes of their weights, in the order in which they run.
+    """
     found, left = {}, list(names)
     for weight in weights:
         at = next((at for at, (_, shape) in enumerate(left) if shape == weight.shape), None)

@@ -100,7 +100,7 @@ class Catro(ChannelPruning):
     def decide(self, rate: float) -> PruningPlan:
         problem = self.problem(rate)
         with self.context.timed("scores"):
-            curves = self._curves()
+            curves = self.held(self._curves)
         with self.context.timed("allocation"):
             plan = make_plan(self.graph, self._kept(problem, curves), algorithm=self.name)
         classes, context = self.config.params.classes, self.context

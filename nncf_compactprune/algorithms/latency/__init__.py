@@ -1,0 +1,7 @@
+"""A budget of measured time: candidates on the device, a model of time by widths, and the search for widths that hold."""
+
+from __future__ import annotations
+
+from nncf_compactprune.algorithms.latency.target import LatencyResult, LatencyTarget
+
+__all__ = ["LatencyResult", "LatencyTarget"]

@@ -1,0 +1,180 @@
+"""Widths whose measured time holds a budget: measured, modelled, allocated and measured again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from nncf.common.logging import nncf_logger
+
+from nncf_compactprune.algorithms.base import Context
+from nncf_compactprune.algorithms.latency.candidates import Candidates
+from nncf_compactprune.algorithms.latency.model import Measured, TimeModel
+from nncf_compactprune.channels import ChannelGraph
+from nncf_compactprune.config import Budget
+from nncf_compactprune.decide.budgets import Limits, least_widths
+from nncf_compactprune.errors import BudgetError
+from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.serving.meter import MeterOptions
+
+TOLERANCE = 0.05
+"""How far, relative, the measured time may be from what was asked for."""
+_CLOSE = (0.97, 1.01)  # of what was asked for, where the search ends
+_SAMPLES = 3  # networks of random widths that the model learns from, beside the dense and the smallest
+_ROUNDS = 7  # most candidates that are measured
+_LESSONS = 2  # after so many of them the model learns
+
+
+@dataclass(frozen=True)
+class LatencyResult:
+    """What a budget of time came to.
+
+    :param asked_ms: milliseconds of one request.
+    :param ms: what the network takes, by its ratio to the dense one.
+    :param dense_ms: what the dense network took at the start.
+    :param ratio: of both, measured in turns.
+    :param spread: what the ratio is uncertain by, relative.
+    :param vector: how many channels the device takes at once, as far as that shows; else 1.
+    :param measured: every network that was measured, the final one included.
+    :param title: what measured, such as ``OpenVINO 2025.4 on CPU``.
+    :param seconds: what all measurements took, in this run or in an earlier one that left them in the cache.
+    """
+
+    asked_ms: float
+    ms: float
+    dense_ms: float
+    ratio: float
+    spread: float
+    vector: int
+    measured: tuple[Measured, ...]
+    title: str
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the network takes no longer than asked for, but for the tolerance."""
+        return self.ms <= self.asked_ms * (1 + TOLERANCE)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ms:.3g} ms ({self.ratio:.1%} of {self.dense_ms:.3g} ms, ± {self.spread:.1%}), "
+            f"asked {self.asked_ms:.3g} ms; {self.title}, {len(self.measured)} networks in {self.seconds:.0f} s"
+        )
+
+
+class LatencyTarget:
+    """A budget of time on a device.
+
+    :param budget: the limits; its ``latency`` is given.
+    :param context: the model and where meters come from.
+    :param graph: the dense model's channels.
+    :param prunable: which groups may be cut, ``[groups]``.
+    :param limits: bounds of every group's width.
+    :raises BudgetError: the smallest network that the limits allow takes longer; both were measured.
+    :raises ExportError: no such device, or the network does not run there.
+    """
+
+    def __init__(
+        self, budget: Budget, context: Context, graph: ChannelGraph, prunable: Sequence[bool], limits: Limits
+    ) -> None:
+        options = MeterOptions(budget.device, budget.precision, budget.hint, budget.batch, budget.threads)
+        build = context.plugins.resolve("latency_meters", budget.runtime)
+        self._candidates = Candidates(context, graph, lambda: build(options))
+        self._measured: dict[tuple[int, ...], Measured] = {}
+        self._final: Measured | None = None
+        dense = self._measure(graph.sizes)
+        self.dense_ns = max(round(dense.dense_ms * 1e6), 1)
+        self.asked_ns = min(budget.resolve("latency", self.dense_ns), self.dense_ns)
+        #: what allocation goes by
+        self.model = TimeModel(graph, self.dense_ns)
+        least = least_widths(graph, prunable, limits)
+        smallest = self._measure(least)
+        if smallest.ratio > self._asked * (1 + TOLERANCE):
+            msg = (
+                f"budget: latency of at most {self.asked_ns / 1e6:.3g} ms ({self._asked:.1%} of "
+                f"{self.dense_ns / 1e6:.3g} ms) cannot be reached: with min_channels={limits.min_channels} and "
+                f"max_ratio={limits.max_ratio} the least is {self.dense_ns * smallest.ratio / 1e6:.3g} ms "
+                f"({smallest.ratio:.1%}, ± {smallest.spread:.1%}), measured by {self._candidates.title}. Raise the "
+                "budget or loosen the floors."
+            )
+            raise BudgetError(msg)
+        random = np.random.default_rng(0)
+        for _ in range(_SAMPLES):
+            self._measure(np.round(least + random.random(len(least)) * (graph.sizes - least)))
+        self._learn(smallest)
+        #: how many channels the device takes at once, as far as that shows: fixed here, as widths are multiples of it
+        self.vector = self.model.vector
+        self._smallest = smallest
+        self._candidates.done()
+
+    def refined(self, decide: Callable[[], PruningPlan]) -> PruningPlan:
+        """Decides, measures, corrects the model and decides again, until the measured time holds.
+
+        :param decide: shares out the budget by :attr:`model`.
+        :return: the plan whose time is closest to what was asked for.
+        """
+        tried: list[tuple[PruningPlan, Measured]] = []
+        for _ in range(_ROUNDS):
+            plan = decide()
+            one = self._measure([group.after for group in plan.groups])
+            if any(one.widths == earlier.widths for _, earlier in tried):
+                break  # another budget binds, or the next step is too far
+            tried.append((plan, one))
+            if _CLOSE[0] <= one.ratio / self._asked <= _CLOSE[1]:
+                break
+            near = [self._smallest, *(earlier for _, earlier in tried)]
+            if len(tried) <= _LESSONS:
+                self._learn(*near)
+            else:
+                self.model.agree(near, self._asked)  # one model from here on, so that the search closes in
+        plan, self._final = min(tried, key=lambda pair: self._distance(pair[1]))
+        self._candidates.done()
+        result = self.result
+        if result is not None and result.spread > TOLERANCE:
+            nncf_logger.warning(
+                f"latency: the machine is too noisy for {TOLERANCE:.0%}: the ratio of {result.ratio:.1%} varied by "
+                f"± {result.spread:.1%}. Let nothing else run, fix the clock of the CPU, or set threads, and prune again."
+            )
+        elif result is not None and not result.holds:
+            nncf_logger.warning(f"latency: the budget does not hold within {TOLERANCE:.0%}: {result}.")
+        return plan
+
+    @property
+    def result(self) -> LatencyResult | None:
+        """What it came to; None before the decision."""
+        one = self._final
+        if one is None:
+            return None
+        dense_ms, seconds = self.dense_ns / 1e6, sum(each.seconds for each in self._measured.values())
+        return LatencyResult(
+            self.asked_ns / 1e6,
+            dense_ms * one.ratio,
+            dense_ms,
+            one.ratio,
+            one.spread,
+            self.vector,
+            tuple(self._measured.values()),
+            self._candidates.title,
+            seconds,
+        )
+
+    @property
+    def _asked(self) -> float:
+        return self.asked_ns / self.dense_ns
+
+    def _measure(self, widths: Sequence[float] | np.typing.NDArray[np.number]) -> Measured:
+        one = self._candidates.measure([float(width) for width in widths])
+        self._measured[one.widths] = one
+        return one
+
+    def _learn(self, *near: Measured) -> None:
+        """Fits the model to all that was measured, and bends it to the networks on the way to the budget."""
+        self.model.fit(list(self._measured.values()))
+        self.model.agree(near, self._asked)
+
+    def _distance(self, one: Measured) -> float:
+        """How far from what was asked for; too slow counts twice."""
+        distance = math.log(one.ratio / self._asked)
+        return 2 * distance if distance > 0 else -distance

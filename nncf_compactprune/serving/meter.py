@@ -1,0 +1,149 @@
+"""What measures a network's latency on a device, and how two networks are compared there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from nncf_compactprune.export.prepared import Array
+
+PAIRS = (12, 400)  # least and most requests of each network
+SECONDS = 4.0  # most that a comparison takes, beyond the least requests
+STEADY = 0.01  # spread at which a comparison may end early
+_PARTS = 4
+
+
+@dataclass(frozen=True)
+class MeterOptions:
+    """How networks are exported and served to be measured.
+
+    :param device: of the runtime.
+    :param precision: of the exported network: ``fp32``, ``fp16`` or ``int8``.
+    :param hint: ``latency``, or ``throughput``: time per request at full load.
+    :param batch: samples of a request.
+    :param threads: CPU threads; None leaves them to the runtime.
+    """
+
+    device: str = "CPU"
+    precision: str = "fp32"
+    hint: str = "latency"
+    batch: int = 1
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerClock:
+    """What one layer takes, with everything up to the next layer.
+
+    :param module: the module whose weight it uses, such as ``layer1.0.conv1``; empty where that is not known.
+    :param microseconds: of one request.
+    """
+
+    module: str
+    microseconds: float
+
+
+class LoadedNetwork:
+    """A network on the device, ready for requests. A subclass for every meter."""
+
+    def request(self) -> float:
+        """Serves one request.
+
+        :return: milliseconds that it took.
+        """
+        raise NotImplementedError
+
+    def layers(self) -> Sequence[LayerClock]:
+        """What the layers take, in the order in which they run; empty where the device does not say."""
+        return ()
+
+
+class Meter:
+    """Base of the meters. A subclass implements :meth:`load`, and says in ``identity`` what it measures on.
+
+    :param options: what the budget asks for.
+    :raises ExportError: the device is not there (with those that are), or the runtime has not what is asked.
+    """
+
+    #: runtime with version and device with model: measurements of another identity are not used
+    identity: str = ""
+    #: in words, for messages and reports, such as ``OpenVINO 2025.4 on CPU``
+    title: str = ""
+
+    def __init__(self, options: MeterOptions) -> None:
+        self.options = options
+
+    def load(self, model: nn.Module, example_inputs: Any) -> LoadedNetwork:
+        """Brings a network to the device.
+
+        :param model: a copy on the CPU in evaluation mode, without hooks.
+        :param example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
+        :raises ExportError: it cannot be exported or does not run there.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two networks, measured in turns.
+
+    :param ratio: time of the second over the first, the median over the turns.
+    :param spread: half the range of the medians of four consecutive parts of the turns, relative to ``ratio``: what
+        the ratio itself is uncertain by.
+    :param first_ms: median time of the first.
+    :param second_ms: of the second.
+    :param turns: how many requests of each.
+    """
+
+    ratio: float
+    spread: float
+    first_ms: float
+    second_ms: float
+    turns: int
+
+
+def in_turns(first: LoadedNetwork, second: LoadedNetwork) -> Paired:
+    """Measures two networks in turns, A B A B, so that what else the machine does falls on both alike.
+
+    :param first: what to compare with.
+    :param second: what is compared.
+    """
+    for network in (first, second):
+        _warmed_up(network.request)
+    least, most = PAIRS
+    times: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while len(times) < most:
+        # The order changes, as a request may find the caches better or worse after the other network's.
+        if len(times) % 2:
+            after = second.request()
+            times.append((first.request(), after))
+        else:
+            before = first.request()
+            times.append((before, second.request()))
+        if len(times) >= least and len(times) % 8 == 0:
+            late = time.perf_counter() - start > SECONDS
+            if late or (len(times) >= 4 * least and _paired(times).spread < STEADY):
+                break
+    return _paired(times)
+
+
+def _warmed_up(request: Callable[[], float]) -> None:
+    start, runs = time.perf_counter(), 0
+    while runs < 3 or (time.perf_counter() - start < 0.2 and runs < 100):
+        request()
+        runs += 1
+
+
+def _paired(times: Sequence[tuple[float, float]]) -> Paired:
+    taken: Array = np.array(times)
+    ratios = taken[:, 1] / taken[:, 0]
+    ratio = float(np.median(ratios))
+    parts = [float(np.median(part)) for part in np.array_split(ratios, _PARTS)]
+    spread = (max(parts) - min(parts)) / 2 / ratio
+    return Paired(ratio, spread, float(np.median(taken[:, 0])), float(np.median(taken[:, 1])), len(times))
