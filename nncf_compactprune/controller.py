@@ -425,8 +425,8 @@ def prune(
     :param model: a trained model.
     :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; MACs are counted for it.
     :param algorithm: a pruning algorithm by name.
-    :param budget: what may be left: ``{"macs": 0.5}``, ``{"params": "3M"}``, ``{"latency": "4.5ms"}`` measured, or several
-        at once.
+    :param budget: what may be left: ``{"macs": 0.5}``, ``{"params": "3M"}``, measured ``{"latency": "4.5ms"}``, or
+        several at once.
     :param train_loader: batches for BatchNorm adaptation and for criteria that need data; none: no adaptation.
     :param ignored_scopes: what stays whole, in NNCF's scope grammar, see :mod:`nncf_compactprune.decide.scopes`.
     :param target_scopes: what alone may be pruned; default: everything.
@@ -459,6 +459,4 @@ def prune(
         raise CompactPruneError(msg)
     built.prepare()
     built.strip()
-    return PruningResult(
-        model, built.final_plan, built.graph, built.self_check, dict(context.seconds), built.latency
-    )
+    return PruningResult(model, built.final_plan, built.graph, built.self_check, dict(context.seconds), built.latency)

@@ -223,11 +223,6 @@ def test_impossible_budget_leaves_the_model_untouched():
     assert not hasattr(model, "__nncf_hooks")
 
 
-def test_latency_budgets_are_refused_and_not_ignored():
-    with pytest.raises(ConfigError, match=r"budget\.latency.*Give macs or params"):
-        prune(model32(), images(torch.float32), budget={"latency": 0.5, "macs": 0.5})
-
-
 def test_unknown_criterion_names_the_nearest():
     with pytest.raises(ConfigError, match=r"prune: params\.importance: unknown .* Did you mean 'geometric_median'"):
         prune(model32(), images(torch.float32), budget={"macs": 0.5}, importance="geometric_medain")

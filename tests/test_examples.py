@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import BaseModel
+from support.meters import FakeMeter
 from support.places import ROOT
 from torch.utils.data import Subset
 
@@ -27,6 +28,7 @@ from nncf_compactprune.algorithms.overparameterization.config import Overparamet
 from nncf_compactprune.algorithms.overparameterization.recovery import RecoveryConfig
 from nncf_compactprune.cli import main
 from nncf_compactprune.config import AccuracyAwareParams, CompressionConfig, InputInfo, load_config
+from nncf_compactprune.plugins import default_plugins
 from nncf_compactprune.run import datasets
 from nncf_compactprune.run.settings import RunConfig
 
@@ -55,6 +57,13 @@ def test_prune_once(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     before, after = re.findall(r"([\d,]+) -> ([\d,]+) MACs", capsys.readouterr().out)[0]
     assert int(after.replace(",", "")) <= 0.5 * int(before.replace(",", ""))
     assert {path.name for path in (elsewhere / "runs" / "prune_once").iterdir()} == {"model.safetensors", "plan.json"}
+
+
+def test_prune_to_latency(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere))
+    monkeypatch.setitem(default_plugins().latency_meters, "openvino", FakeMeter)
+    run("prune_to_latency.py", monkeypatch)
+    assert re.search(r"ms \(70\.\d% of .* ms, ± .*; a fake device, \d+ networks in", capsys.readouterr().out)
 
 
 def test_op_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,15 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
 from nncf_compactprune.config.reading import show
 from nncf_compactprune.config.registered import Registered
@@ -111,6 +119,11 @@ class Budget(Section):
             msg = f'"{idle[0]}" says how latency is measured, and there is no "latency". Add it, or leave this out.'
             raise ValueError(msg)
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        return written if self.latency is not None else {key: written[key] for key in KINDS if key in written}
 
     def resolve(self, kind: Kind, dense: int) -> int:
         """

@@ -134,7 +134,7 @@ class LatencyMeter(Protocol):
 
     def __call__(self, options: Any, /) -> Any:
         """
-        :param options: a :class:`nncf_compactprune.serving.meter.MeterOptions`: device, precision, hint, batch, threads.
+        :param options: a :class:`nncf_compactprune.serving.meter.MeterOptions`: device, precision and the like.
         :return: a :class:`nncf_compactprune.serving.meter.Meter`.
         """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -13,8 +13,9 @@ from torch import nn
 from nncf_compactprune.export.prepared import Array
 
 PAIRS = (12, 400)  # least and most requests of each network
-SECONDS = 4.0  # most that a comparison takes, beyond the least requests
-STEADY = 0.01  # spread at which a comparison may end early
+SECONDS = 4.0  # of a comparison, beyond the least requests
+PATIENCE = 12.0  # seconds where the machine is not quiet
+STEADY, UNSTEADY = 0.01, 0.03  # spreads at which a comparison may end early, or takes longer
 _PARTS = 4
 
 
@@ -31,7 +32,7 @@ class MeterOptions:
 
     device: str = "CPU"
     precision: str = "fp32"
-    hint: str = "latency"
+    hint: Literal["latency", "throughput"] = "latency"
     batch: int = 1
     threads: int | None = None
 
@@ -61,6 +62,9 @@ class LoadedNetwork:
     def layers(self) -> Sequence[LayerClock]:
         """What the layers take, in the order in which they run; empty where the device does not say."""
         return ()
+
+    def close(self) -> None:
+        """Takes the network off the device. No request follows."""
 
 
 class Meter:
@@ -127,8 +131,10 @@ def in_turns(first: LoadedNetwork, second: LoadedNetwork) -> Paired:
             before = first.request()
             times.append((before, second.request()))
         if len(times) >= least and len(times) % 8 == 0:
-            late = time.perf_counter() - start > SECONDS
-            if late or (len(times) >= 4 * least and _paired(times).spread < STEADY):
+            taken, spread = time.perf_counter() - start, _paired(times).spread
+            if taken > (PATIENCE if spread > UNSTEADY else SECONDS):
+                break
+            if len(times) >= 4 * least and spread < STEADY:
                 break
     return _paired(times)
 

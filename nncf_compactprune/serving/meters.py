@@ -50,6 +50,11 @@ class _Served(LoadedNetwork):
             return 1e3 * seconds / served
         return 1e3 * _timed(self._request)
 
+    def close(self) -> None:
+        del self._request
+        del self._server
+        self._folder.cleanup()
+
     def layers(self) -> Sequence[LayerClock]:
         if not self._names:
             return ()
@@ -65,7 +70,15 @@ class _RuntimeMeter(Meter):
     times_layers: bool
 
     def load(self, model: nn.Module, example_inputs: Any) -> LoadedNetwork:
-        options, folder = self.options, tempfile.TemporaryDirectory(prefix="compactprune_")
+        folder = tempfile.TemporaryDirectory(prefix="compactprune_")
+        try:
+            return self._loaded(folder, model, example_inputs)
+        except BaseException:
+            folder.cleanup()
+            raise
+
+    def _loaded(self, folder: tempfile.TemporaryDirectory[str], model: nn.Module, example_inputs: Any) -> LoadedNetwork:
+        options = self.options
         path = Path(folder.name) / f"network{self.suffix}"
         precision = "fp16" if options.precision == "fp16" else "fp32"
         with prepared(model, example_inputs, dynamic_batch=False, options=ExportOptions(batch=options.batch)) as ready:
@@ -73,8 +86,7 @@ class _RuntimeMeter(Meter):
             arrays = ready.trace_inputs.arrays()
             names = _run_order(ready) if self.times_layers else []
         path = self._quantized(path, arrays) if options.precision == "int8" else path
-        hint = "throughput" if options.hint == "throughput" else "latency"
-        serving = Serving(options.device, hint=hint, threads=options.threads)
+        serving = Serving(options.device, hint=options.hint, threads=options.threads)
         return _Served(folder, open_server(path, serving, [array.shape for array in arrays]), arrays, names)
 
     def _quantized(self, path: Path, arrays: Sequence[Array]) -> Path:
@@ -94,7 +106,7 @@ class OpenVinoMeter(_RuntimeMeter):
         core = openvino.Core()
         device = options.device.split(":")[0].split(".")[0]
         if device not in {one.split(".")[0] for one in core.available_devices}:
-            raise _no_device("OpenVINO", options.device, core.available_devices)
+            raise _no_device(options.device, core.available_devices, runtime="OpenVINO")
         self.title = f"OpenVINO {openvino.__version__.partition('-')[0]} on {options.device}"
         name = str(core.get_property(options.device, "FULL_DEVICE_NAME"))
         self.identity = f"OpenVINO {openvino.__version__}, {name}, {_processors()}"
@@ -121,15 +133,15 @@ class OnnxRuntimeMeter(_RuntimeMeter):
         available = onnxruntime.get_available_providers()
         devices = [device for device, provider in providers.items() if provider in available]
         if options.device.upper() not in devices:
-            raise _no_device("ONNX Runtime", options.device, devices)
+            raise _no_device(options.device, devices, runtime="ONNX Runtime")
         if options.precision == "int8":
-            msg = 'budget.precision: ONNX Runtime is measured in "fp32" or "fp16". Use "runtime": "openvino" for "int8".'
+            msg = 'budget.precision: ONNX Runtime is measured in "fp32" or "fp16"; "openvino" in "int8" too.'
             raise ExportError(msg)
         self.title = f"ONNX Runtime {onnxruntime.__version__} on {options.device}"
         self.identity = f"ONNX Runtime {onnxruntime.__version__}, {options.device}, {_processors()}"
 
 
-def _no_device(runtime: str, device: str, devices: Sequence[str]) -> ExportError:
+def _no_device(device: str, devices: Sequence[str], *, runtime: str) -> ExportError:
     hint = nearest(device.upper(), devices)
     return ExportError(f"budget.device: {runtime} has no device '{device}' here, it has {list(devices)}.{hint}")
 

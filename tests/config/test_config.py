@@ -351,12 +351,24 @@ def test_messages_about_params(params: dict[str, Any], expected: Any) -> None:
                                        'such as "300M", got "0.1m".'),
         ({"budget": {"macs": True}}, 'budget.macs: expected a fraction kept in (0, 1], a whole number, or a string '
                                      'such as "300M", got true.'),
-        ({"budget": {"macs": 0.5, "latency": "4.5ms"}}, "budget.latency: a budget of latency is not supported yet. "
-                                                        "Give macs or params instead."),
-        ({"budget": {"macs": 0.5, "device": "GPU"}}, "budget.device: a budget of latency is not supported yet. "
-                                                     "Give macs or params instead."),
-        ({"budget": {}}, 'budget: expected at least one of "macs", "params", such as {"macs": 0.5}.'),
-        ({"budget": {"flops": 0.5}}, 'budget.flops: unknown key. Expected one of "macs", "params".'),
+        ({"budget": {"latency": "4.5"}}, "budget.latency: expected a fraction of the dense model's time in (0, 1], or "
+                                         'a time such as "4.5ms", got "4.5".'),
+        ({"budget": {"latency": 4}}, "budget.latency: expected a fraction of the dense model's time in (0, 1], or a "
+                                     'time such as "4.5ms", got 4.'),
+        ({"budget": {"latency": "4M"}}, "budget.latency: expected a fraction of the dense model's time in (0, 1], or a "
+                                        'time such as "4.5ms", got "4M".'),
+        ({"budget": {"macs": "4ms"}}, 'budget.macs: expected a fraction kept in (0, 1], a whole number, or a string '
+                                      'such as "300M", got "4ms".'),
+        ({"budget": {"macs": 0.5, "device": "GPU"}}, 'budget: "device" says how latency is measured, and there is no '
+                                                     '"latency". Add it, or leave this out.'),
+        ({"budget": {"latency": 0.5, "runtime": "openvin"}}, "budget.runtime: unknown latency meter 'openvin'. Known "
+                                                             'here: none.'),
+        ({"budget": {"latency": 0.5, "batch": 0}}, "budget.batch: expected a whole number of at least 1, got 0."),
+        ({"budget": {"latency": 0.5, "hint": "fast"}}, 'budget.hint: expected one of "latency", "throughput", '
+                                                       'got "fast".'),
+        ({"budget": {}}, 'budget: expected at least one of "macs", "params", "latency", such as {"macs": 0.5}.'),
+        ({"budget": {"flops": 0.5}}, 'budget.flops: unknown key. Expected one of "batch", "device", "hint", "latency", '
+                                     '"macs", "params", "precision", "runtime", "threads".'),
         ({"budget": 0.5}, "budget: expected an object, got 0.5."),
         ({"round_to": 8}, 'round_to: unknown key here. It belongs into "params".'),
         ({"ignored_scopes": 3}, "ignored_scopes: expected a string or a list of strings, got 3."),

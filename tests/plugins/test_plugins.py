@@ -64,6 +64,7 @@ def test_each_registry_holds_what_its_hook_returns() -> None:
             compactprune_module_facts=lambda: {nn.Conv2d: rule},
             compactprune_models=lambda: {"timm": rule},
             compactprune_datasets=lambda: {"digits": rule},
+            compactprune_latency_meters=lambda: {"phone": rule},
         )
     )
     assert name == "fake"
@@ -78,6 +79,7 @@ def test_each_registry_holds_what_its_hook_returns() -> None:
     assert plugins.module_facts == {nn.Conv2d: rule}
     assert plugins.models == {"timm": rule}
     assert plugins.datasets == {"digits": rule}
+    assert plugins.latency_meters == {"phone": rule}
 
 
 def test_objects_and_generators_are_plugins_too() -> None:

@@ -1,4 +1,4 @@
-"""A budget of measured time: candidates on the device, a model of time by widths, and the search for widths that hold."""
+"""A budget of measured time: candidates on the device, a model of time by widths, the search for widths that hold."""
 
 from __future__ import annotations
 

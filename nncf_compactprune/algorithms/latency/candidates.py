@@ -58,6 +58,8 @@ class Candidates:
 
     def done(self) -> None:
         """The dense network leaves the device; it is loaded again where it is needed."""
+        if self._dense is not None:
+            self._dense.close()
         self._dense = None
 
     def _measured(self, widths: tuple[int, ...]) -> Measured:
@@ -70,8 +72,12 @@ class Candidates:
             self._dense = self._load(meter, self._graph.sizes.tolist())
         is_dense = widths == tuple(self._graph.sizes.tolist())
         network = self._dense if is_dense else self._load(meter, widths)
-        paired = in_turns(self._dense, network)
-        layers = _by_module(network)  # after the turns, when the caches are warm
+        try:
+            paired = in_turns(self._dense, network)
+            layers = _by_module(network)  # after the turns, when the caches are warm
+        finally:
+            if not is_dense:
+                network.close()
         ratio, seconds = 1.0 if is_dense else paired.ratio, time.perf_counter() - start
         one = Measured(widths, ratio, paired.spread, paired.first_ms, layers, seconds)
         cache.add(one)
@@ -102,7 +108,7 @@ class Candidates:
                 found = work()
             except ExportError as error:
                 failed = str(error)
-        found, failed = json.loads(said_by_main(json.dumps([found, failed])))
+        found, failed = map(str, json.loads(said_by_main(json.dumps([found, failed]))))
         if failed:
             raise ExportError(failed)
         return found

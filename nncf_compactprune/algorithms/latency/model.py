@@ -94,21 +94,21 @@ class TimeModel:
         :param points: measured networks.
         :param asked: time over the dense network's.
         """
-        at = sorted((math.log(self._ratio(np.array(p.widths, float))), math.log(p.ratio)) for p in points)
-        at = [(said, real) for said, real in at if said < -1e-3] + [(0.0, 0.0)]
-        below = max((p for p in at if p[1] <= math.log(asked)), key=lambda p: p[1], default=at[0])
-        above = min((p for p in at if p[1] > math.log(asked)), key=lambda p: p[1], default=(0.0, 0.0))
-        if below[0] >= 0:
+        wanted = math.log(asked)
+        at = [(math.log(self._ratio(np.array(p.widths, float))), math.log(p.ratio)) for p in points]
+        # A network that the model calls faster may be slower. So the model is taken to be too hopeful, if anything: the
+        # search goes below the fastest, by its word, of those that were too slow.
+        slow = min((p for p in at if p[1] > wanted), default=(0.0, 0.0))
+        fast = max((p for p in at if p[1] <= wanted and p[0] < slow[0]), default=None)
+        if wanted >= 0 or (fast is None and slow[0] >= 0):
             return
-        share = 1.0 if above[1] <= below[1] else (math.log(asked) - below[1]) / (above[1] - below[1])
-        said = below[0] + share * (above[0] - below[0]) if above[1] > below[1] else below[0]
-        if said < 0 and asked < 1:
-            self._exponent = float(np.clip(math.log(asked) / said, *_RATE))
+        said = slow[0] if fast is None else float(np.interp(wanted, [fast[1], slow[1]], [fast[0], slow[0]]))
+        self._exponent = float(np.clip(wanted / said, *_RATE))
 
     def __call__(self, widths: Floats) -> int:
         """Nanoseconds of one request at the given group widths, ``[groups]``."""
         ratio = self._ratio(np.asarray(widths, np.float64))
-        return round(self.dense_ns * ratio**self._exponent)
+        return round(float(self.dense_ns * ratio**self._exponent))
 
     def saved(self, widths: Floats, group: int, removed: int) -> float:
         """What removing channels of one group saves, with vectors left out: a step smaller than a vector saves nothing
@@ -140,11 +140,15 @@ class TimeModel:
 
     def _features(self, widths: Floats, vector: int) -> Floats:
         """``[layers, 4]``: 1, outputs, inputs and their product, relative to the dense layer."""
-        now, dense = (self._slopes @ w + self._offsets for w in (widths, self._sizes))
+        outputs, inputs = self._sides(widths, vector)
+        return np.stack([np.ones_like(outputs), outputs, inputs, outputs * inputs], axis=1)
+
+    def _sides(self, widths: Floats, vector: int) -> Sequence[Floats]:
+        """Outputs and inputs of every layer, ``[layers]`` each, relative to the dense layer."""
+        now, dense = self._slopes @ widths + self._offsets, self._slopes @ self._sizes + self._offsets
         if vector > 1:
             now, dense = (np.ceil(sides / vector - 1e-9) for sides in (now, dense))
-        outputs, inputs = np.split(now / np.maximum(dense, 1), 2)
-        return np.stack([np.ones_like(outputs), outputs, inputs, outputs * inputs], axis=1)
+        return np.split(now / np.maximum(dense, 1), 2)
 
     def _whole(self, widths: Floats) -> Floats:
         """``[3]``: 1, MACs and parameters, relative to the dense network."""
@@ -168,8 +172,11 @@ class TimeModel:
         return coefficients
 
     def _time(self, widths: Floats, vector: int) -> float:
-        features = self._features(widths, vector) if self._modules else self._whole(widths)
-        return float((features * self._coefficients).sum())
+        if not self._modules:
+            return float(self._coefficients @ self._whole(widths))
+        called, written, read, multiplied = self._coefficients.T
+        outputs, inputs = self._sides(widths, vector)
+        return float(called.sum() + written @ outputs + read @ inputs + multiplied @ (outputs * inputs))
 
     def _ratio(self, widths: Floats) -> float:
         return max(self._relative(widths, self.vector), 1e-6)

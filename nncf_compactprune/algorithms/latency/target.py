@@ -135,7 +135,7 @@ class LatencyTarget:
         if result is not None and result.spread > TOLERANCE:
             nncf_logger.warning(
                 f"latency: the machine is too noisy for {TOLERANCE:.0%}: the ratio of {result.ratio:.1%} varied by "
-                f"± {result.spread:.1%}. Let nothing else run, fix the clock of the CPU, or set threads, and prune again."
+                f"± {result.spread:.1%}. Let nothing else run, fix the CPU's clock, or set threads, and prune again."
             )
         elif result is not None and not result.holds:
             nncf_logger.warning(f"latency: the budget does not hold within {TOLERANCE:.0%}: {result}.")
