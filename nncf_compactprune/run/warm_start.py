@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from nncf_compactprune.algorithms import ChannelPruningConfig
-from nncf_compactprune.algorithms.channel_pruning import Kind
 from nncf_compactprune.channels import trace
 from nncf_compactprune.config import Budget, CompressionConfig
+from nncf_compactprune.config.budget import Kind
 from nncf_compactprune.errors import ConfigError, Problem
 from nncf_compactprune.plan import Cost
 from nncf_compactprune.run.settings import Settings
@@ -30,6 +30,13 @@ def check_warm_start(settings: Settings) -> None:
     if missing:
         message = f"'{start}' is no directory of a finished run: {', '.join(missing)} not found there."
         raise ConfigError(settings.source, [Problem("warm_start", message)])
+    for at, entry in enumerate(settings.compression.compression):
+        if isinstance(entry, ChannelPruningConfig) and isinstance(entry.budget.latency, (int, float)):
+            message = (
+                "a share of the time would be a share of the smaller network's that this run starts from. Give a time, "
+                'such as "4.5ms", or start from the dense network.'
+            )
+            raise ConfigError(settings.source, [Problem(f"compression[{at}].budget.latency", message)])
 
 
 def warm_started(run: Run, dense: Network) -> Run:

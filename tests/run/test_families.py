@@ -22,6 +22,8 @@ from nncf_compactprune.run.families import members
 from nncf_compactprune.run.families.members import FamilyOutcome, make_family
 from nncf_compactprune.run.models import resolve_model
 from nncf_compactprune.run.pipeline import load_run, run_settings
+from nncf_compactprune.run.settings import read_settings
+from nncf_compactprune.run.warm_start import check_warm_start
 
 Say = Callable[[str], None]
 
@@ -172,8 +174,6 @@ def test_mistakes_are_told_before_anything_is_trained(
 
 
 def test_a_warm_start_needs_a_finished_run(tmp_path: Path) -> None:
-    from nncf_compactprune.run.settings import read_settings
-
     compression = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}}
     path = write_config(tmp_path, compression=compression, warm_start=str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=r"warm_start: .*nothing' is no directory of a finished run: plan\.json"):
@@ -195,3 +195,12 @@ def test_siblings_are_compared_at_equal_cost() -> None:
     assert "| small (unpruned) | 70.00 % | 75 | 75.0 % |" in family_markdown(results, [])
     pytest.importorskip("matplotlib")
     assert fronts(replace(results, points=points[:2]), "svg") != fronts(results, "svg")
+
+
+def test_a_share_of_the_time_means_the_dense_network(tmp_path: Path) -> None:
+    for name in ("plan.json", "model.safetensors"):
+        (tmp_path / name).write_text("")
+    compression = {"algorithm": "fbnet_pruning", "budget": {"latency": 0.5}}
+    path = write_config(tmp_path, compression=compression, warm_start=str(tmp_path))
+    with pytest.raises(ConfigError, match=r'budget\.latency: a share .* Give a time, such as "4\.5ms"'):
+        check_warm_start(read_settings(path))

@@ -138,6 +138,22 @@ def test_a_schedule_measures_before_training_and_at_the_decision(plugins):
     assert time_of(masked) / dense == pytest.approx(0.6, rel=0.05)
 
 
+def test_a_network_that_shrinks_while_it_trains_arrives_too(plugins):
+    model = model32("residual")
+    dense = time_of(model)
+    params = {"schedule": "exponential", "pruning_steps": 4, "shrink_every": 1, "round_to": 1}
+    entry = {"algorithm": "fbnet_pruning", "budget": {"latency": 0.6, "runtime": "fake"}, "params": params}
+    config = {"input_info": {"sample_size": [2, 3, 12, 12]}, "compression": entry}
+    ctrl, model = create_compressed_model(model, config, plugins=plugins)
+    ctrl.attach(optimizer=torch.optim.SGD(model.parameters(), 0.01))
+    times = []
+    for _ in range(6):
+        ctrl.scheduler.epoch_step()
+        times.append(time_of(model) / dense)
+    assert times[1] < 1
+    assert times[-1] == pytest.approx(0.6, rel=0.05)
+
+
 def test_measurements_are_kept_and_a_torn_line_costs_one(plugins):
     first, _ = pruned(plugins, 0.6)
     assert len(FakeMeter.loaded) > 5
