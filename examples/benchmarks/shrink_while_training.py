@@ -2,10 +2,10 @@
 
     python examples/benchmarks/shrink_while_training.py --data FOLDER   # writes shrink_while_training.md
 
-FOLDER holds ``cifar10_*.npz`` and ``resnet{20,56}_cifar10.safetensors``. The three arms of a seed follow each other, in
-another order for each seed, on the same batches: masks to the end of training, the cut at the end of the schedule, and
-cuts in every epoch of the schedule. Times are CPU times of training steps, decisions and cuts, without evaluation.
-Rows are kept in ``runs/shrink_while_training``; a run that was killed goes on.
+FOLDER holds ``cifar10_*.npz`` and ``resnet{20,56}_cifar10.safetensors``. The arms of a seed train in turn, batch by
+batch, on the same batches, so that what else the machine does falls on all alike: masks to the end of training, the cut
+at the end of the schedule, and cuts in every epoch of the schedule. Times are CPU times of training steps, decisions
+and cuts. Rows are kept in ``runs/shrink_while_training``; what is finished is not run again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from catro_cifar import DATA, Cifar, accuracy
+from torch import Tensor
 
 from nncf_compactprune import create_compressed_model, plan_of
 from nncf_compactprune.run.datasets import crop_and_flip
@@ -30,45 +32,69 @@ ARMS = {"masks to the end": None, "cut at the schedule's end": {}, "shrink_every
 BATCH, LR = 128, 0.02
 
 
-def train(cifar: Cifar, depth: int, arm: str, seed: int, epochs: int, steps: int, budget: float) -> dict[str, Any]:
-    """One training; masks to the end are those of a run whose optimizer the controller does not know."""
-    model = cifar.model(depth)
-    params = {"schedule": "exponential", "pruning_steps": steps, **(ARMS[arm] or {})}
-    entry = {"algorithm": "fbnet_pruning", "budget": {"macs": budget}, "params": params}
-    entry["initializer"] = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 0}}
-    config = {"input_info": {"sample_size": [1, 3, 32, 32]}, "compression": entry}
-    ctrl, model = create_compressed_model(model, config, example_inputs=cifar.test[:2])
-    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=5e-4)
-    if ARMS[arm] is not None:
-        ctrl.attach(optimizer=optimizer)
-    generator = torch.Generator().manual_seed(seed)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    seconds = []
-    for _ in range(epochs):
-        order = torch.randperm(len(cifar.train), generator=generator).split(BATCH)
-        batches = [(crop_and_flip(cifar.train[part], generator), cifar.train_labels[part]) for part in order]
+class Arm:
+    """One training. Masks to the end are those of a run whose optimizer the controller does not know."""
+
+    def __init__(self, cifar: Cifar, depth: int, name: str, epochs: int, steps: int, budget: float) -> None:
+        params = {"schedule": "exponential", "pruning_steps": steps, **(ARMS[name] or {})}
+        entry = {"algorithm": "fbnet_pruning", "budget": {"macs": budget}, "params": params}
+        entry["initializer"] = {"batchnorm_adaptation": {"num_bn_adaptation_samples": 0}}
+        config = {"input_info": {"sample_size": [1, 3, 32, 32]}, "compression": entry}
+        self.ctrl, self.model = create_compressed_model(cifar.model(depth), config, example_inputs=cifar.test[:2])
+        self.optimizer = torch.optim.SGD(self.model.parameters(), LR, momentum=0.9, weight_decay=5e-4)
+        if ARMS[name] is not None:
+            self.ctrl.attach(optimizer=self.optimizer)
+        self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs)
+        self.seconds: list[float] = []
+
+    def begin(self) -> None:
+        self.seconds.append(0.0)
+        self._timed(self.ctrl.scheduler.epoch_step)
+        self.model.train()
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        self._timed(lambda: self._step(images, labels))
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        self.ctrl.scheduler.step()
+        loss = F.cross_entropy(self.model(images), labels) + self.ctrl.loss()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def _timed(self, action: Callable[[], object]) -> None:
         started = time.process_time()
-        ctrl.scheduler.epoch_step()
-        model.train()
-        for images, labels in batches:
-            ctrl.scheduler.step()
-            loss = F.cross_entropy(model(images), labels) + ctrl.loss()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        decay.step()
-        seconds.append(time.process_time() - started)
-    model = ctrl.strip()
-    plan = plan_of(model)
-    assert plan is not None
-    left = plan.after.macs / plan.before.macs
-    return {"accuracy": accuracy(model, cifar.test, cifar.test_labels), "seconds": seconds, "macs": left}
+        action()
+        self.seconds[-1] += time.process_time() - started
+
+    def result(self, cifar: Cifar) -> dict[str, Any]:
+        model = self.ctrl.strip()
+        plan = plan_of(model)
+        assert plan is not None
+        right = accuracy(model, cifar.test, cifar.test_labels)
+        return {"accuracy": right, "seconds": self.seconds, "macs": plan.after.macs / plan.before.macs}
+
+
+def train(cifar: Cifar, depth: int, seed: int, epochs: int, steps: int, budget: float) -> dict[str, dict[str, Any]]:
+    """All arms of a seed, batch by batch in turn."""
+    arms = {name: Arm(cifar, depth, name, epochs, steps, budget) for name in ARMS}
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for arm in arms.values():
+            arm.begin()
+        for part in torch.randperm(len(cifar.train), generator=generator).split(BATCH):
+            images, labels = crop_and_flip(cifar.train[part], generator), cifar.train_labels[part]
+            for arm in arms.values():
+                arm.step(images, labels)
+        for arm in arms.values():
+            arm.decay.step()
+    return {name: arm.result(cifar) for name, arm in arms.items()}
 
 
 def main(
     data: Annotated[Path, typer.Option(help="What holds the packs and the trained weights.")] = DATA,
     depth: int = 20,
-    images: int = 4_000,
+    images: int = 2_000,
     epochs: int = 8,
     steps: Annotated[int, typer.Option(help="Epochs of the schedule.")] = 4,
     budget: Annotated[float, typer.Option(help="Share of the MACs kept.")] = 0.5,
@@ -81,15 +107,12 @@ def main(
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
     setting = {"depth": depth, "images": images, "epochs": epochs, "steps": steps, "budget": budget}
     for seed in range(seeds):
-        names = list(ARMS)
-        for arm in names[seed % 3 :] + names[: seed % 3]:
-            key = {**setting, "arm": arm, "seed": seed}
-            if any(row | key == row for row in rows):
-                continue
-            rows.append({**key, **train(cifar, depth, arm, seed, epochs, steps, budget)})
-            with ROWS.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(arm, seed, f"{rows[-1]['accuracy']:.4f}", [round(s, 1) for s in rows[-1]["seconds"]], flush=True)
+        if any(row | {**setting, "seed": seed} == row for row in rows):
+            continue
+        for arm, found in train(cifar, depth, seed, epochs, steps, budget).items():
+            rows.append({**setting, "arm": arm, "seed": seed, **found})
+            print(arm, seed, f"{found['accuracy']:.2f} %", [round(s, 1) for s in found["seconds"]], flush=True)
+        ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = [row for row in rows if row | setting == row]
     (HERE / "shrink_while_training.md").write_text(report(rows, setting, seeds))
 
