@@ -153,7 +153,9 @@ def test_a_member_whose_config_changed_is_made_anew_with_all_that_follow(
     [
         ({"family": None}, r'family: missing.*"family": \[0.75, 0.5, 0.35\]'),
         ({"family": [0.5, 1.5]}, r"family\[1\]: expected a number in \(0, 1\) or an object, got 1.5"),
-        ({"family": [0.5, 0.7]}, r"family\[1\]: 'macs_0.7' may keep .* macs, and 'macs_0.5' before it .*Order"),
+        ({"family": [0.5, 0.7]}, r"family\[1\]: 'macs_0.7' may keep .* MACs, and 'macs_0.5' before it .*Order"),
+        ({"family": [{"latency": "2ms"}, {"latency": "3ms"}]}, r"family\[1\]: 'latency_3ms' may keep 3,000,000 n"),
+        ({"family": [0.5, {"latency": 0.4}]}, r"family\[1\]\.latency: a share of the time would be .*larger member's"),
         ({"family": [0.5, "0.7"]}, r"family\[1\]"),
         ({"family": [0.5, 0.001]}, r"family\[1\]: budget: macs of at most .* cannot be reached.*the least is"),
         ({"dataset": None}, "dataset: missing. A family is compared by accuracy"),

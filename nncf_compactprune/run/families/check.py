@@ -10,6 +10,8 @@ from typing import Any
 
 from nncf_compactprune.algorithms import ChannelPruning, ChannelPruningConfig, Context
 from nncf_compactprune.channels import trace
+from nncf_compactprune.config import Budget
+from nncf_compactprune.config.budget import KINDS, Kind
 from nncf_compactprune.errors import BudgetError, ConfigError, Problem
 from nncf_compactprune.plan import Cost
 from nncf_compactprune.plugins import Plugins
@@ -18,6 +20,8 @@ from nncf_compactprune.run.families.settings import SIBLINGS, Family, Member, Si
 from nncf_compactprune.run.models import ExampleInputs, ResolvedModel, resolve_model
 from nncf_compactprune.run.prepare import check_classes, normalised_for, real_example
 from nncf_compactprune.run.warm_start import absolute
+
+_UNITS = {"macs": "MACs", "params": "parameters", "latency": "nanoseconds"}
 
 
 @dataclass(frozen=True)
@@ -89,17 +93,24 @@ def _falling(family: Family, dense: Cost) -> None:
     :raises ConfigError: a member may keep more than the one before it, or as much.
     """
     budgets = [absolute(member.budget, dense) for member in family.members]
-    costs = [{kind: getattr(budget, kind) for kind in ("macs", "params")} for budget in budgets]
+    costs = [_numbers(budget) for budget in budgets]
     for at, (before, after) in enumerate(itertools.pairwise(costs), 1):
-        shared = [(before[k], after[k], k) for k in after if before[k] is not None and after[k] is not None]
+        shared = [(before[kind], after[kind], kind) for kind in KINDS if kind in before and kind in after]
         larger = [(old, new, kind) for old, new, kind in shared if new > old]
         if larger or (shared and all(new == old for old, new, _ in shared)):
             old, new, kind = (larger or shared)[0]
             message = (
-                f"'{family.members[at].name}' may keep {new:,} {kind}, and '{family.members[at - 1].name}' before it "
-                f"{old:,}. Order the members from the largest to the smallest."
+                f"'{family.members[at].name}' may keep {new:,} {_UNITS[kind]}, and '{family.members[at - 1].name}' "
+                f"before it {old:,}. Order the members from the largest to the smallest."
             )
             raise ConfigError(family.source, [Problem(f"family[{at}]", message)])
+
+
+def _numbers(budget: Budget) -> dict[Kind, int]:
+    """What is allowed, in nanoseconds where it is a time; a share of the time takes a measurement, and is left out."""
+    given = {kind: getattr(budget, kind) for kind in KINDS}
+    known = (kind for kind, value in given.items() if value is not None and (kind != "latency" or type(value) is str))
+    return {kind: budget.resolve(kind, 0) for kind in known}
 
 
 def _reachable(family: Family, at: int, member: Member, dense: Network, plugins: Plugins) -> None:

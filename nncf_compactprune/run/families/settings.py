@@ -146,6 +146,13 @@ def _refuse(document: Document, run: RunConfig, config: FamilyConfig) -> None:
         problems.append(Problem("accuracy_aware_training", message))
     if not _budget_entries(document.data):
         problems.append(Problem("compression", "has no entry of a pruning algorithm, which the budgets could go to."))
+    for at, one in enumerate(config.family[1:], 1):
+        if config.start == "previous" and isinstance(one, Budget) and isinstance(one.latency, (int, float)):
+            message = (
+                "a share of the time would be a share of the larger member's, which this one starts from. Give a time, "
+                'such as "4.5ms", or "start": "dense".'
+            )
+            problems.append(Problem(f"family[{at}].latency", message))
     for at, sibling in enumerate(config.siblings):
         if sibling.weights is None and not sibling.model_options.get("pretrained"):
             message = "missing. An untrained network says nothing: name a safetensors file."
