@@ -42,7 +42,7 @@ def pruned(data: Cifar, classes: list[int], budget: float, images_seen: int = IM
         "algorithm": "catro", "budget": {"macs": budget}, "target_scopes": INNER,
         "params": {"schedule": "one_shot", "round_to": 1, "classes": classes},
     }  # fmt: skip
-    distillation = {"algorithm": "linear_overparameterization", "params": {"expansion": None}}
+    distillation = {"algorithm": "linear_overparameterization", "params": {"form": "none"}}
     controller, model = create_compressed_model(
         data.model(20), {"compression": [pruning, distillation]}, data.few(50), example_inputs=data.test[:2]
     )

@@ -76,7 +76,10 @@ class Trial:
             return [pruning]
         recovery = {
             "algorithm": "linear_overparameterization",
-            "params": {
+            "params": {"form": "none"}
+            if self.expansion is None
+            else {
+                "form": "factors",
                 "expansion": self.expansion,
                 "core_scale": self.core_scale,
                 "weight_decay": self.merged_decay,

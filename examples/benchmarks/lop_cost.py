@@ -43,7 +43,7 @@ def make_step(network: str, share: float, variant: str) -> Callable[[], float]:
     if share < 1:
         entries.append({"algorithm": "fbnet_pruning", "budget": {"macs": share}, "params": {"schedule": "one_shot"}})
     if variant != "plain":
-        params = {"expansion": EXPANSION, "mode": variant}
+        params = {"form": "factors", "expansion": EXPANSION, "mode": variant}
         no_teacher = {"similarity_weight": 0.0}
         entries.append({"algorithm": "linear_overparameterization", "params": params, "distillation": no_teacher})
     if entries:

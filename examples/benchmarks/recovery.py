@@ -44,6 +44,7 @@ from nncf_compactprune.run.networks.cifar_resnet import resnet20, resnet56
 HERE = Path(__file__).parent
 ROWS, STATES = HERE / "recovery.jsonl", HERE.parent.parent / "runs" / "recovery"
 VALIDATION_IMAGES, ADAPTATION_IMAGES, SAMPLES_PER_CLASS, BATCH = 5_000, 2_000, 50, 128
+SHORT = ("recovery", "recovery_orthogonal", "orthogonal", "spkd", "kd")
 SEEDS, BUDGETS_56 = (0, 1, 2), (0.47, 0.39)
 BUILDERS: dict[int, Callable[[], nn.Module]] = {20: resnet20, 56: resnet56}
 #: what ``prune`` is called with; Torch-Pruning's are done by :func:`peer`
@@ -55,18 +56,23 @@ CRITERIA: dict[str, dict[str, Any]] = {
 }
 PEER = "tp_group_norm"
 DISTILLED: dict[str, Any] = {"similarity_weight": 30_000.0, "feature_size": 8}
+#: what the entry ``recovery`` does by default: 1,600 for each of three layers
+TAUGHT: dict[str, Any] = {"similarity_weight": 4_800.0, "feature_size": 8, "layers": "stages"}
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {"lr": 0.03},
     "kd": {"lr": 0.03, "logits_weight": 0.3},
     "spkd": {"lr": 0.03, **DISTILLED},
     "lop": {"lr": 0.01, "expansion": 4},
     "lop_spkd": {"lr": 0.01, "expansion": 4, **DISTILLED},
-    "recovery": {"lr": 0.03, "similarity_weight": 4_800.0, "feature_size": 8, "layers": "stages"},  # the entry's own
+    "recovery": {"lr": 0.015, **TAUGHT},
+    "orthogonal": {"lr": 0.03, "form": "orthogonal"},
+    "recovery_orthogonal": {"lr": 0.03, "form": "orthogonal", **TAUGHT},
 }
 TITLES = {
     "l2": "L2", "geometric_median": "geometric median", "taylor": "Taylor", "catro": "catro",
     PEER: "Torch-Pruning, group norm", "plain": "plain", "kd": "logits KD", "spkd": "SPKD", "lop": "LOP",
-    "lop_spkd": "LOP + SPKD", "recovery": "recovery",
+    "lop_spkd": "LOP + SPKD", "recovery": "recovery", "orthogonal": "orthogonal steps",
+    "recovery_orthogonal": "recovery with orthogonal steps",
 }  # fmt: skip
 
 
@@ -82,6 +88,7 @@ class Trial:
     :param scope: ``"inner"`` cuts inside the blocks only, ``"all"`` the residual stream too, as users get it.
     :param round_to: widths are multiples of this.
     :param layers: whose similarities are compared.
+    :param form: of over-parameterisation, where there is no expansion.
     """
 
     depth: int
@@ -101,6 +108,7 @@ class Trial:
     scope: str = "inner"
     round_to: int = 1
     layers: str = "all"
+    form: str = "none"
 
     @property
     def key(self) -> str:
@@ -140,7 +148,7 @@ def queue() -> list[Trial]:
     for seed in SEEDS:
         for budget in (0.35, 0.2):
             trials += [short(budget, *way, "plain", seed) for way in ways]
-            trials += [short(budget, "catro", "greedy", recipe, seed) for recipe in ("recovery", "spkd", "kd")]
+            trials += [short(budget, "catro", "greedy", recipe, seed) for recipe in SHORT]
             trials += [short(budget, *way, "plain", seed, "inner") for way in ways]
     others = [("catro", "greedy"), ("l2", "balanced"), ("geometric_median", "balanced"), ("taylor", "balanced")]
     for seed in SEEDS:
@@ -242,7 +250,7 @@ def recovery(trial: Trial) -> dict[str, Any]:
     }
     return {
         "algorithm": "linear_overparameterization",
-        "params": {"expansion": trial.expansion},
+        "params": {"form": "factors", "expansion": trial.expansion} if trial.expansion else {"form": trial.form},
         "distillation": distillation,
     }
 
@@ -262,7 +270,7 @@ class Training:
         }
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.controller: Any = None
-        if trial.expansion or trial.similarity_weight or trial.logits_weight:
+        if trial.expansion or trial.similarity_weight or trial.logits_weight or trial.form != "none":
             teacher = data.dense(trial.depth).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             example = normalised(data.images[:2])
             document = {"compression": [recovery(trial)]}

@@ -83,6 +83,54 @@ def restore_quantizers(model: nn.Module, state: dict[str, Any]) -> None:
     nncf.torch.load_from_config(model, state)
 
 
+def quantizers_by_operation(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
+    """What an operation of its own weight is quantized by: its weight's quantizer, and those that its inputs last met.
+
+    :param model: with quantizers, in evaluation mode.
+    :param example_inputs: what NNCF's graph is built with.
+    :return: keys of hooks by NNCF's name of the operation, in the order of execution.
+    """
+    own: dict[str, list[str]] = {}
+    behind: dict[str, list[str]] = {}
+    for hook in hooks(model, shared=True):
+        if is_quantizer(hook.module):
+            (own if hook.before else behind).setdefault(hook.operation, []).append(hook.key)
+    with not_compiled():
+        graph = nncf_graph(model, example_inputs)
+    found = {}
+    for node in graph.topological_sort():
+        if node.node_name not in own:
+            continue
+        keys, waiting, seen = list(own[node.node_name]), [node], set()
+        while waiting:
+            for before in graph.get_previous_nodes(waiting.pop()):
+                if before.node_name in behind:
+                    keys += behind[before.node_name]
+                elif before.node_id not in seen:
+                    seen.add(before.node_id)
+                    waiting.append(before)
+        found[node.node_name] = list(dict.fromkeys(keys))
+    return found
+
+
+@contextmanager
+def without(model: nn.Module, keys: Collection[str]) -> Iterator[None]:
+    """Some hooks pass through what they see, for as long as the body runs.
+
+    :param model: with hooks.
+    :param keys: of hooks, as :class:`~.nncf_hooks.Hook` names them.
+    """
+    storage = get_hook_storage(model)
+    taken = {key: storage.get_submodule(key) for key in keys}
+    try:
+        for key in taken:
+            storage.set_submodule(key, nn.Identity())
+        yield
+    finally:
+        for key, module in taken.items():
+            storage.set_submodule(key, module)
+
+
 def levels_of(quantizer: nn.Module) -> Levels:
     """What a quantizer of NNCF rounds to when the model is deployed. Half the range means the same step.
 

@@ -15,6 +15,7 @@ from support.networks import Classifier, ResidualBlock, conv_bn
 from torch import Tensor, nn
 
 from nncf_compactprune import CompressionStage, create_compressed_model, export_model, load_config
+from nncf_compactprune.algorithms.quantization import accuracy_control
 from nncf_compactprune.algorithms.quantization.options import quantize_options
 from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.errors import CompactPruneError, ConfigError, ExportError, QuantizationError
@@ -257,3 +258,68 @@ def test_precisions_of_quantized_and_of_float_networks(tmp_path) -> None:
     with pytest.raises(ExportError, match=r"quantized, its files are int8, got \['fp32'\]"):
         export_model(model, X, tmp_path, precisions=["fp32"])
     assert not list(tmp_path.iterdir())
+
+
+# -- accuracy control --------------------------------------------------------------------------------------------------
+
+
+def hostile(*places: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A network whose activations, behind some convolutions, hold one channel a thousand times larger than the others,
+    which the next layer takes back: exact in float, ruined by one range for all channels. And its own decisions as
+    labels."""
+    torch.manual_seed(0)
+    net = Classifier(nn.Sequential(*(nn.Conv2d(3 if n == 0 else 12, 12, 3, padding=1) for n in range(5))), 12)
+    with torch.no_grad():
+        for place in places:
+            loud, quiet = net.features[place], net.features[place + 1]
+            loud.weight[0] *= 1000
+            loud.bias[0] *= 1000
+            quiet.weight[:, 0] /= 1000
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 64, 3, 16, 16, generator=generator)
+    return net.eval(), [(x, net(x).detach().argmax(1)) for x in images]
+
+
+def controlled(model, loader, **keys):
+    asked = entry(accuracy_control={"max_drop": 0.02, "num_samples": 384, **keys}, params={"subset_size": 32})
+    ctrl, _ = compress(model, asked, loader=loader)
+    return ctrl, ctrl.statistics().algorithms["quantization"]["layers in float"]
+
+
+def test_accuracy_control_leaves_the_harmful_layer_in_float_and_no_other(tmp_path) -> None:
+    model, loader = hostile(3)
+    uncontrolled = copy.deepcopy(model)
+    compress(uncontrolled, entry(params={"subset_size": 32}), loader=loader)
+    ctrl, in_float = controlled(model, loader)
+
+    def accuracy(net):
+        with torch.no_grad():
+            return sum(int((net.eval()(x).argmax(1) == y).sum()) for x, y in loader) / 384
+
+    assert accuracy(uncontrolled) < 0.9
+    assert accuracy(model) >= 0.98
+    assert in_float == "features/4/conv2d/0"
+    ctrl.strip()
+    (file,) = export_model(model, X, tmp_path, formats=["openvino"])
+    kinds = [precision for kind, precision in layers_in(file.path) if kind == "Convolution"]
+    assert len(kinds) == 5
+    assert sum(precision in ("i8", "u8") for precision in kinds) == 4
+
+
+def test_accuracy_control_quantizes_everything_where_that_holds() -> None:
+    model, loader = hostile()
+    _, in_float = controlled(model, loader, max_drop=0.1)
+    assert in_float == "none"
+
+
+def test_a_drop_that_cannot_be_held_and_missing_labels_are_told_and_the_model_stays(monkeypatch) -> None:
+    model, loader = hostile()
+    before = copy.deepcopy(model.state_dict())
+    found = iter([1.0, 0.5, 0.6, 0.7, 0.8])
+    monkeypatch.setattr(accuracy_control, "accuracy_on", lambda net, batches: next(found))
+    with pytest.raises(QuantizationError, match=r"of 2.00% cannot be held: 100.00% in float, at best 80.00% with 4 o"):
+        controlled(model, loader)
+    with pytest.raises(CompactPruneError, match="accuracy_control: batches hold no labels"):
+        controlled(model, [x for x, _ in loader])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not hooks(model)

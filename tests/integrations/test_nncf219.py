@@ -151,7 +151,7 @@ def test_it_shrinks_while_it_trains() -> None:
 
 
 def test_several_entries_are_one_list() -> None:
-    factors = {"algorithm": "linear_overparameterization", "params": {"expansion": 2}}
+    factors = {"algorithm": "linear_overparameterization", "params": {"form": "factors", "expansion": 2}}
     ctrl, model = compressed(model32(), ONE_SHOT, factors)
     assert len(ctrl.child_ctrls) == 2
     train(ctrl, model)

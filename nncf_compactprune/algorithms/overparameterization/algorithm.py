@@ -4,11 +4,12 @@
 The paper expands each compact layer of a pruned network into consecutive linear layers without changing its output,
 fine-tunes with similarity-preserving distillation from the dense network's layers, and merges the layers back.
 
-Deviations, as only the paper's abstract was at hand: the factors are merged into one weight at every step instead of
-run one after another (same function, same gradients; ``"mode": "chain"`` runs them); a random part of the core that
-the merge cancels (``core_scale``, see :func:`.factors.factorise`); decay of the merged weight;
-distillation also from logits, and without expansion; similarities of averaged-down features, and their mean instead of
-their sum over layers.
+Deviations, as only the paper's abstract was at hand: by default the outer factors are those that give all directions of
+a step the same size, and none is stored (:mod:`.orthogonal`), as trained factors stay behind plain fine-tuning; factors
+are merged into one weight at every step instead of run one after another (same function, same gradients; ``"mode":
+"chain"`` runs them); a random part of the core that the merge cancels (``core_scale``, see :func:`.factors.factorise`);
+decay of the merged weight; distillation also from logits, and by itself; similarities of averaged-down features, and
+their mean instead of their sum over layers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.overparameterization.config import OverparameterizationConfig
@@ -29,6 +32,8 @@ from nncf_compactprune.algorithms.overparameterization.expandable import (
     select_layers,
 )
 from nncf_compactprune.algorithms.overparameterization.factor_groups import FactorGroups
+from nncf_compactprune.algorithms.overparameterization.factors import Geometry
+from nncf_compactprune.algorithms.overparameterization.orthogonal import OrthogonalSteps
 from nncf_compactprune.algorithms.overparameterization.reparameterization import Reparameterization, fold
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.cut.surgery import plan_of
@@ -57,6 +62,8 @@ class LinearOverparameterization(CompressionAlgorithm):
         self._weights: Reparameterization | None = None
         self._distillation: Distillation | None = None
         self._groups: FactorGroups | None = None
+        self._orthogonal: OrthogonalSteps | None = None
+        self._advised = False
         self._first_epoch: int | None = None
         self._factor = 1.0
         self._active = False
@@ -84,8 +91,8 @@ class LinearOverparameterization(CompressionAlgorithm):
         if state is not None:
             self._resume(state)
         try:
-            if self.config.params.expansion is not None:
-                self._expand(self.config.params.expansion)
+            if params.form == "factors":
+                self._expand(params.expansion)
             if self.config.distillation.active and teacher is not None:
                 distillation = self.config.distillation
                 self._distillation = Distillation(
@@ -101,6 +108,7 @@ class LinearOverparameterization(CompressionAlgorithm):
             self._end(keep_training=False)
             raise
         self._active = True
+        self._adopt_optimizer()
 
     @property
     def settled(self) -> bool:
@@ -118,6 +126,7 @@ class LinearOverparameterization(CompressionAlgorithm):
             self._distillation = None
 
     def loss(self) -> Tensor | float:
+        self._advise_on_optimizer()
         total: Tensor | float = 0.0
         decay = self.config.params.weight_decay
         if decay and self._weights is not None:
@@ -141,8 +150,11 @@ class LinearOverparameterization(CompressionAlgorithm):
         return CompressionStage.FULLY_COMPRESSED  # nothing is left to compress; this is recovery
 
     def statistics(self) -> Mapping[str, Any]:
-        expanded = len(self._layers) if self.config.params.expansion is not None else 0
-        figures: dict[str, Any] = {"layers expanded": f"{expanded} of {self._candidates}"}
+        figures: dict[str, Any] = {}
+        if self._weights is not None:
+            figures["layers expanded"] = f"{len(self._layers)} of {self._candidates}"
+        if self._orthogonal is not None:
+            figures["orthogonal steps"] = f"{len(self._layers)} of {self._candidates} layers"
         if self._weights is not None:
             figures["factors"] = f"{sum(factor.numel() for _, factor in self._weights.factors):,} parameters"
         if self._distillation is not None:
@@ -153,7 +165,7 @@ class LinearOverparameterization(CompressionAlgorithm):
     def get_state(self) -> dict[str, Any]:
         return {
             "layers": list(self._layers),
-            "expansion": self.config.params.expansion,
+            "form": self._form,
             "first_epoch": self._first_epoch,
             "teacher": self._teacher_digest,
             "stripped": self._stripped,
@@ -211,15 +223,49 @@ class LinearOverparameterization(CompressionAlgorithm):
         ema = self.context.ema
         return None if ema is None else copy_in(ema, self.context.model)
 
+    @property
+    def _form(self) -> str:
+        """With what resumed runs must have in common."""
+        params = self.config.params
+        return f'"factors" with expansion {params.expansion}' if params.form == "factors" else f'"{params.form}"'
+
+    def _advise_on_optimizer(self) -> None:
+        """Once, when training goes on without the steps that were asked for."""
+        if not self._active or self._advised or self.config.params.form != "orthogonal" or self._orthogonal is not None:
+            return
+        self._advised = True
+        optimizer = self.context.optimizer
+        cause = "no optimizer was attached" if optimizer is None else f"{type(optimizer).__name__} is no SGD"
+        nncf_logger.warning(
+            f"{self.name}: weights train by the optimizer's own steps, as {cause}. For orthogonal steps call "
+            'ctrl.attach(optimizer=...) with a torch.optim.SGD; with another optimizer set params.form to "none".'
+        )
+
     def _adopt_optimizer(self) -> None:
         optimizer = self.context.optimizer
-        if self._weights is None or optimizer is None:
+        if optimizer is None:
+            return
+        if self.config.params.form == "orthogonal" and self._active:
+            self._step_orthogonally(optimizer)
+        if self._weights is None:
             return
         if self._groups is not None and self._groups.optimizer is optimizer:
             return
         parameters = dict(self.context.model.named_parameters())
         pairs = [(parameters[name], factor) for name, factor in self._weights.factors]
         self._groups = FactorGroups(optimizer, pairs, own_decay=self.config.params.weight_decay is not None)
+
+    def _step_orthogonally(self, optimizer: Optimizer) -> None:
+        if self._orthogonal is not None:
+            if self._orthogonal.optimizer is optimizer:
+                return
+            self._orthogonal.remove()
+            self._orthogonal = None
+        if not OrthogonalSteps.fit(optimizer):
+            return
+        parameters = dict(self.context.model.named_parameters())
+        weights = {parameters[w]: Geometry.of(self.context.model.get_submodule(n)) for w, n in self._layers.items()}
+        self._orthogonal = OrthogonalSteps(optimizer, weights, self.config.params.step_size)
 
     def _end(self, *, keep_training: bool) -> None:
         """Takes everything off, at the end or after a failed start."""
@@ -229,6 +275,9 @@ class LinearOverparameterization(CompressionAlgorithm):
         if self._groups is not None:
             self._groups.release(anew=keep_training)
             self._groups = None
+        if self._orthogonal is not None:
+            self._orthogonal.remove()
+            self._orthogonal = None
         if self._weights is not None:
             self._weights.remove(keep_training=keep_training)
             self._weights = None
@@ -238,12 +287,12 @@ class LinearOverparameterization(CompressionAlgorithm):
 
     def _resume(self, state: Mapping[str, Any]) -> None:
         self._first_epoch = state["first_epoch"]
-        expected = (state["layers"], state["expansion"])
-        got = (list(self._layers), self.config.params.expansion)
+        expected = (state["layers"], state["form"])
+        got = (list(self._layers), self._form)
         if expected != got:
             msg = (
-                f"compression_state: {self.name} had {len(expected[0])} layers with expansion {expected[1]}, but the "
-                f"configuration gives {len(got[0])} with {got[1]}. Use the configuration of that run."
+                f"compression_state: {self.name} had {len(expected[0])} layers of form {expected[1]}, but the "
+                f"configuration gives {len(got[0])} of form {got[1]}. Use the configuration of that run."
             )
             raise CompactPruneError(msg)
         if state["teacher"] is not None and state["teacher"] != self._teacher_digest:

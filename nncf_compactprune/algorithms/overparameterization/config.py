@@ -12,11 +12,20 @@ from nncf_compactprune.algorithms.overparameterization.distillation import Preci
 from nncf_compactprune.algorithms.overparameterization.factor_hooks import Mode
 from nncf_compactprune.config import AlgorithmConfig, Section
 
+Form = Literal["orthogonal", "factors", "none"]
+KEYS_OF = {"orthogonal": {"step_size"}, "factors": {"expansion", "mode", "core_scale", "weight_decay"}}
+
 
 class OverparameterizationParams(Section):
-    """How layers are expanded.
+    """How layers are over-parameterised while they train.
 
-    :param expansion: r: the inner layers are that many times wider; null expands nothing (distillation alone).
+    :param form: ``"orthogonal"``: the outer factors that give all directions of a step the same size, anew at every
+        step (:mod:`.orthogonal`), in the SGD that ``ctrl.attach(optimizer=...)`` names; ``"factors"``: a product of
+        three, merged at the end; ``"none"``: layers stay as they are, for distillation alone. The keys below belong to
+        one of the forms.
+    :param step_size: of ``"orthogonal"``: without momentum, a step moves a weight by the learning rate times this share
+        of its norm.
+    :param expansion: of ``"factors"``, as all that follow but the skips: the inner layers are r times wider.
     :param mode: ``"merged"`` multiplies the factors and runs one layer; ``"chain"`` runs three, many times slower.
     :param skip_first: leave the network's first layer as it is.
     :param skip_last: leave its last layer (the classifier) as it is; neither is it distilled.
@@ -24,12 +33,25 @@ class OverparameterizationParams(Section):
     :param weight_decay: of the merged weights, through ``ctrl.loss()``; null leaves decay to the optimizer, on factors.
     """
 
-    expansion: int | None = Field(default=4, ge=1)
+    form: Form = "orthogonal"
+    step_size: float = Field(default=0.08, gt=0)
+    expansion: int = Field(default=4, ge=1)
     mode: Mode = "merged"
     skip_first: bool = False
     skip_last: bool = True
     core_scale: float = Field(default=1.0, ge=0)
     weight_decay: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _keys_of_the_form(self) -> OverparameterizationParams:
+        for form, keys in KEYS_OF.items():
+            strange = sorted(self.model_fields_set & keys) if form != self.form else []
+            if strange:
+                msg = (
+                    f'params.{strange[0]} belongs to "form": "{form}", but the form is "{self.form}". Set one of them.'
+                )
+                raise ValueError(msg)
+        return self
 
 
 class DistillationConfig(Section):
@@ -81,10 +103,7 @@ class OverparameterizationConfig(AlgorithmConfig):
 
     @model_validator(mode="after")
     def _does_something(self) -> OverparameterizationConfig:
-        if self.params.expansion is None and not self.distillation.active:
-            msg = 'nothing to do: expected an "expansion", or a "similarity_weight" or "logits_weight" above 0.'
-            raise ValueError(msg)
-        if self.params.expansion is None and self.params.weight_decay is not None:
-            msg = 'params.weight_decay is that of merged weights: expected an "expansion" too.'
+        if self.params.form == "none" and not self.distillation.active:
+            msg = 'nothing to do: expected a "form" other than "none", or a weight of the distillation above 0.'
             raise ValueError(msg)
         return self

@@ -1,8 +1,8 @@
 """``recovery``: fine-tuning after a cut, taught by the dense network, with nothing to tune.
 
 The same machinery as ``linear_overparameterization``, with the settings that were best when training was done
-(``docs/recovery.md``): similarities of the last layer of each resolution (Tung & Mori 2019). Layers are not expanded,
-as that gained nothing there.
+(``docs/recovery.md``): similarities of the last layer of each resolution (Tung & Mori 2019). Layers are not
+over-parameterised, as no form of it gained at every budget.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import Field
 from nncf_compactprune.algorithms.overparameterization.algorithm import LinearOverparameterization
 from nncf_compactprune.algorithms.overparameterization.config import (
     DistillationConfig,
+    Form,
     OverparameterizationConfig,
     OverparameterizationParams,
 )
@@ -24,14 +25,14 @@ from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
 ADVICE = (
     "recovery: the dense network teaches through ctrl.loss(). Start from SGD with momentum 0.9, a learning rate of "
-    "0.03 for batches of 128 (in proportion for others), a cosine to 0 by step, and 10 epochs or more."
+    "0.015 for batches of 128 (in proportion for others), a cosine to 0 by step, and 10 epochs or more."
 )
 
 
 class RecoveryParams(OverparameterizationParams):
-    """How layers are expanded: not at all, by default."""
+    """How layers are over-parameterised: not at all, by default."""
 
-    expansion: int | None = Field(default=None, ge=1)
+    form: Form = "none"
 
 
 class RecoveryDistillation(DistillationConfig):

@@ -6,15 +6,17 @@ From ``params.start_epoch`` on NNCF's quantizers take part in the training, rang
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 import nncf
+from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.base import Begins, CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
-from nncf_compactprune.algorithms.quantization.config import QuantizationConfig
+from nncf_compactprune.algorithms.quantization.accuracy_control import Controlled, control, labelled_samples
+from nncf_compactprune.algorithms.quantization.config import AccuracyControl, QuantizationConfig
 from nncf_compactprune.algorithms.quantization.options import quantize_options
 from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.config import AlgorithmConfig
@@ -50,6 +52,7 @@ class Quantization(CompressionAlgorithm):
         self.quantizers = 0
         self._epoch: int | None = None
         self._begun = self._done = False
+        self._controlled: Controlled | None = None
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
         model = self.context.model
@@ -106,7 +109,10 @@ class Quantization(CompressionAlgorithm):
 
     def statistics(self) -> Mapping[str, Any]:
         count = self.quantizers or sum(is_quantizer(hook.module) for hook in hooks(self.context.model))
-        return {"stage": self.stage().name.lower(), "bits": "W8A8", "quantizers": count}
+        figures: dict[str, Any] = {"stage": self.stage().name.lower(), "bits": "W8A8", "quantizers": count}
+        if self._controlled is not None:
+            figures["layers in float"] = ", ".join(self._controlled.in_float) or "none"
+        return figures
 
     def _out_of_scope(self) -> set[str]:
         """NNCF's names of the operations that are not quantized."""
@@ -123,20 +129,40 @@ class Quantization(CompressionAlgorithm):
             msg = f"'{self.name}': the model carries NNCF hooks that are not of this list. Call nncf.strip first."
             raise QuantizationError(msg)
         samples = calibration_samples(context, self.config.samples)
-        options = quantize_options(self.config, len(samples), self._out_of_scope())
-        with context.timed("quantization"), no_bars_in_pipes(), evaluating(model, changes=True):
+        out_of_scope = self._out_of_scope()
+
+        def quantize(network: nn.Module, in_float: Collection[str]) -> None:
+            options = quantize_options(self.config, len(samples), out_of_scope | set(in_float))
             try:
-                quantize_in_place(model, nncf.Dataset(samples), **options)
+                with evaluating(network, changes=True):
+                    quantize_in_place(network, nncf.Dataset(samples), **options)
             except Exception as error:
                 first = (str(error).strip().splitlines() or [""])[0]
                 msg = f"'{self.name}': NNCF cannot quantize {type(model).__name__}: {type(error).__name__}: {first}"
                 raise QuantizationError(msg) from error
+
+        with context.timed("quantization"), no_bars_in_pipes():
+            if self.config.accuracy_control is not None:
+                self._controlled = self._control(quantize, self.config.accuracy_control)
+            quantize(model, () if self._controlled is None else self._controlled.in_float)
         if not any(is_quantizer(hook.module) for hook in hooks(model)):
             msg = f"'{self.name}': no operation is in scope. Widen target_scopes or ignored_scopes."
             raise QuantizationError(msg)
         self._begun = True
         adapt_batch_norm(context, self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples)
         self._tell_optimizer()
+
+    def _control(self, quantize: Callable[[nn.Module, Collection[str]], None], asked: AccuracyControl) -> Controlled:
+        context = self.context
+        batches = labelled_samples(context, asked.num_samples)
+        found = control(context.model, quantize, context.example_inputs, batches, asked.max_drop)
+        samples = sum(len(labels) for _, labels in batches)
+        nncf_logger.info(
+            f"{self.name}: accuracy on {samples} training samples {found.accuracy:.2%} "
+            f"({found.float_accuracy:.2%} in float) with {len(found.in_float)} layers in float"
+            + "".join(f", {name}" for name in found.in_float)
+        )
+        return found
 
     def _tell_optimizer(self) -> None:
         """Ranges are trained like weights: they join the first group of parameters."""

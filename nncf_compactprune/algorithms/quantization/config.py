@@ -105,6 +105,17 @@ class QuantizationParams(Section):
     disable_wd_start_epoch: Annotated[None, NotYet(_SCHEDULE)] = None
 
 
+class AccuracyControl(Section):
+    """Leaves the layers in float that cost most accuracy, as few as hold a drop.
+
+    :param max_drop: allowed loss of top-1 accuracy, in [0, 1): 0.01 is one point.
+    :param num_samples: labelled samples of the training loader that it is measured on.
+    """
+
+    max_drop: float = Field(default=0.01, ge=0, lt=1)
+    num_samples: int = Field(default=1000, ge=1)
+
+
 class QuantizationConfig(AlgorithmConfig):
     """A ``quantization`` entry.
 
@@ -112,6 +123,7 @@ class QuantizationConfig(AlgorithmConfig):
         accurate behind other activations than ReLU.
     :param quantize_outputs: quantizers in front of the network's outputs too.
     :param overflow_fix: weights in half the range, for processors with AVX2 or AVX-512 and no VNNI.
+    :param accuracy_control: null: everything in scope is quantized.
     :param export_to_onnx_standard_ops: ONNX files hold standard operations whatever it says.
     """
 
@@ -120,6 +132,7 @@ class QuantizationConfig(AlgorithmConfig):
     quantize_inputs: Literal[True] = True
     quantize_outputs: bool = False
     overflow_fix: Literal["enable", "disable", "first_layer_only"] | None = None
+    accuracy_control: AccuracyControl | None = None
     weights: Quantized = Quantized()
     activations: QuantizedActivations = QuantizedActivations()
     scope_overrides: Annotated[None, NotYet(_OVERRIDES)] = None

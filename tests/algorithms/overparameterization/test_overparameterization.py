@@ -22,11 +22,11 @@ SIMILARITY = {"similarity_weight": 10.0, "logits_weight": 0.1}
 
 
 def lop(*, distillation=None, scopes=None, **params):
-    """An entry; without a teacher unless one is asked for."""
+    """An entry of the form "factors" unless another is named; without a teacher unless one is asked for."""
     distillation = {"similarity_weight": 0.0} if distillation is None else distillation
     return {
         "algorithm": "linear_overparameterization",
-        "params": params,
+        "params": {"form": "factors", **params},
         "distillation": distillation,
         **(scopes or {}),
     }
@@ -215,7 +215,7 @@ def test_resume_with_another_teacher_or_configuration_is_refused():
         stranger.head.weight += 1
     with pytest.raises(DistillationError, match=r"teacher differs from the one in that run\. Load the dense model"):
         create_compressed_model(stranger, config(lop(distillation=SIMILARITY)), compression_state=state)
-    with pytest.raises(CompactPruneError, match=r"had 6 layers with expansion 4, but the configuration gives 6 with 2"):
+    with pytest.raises(CompactPruneError, match='had 6 layers of form "factors" with expansion 4'):
         create_compressed_model(model32(), config(lop(expansion=2, distillation=SIMILARITY)), compression_state=state)
 
 
@@ -358,7 +358,7 @@ def test_merged_decay_after_the_scheduler_was_built_is_refused():
 def test_distillation_without_expansion_leaves_parameters_alone():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3), nn.Flatten())  # no NNCF hooks: allowed
     names = [n for n, _ in model.named_parameters()]
-    ctrl, _ = create_compressed_model(model, config(lop(expansion=None, distillation=SIMILARITY)))
+    ctrl, _ = create_compressed_model(model, config(lop(form="none", distillation=SIMILARITY)))
     assert [n for n, _ in model.named_parameters()] == names
     model.train()(images(torch.float32))
     assert float(ctrl.loss().detach()) == pytest.approx(0, abs=1e-6), "the teacher is the model itself"
@@ -395,7 +395,7 @@ def test_a_teacher_without_the_layers_is_refused_and_the_model_stays_as_it_is():
 def test_weights_of_distillation_fall_on_schedule_and_the_teacher_leaves():
     model = model32()
     ctrl, _ = create_compressed_model(
-        model, config(lop(expansion=None, distillation={**SIMILARITY, "schedule": "linear", "schedule_epochs": 2}))
+        model, config(lop(form="none", distillation={**SIMILARITY, "schedule": "linear", "schedule_epochs": 2}))
     )
     with torch.no_grad():
         model.features[0][0].weight[0] += 1
@@ -465,8 +465,18 @@ def test_a_shared_weight_runs_merged_but_not_as_a_chain():
         (lop(expansion=0), ConfigError, r"params\.expansion: .*at least 1.*got 0"),
         (lop(expansion=1.5), ConfigError, r"params\.expansion"),
         (lop(expandsion=4), ConfigError, r"params\.expandsion: unknown key\. Did you mean 'expansion'"),
-        (lop(expansion=None), ConfigError, "nothing to do"),
-        (lop(expansion=None, weight_decay=0.1, distillation=SIMILARITY), ConfigError, "that of merged weights"),
+        (lop(expansion=None), ConfigError, r"params\.expansion"),
+        (lop(form="none"), ConfigError, "nothing to do"),
+        (
+            lop(form="none", weight_decay=0.1, distillation=SIMILARITY),
+            ConfigError,
+            'params.weight_decay belongs to "form": "factors", but the form is "none"',
+        ),
+        (
+            lop(step_size=0.1),
+            ConfigError,
+            'params.step_size belongs to "form": "orthogonal", but the form is "factors"',
+        ),
         ({**lop(), "initializer": {}}, ConfigError, "nothing to initialize here"),
         (lop(distillation={"similarity_weight": -1}), ConfigError, r"distillation\.similarity_weight"),
         (lop(scopes={"ignored_scopes": ["features.9"]}), ScopeError, "'features.9' matches no operation and no module"),
