@@ -114,6 +114,9 @@ class Summary(_Part):
     served: list[Served]
     accuracy_aware_training: dict[str, Any] | None = Field(default=None, description="the search and what it found")
     self_check: dict[str, dict[str, Any]]
+    latency_budget: dict[str, dict[str, Any]] | None = Field(
+        default=None, description="by algorithm: what a budget of latency came to, with every network that was measured"
+    )
     labels: list[str] = Field(default=[], description="of the classes, in order")
     pixels: dict[str, list[float]] | None = Field(default=None, description="mean and std that images are given with")
     epochs: list[dict[str, Any]]

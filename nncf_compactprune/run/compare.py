@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -180,6 +181,7 @@ def _document(run: Run, comparison: Comparison, compressed: Compressed, files: F
         },
         **({} if compressed.watched is None else {"accuracy_aware_training": compressed.watched.to_json()}),
         "self_check": {name: _as_json(check) for name, check in compressed.checks.items()},
+        **({} if not compressed.latency else {"latency_budget": {n: asdict(r) for n, r in compressed.latency.items()}}),
         "labels": list(options.labels),
         "pixels": None if options.pixels is None else {k: list(v) for k, v in vars(options.pixels).items()},
         "epochs": list(run.snapshots.history),
@@ -204,6 +206,8 @@ def _write_markdown(run: Run, comparison: Comparison, compressed: Compressed, pi
     ]
     for name, check in compressed.checks.items():
         lines += [f"Self-check of `{name}`, cut against masked model: {check}.", ""]
+    for name, result in compressed.latency.items():
+        lines += [f"Budget of latency of `{name}`: {result}.", "", *result.to_markdown(), ""]
     if compressed.watched is not None:
         lines += compressed.watched.to_markdown()
     lines += [

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning
+from nncf_compactprune.algorithms.latency import LatencyResult
 from nncf_compactprune.channels import trace
 from nncf_compactprune.controller import CompressionController, create_compressed_model
 from nncf_compactprune.cut.self_check import SelfCheck
@@ -41,6 +42,7 @@ class Compressed:
     :param pruned: the network after fine-tuning.
     :param plan: what was removed.
     :param checks: the self-check of every algorithm that cut, by the algorithm's name.
+    :param latency: what budgets of latency came to, by the algorithm's name.
     :param watched: what training came to that watched the accuracy; None where it did not.
     """
 
@@ -48,6 +50,7 @@ class Compressed:
     pruned: Network
     plan: PruningPlan
     checks: dict[str, SelfCheck]
+    latency: dict[str, LatencyResult]
     watched: Watched | None = None
 
 
@@ -93,7 +96,10 @@ def compress(run: Run, dense: Network) -> Compressed:
     for name, check in checks.items():
         run.say(f"Self-check of {name}: {check}")
     pruned = run.measured(model, "Compressed" if carries_hooks(model) else "Pruned")
-    return Compressed(dense, pruned, plan, checks, watched)
+    latency = {a.name: a.latency for a in controller.algorithms if isinstance(a, ChannelPruning) and a.latency}
+    for name, result in latency.items():
+        run.say(f"Latency of {name}: {result}")
+    return Compressed(dense, pruned, plan, checks, latency, watched)
 
 
 def _save_pretrained(run: Run, model: nn.Module) -> None:

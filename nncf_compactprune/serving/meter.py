@@ -12,7 +12,8 @@ from torch import nn
 
 from nncf_compactprune.export.prepared import Array
 
-PAIRS = (12, 400)  # least and most requests of each network
+PAIRS = (20, 600)  # least and most requests of each network
+BEST_OF = 5  # requests of which the fastest counts: other processes only ever slow one down
 SECONDS = 4.0  # of a comparison, beyond the least requests
 PATIENCE = 12.0  # seconds where the machine is not quiet
 STEADY, UNSTEADY = 0.01, 0.03  # spreads at which a comparison may end early, or takes longer
@@ -96,8 +97,9 @@ class Meter:
 class Paired:
     """Two networks, measured in turns.
 
-    :param ratio: time of the second over the first, the median over the turns.
-    :param spread: half the range of the medians of four consecutive parts of the turns, relative to ``ratio``: what
+    :param ratio: time of the second over the first: of every few turns the fastest request of each, and of their ratios
+        the median.
+    :param spread: half the range of these medians over four consecutive parts, relative to ``ratio``: what
         the ratio itself is uncertain by.
     :param first_ms: median time of the first.
     :param second_ms: of the second.
@@ -130,7 +132,7 @@ def in_turns(first: LoadedNetwork, second: LoadedNetwork) -> Paired:
         else:
             before = first.request()
             times.append((before, second.request()))
-        if len(times) >= least and len(times) % 8 == 0:
+        if len(times) >= least and len(times) % (2 * BEST_OF) == 0:
             taken, spread = time.perf_counter() - start, _paired(times).spread
             if taken > (PATIENCE if spread > UNSTEADY else SECONDS):
                 break
@@ -147,7 +149,8 @@ def _warmed_up(request: Callable[[], float]) -> None:
 
 
 def _paired(times: Sequence[tuple[float, float]]) -> Paired:
-    taken: Array = np.array(times)
+    whole = np.array(times[: len(times) // BEST_OF * BEST_OF])
+    taken: Array = whole.reshape(-1, BEST_OF, 2).min(1)
     ratios = taken[:, 1] / taken[:, 0]
     ratio = float(np.median(ratios))
     parts = [float(np.median(part)) for part in np.array_split(ratios, _PARTS)]

@@ -116,7 +116,7 @@ class OnnxServer(Server):
                     shape = shape if transposed or position == 0 else shape[::-1]
                 yield Weight(node.name, stored, shape)
 
-    def layer_times(self, arrays: Sequence[Array], runs: int) -> list[LayerTime]:
+    def layer_times(self, arrays: Sequence[Array], runs: int, quantile: float = 0.5) -> list[LayerTime]:
         with tempfile.TemporaryDirectory() as directory:
             options = self._options()
             options.enable_profiling = True
@@ -133,7 +133,7 @@ class OnnxServer(Server):
                 name = str(event["name"]).removesuffix("_kernel_time")
                 taken[name].append(float(event["dur"]))
                 kinds[name] = (str(event["args"]["op_name"]), _computes_in(event["args"]))
-        return [LayerTime(name, *kinds[name], float(np.median(times[2:]))) for name, times in taken.items()]
+        return [LayerTime(name, *kinds[name], float(np.quantile(times[2:], quantile))) for name, times in taken.items()]
 
     def _options(self) -> Any:
         options = onnxruntime.SessionOptions()

@@ -102,7 +102,7 @@ class OpenVinoServer(Server):
                     shape = _torch_shape(node, tuple(port.get_shape()))
                     yield Weight(node.get_friendly_name(), constant.get_friendly_name(), shape, *_work_of(node, shape))
 
-    def layer_times(self, arrays: Sequence[Array], runs: int) -> list[LayerTime]:
+    def layer_times(self, arrays: Sequence[Array], runs: int, quantile: float = 0.5) -> list[LayerTime]:
         profiled = self._core.compile_model(
             self._model, self.serving.device, {**self._properties(), "PERF_COUNT": True}
         )
@@ -115,7 +115,7 @@ class OpenVinoServer(Server):
                 if str(info.status).endswith("EXECUTED"):
                     taken.setdefault(info.node_name, []).append(info.real_time.total_seconds() * 1e6)
                     kinds[info.node_name] = (info.node_type, _executed_in(info.exec_type))
-        return [LayerTime(name, *kinds[name], float(np.median(times))) for name, times in taken.items()]
+        return [LayerTime(name, *kinds[name], float(np.quantile(times, quantile))) for name, times in taken.items()]
 
     def _properties(self) -> dict[str, Any]:
         serving = self.serving

@@ -148,10 +148,11 @@ class Server:
         """The weights of all convolutions and matrix products, in the order of the operations."""
         return iter(())
 
-    def layer_times(self, arrays: Sequence[Array], runs: int) -> list[LayerTime]:
-        """What every operation takes, the median of some requests.
+    def layer_times(self, arrays: Sequence[Array], runs: int, quantile: float = 0.5) -> list[LayerTime]:
+        """What every operation takes, as the median of some requests or another quantile.
 
         :param arrays: the inputs.
         :param runs: how many requests.
+        :param quantile: of their times; below the median where other processes slow some of them down.
         """
         return []

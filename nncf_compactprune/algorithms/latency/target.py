@@ -57,6 +57,18 @@ class LatencyResult:
         """Whether the network takes no longer than asked for, but for the tolerance."""
         return self.ms <= self.asked_ms * (1 + TOLERANCE)
 
+    def to_markdown(self) -> list[str]:
+        """Every network that was measured, as a table."""
+        dense = max(sum(self.measured[0].widths), 1)
+        return [
+            "| channels kept | time of the dense | ± | seconds of measuring |",
+            "| ---: | ---: | ---: | ---: |",
+            *(
+                f"| {sum(one.widths) / dense:.1%} | {one.ratio:.1%} | {one.spread:.1%} | {one.seconds:.1f} |"
+                for one in self.measured
+            ),
+        ]
+
     def __str__(self) -> str:
         return (
             f"{self.ms:.3g} ms ({self.ratio:.1%} of {self.dense_ms:.3g} ms, ± {self.spread:.1%}), "
