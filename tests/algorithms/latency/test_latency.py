@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -55,6 +56,15 @@ def test_the_measured_time_holds(plugins, asked, runtime):
     assert ratio == pytest.approx(asked, rel=0.05)
     assert result.latency.ratio == pytest.approx(ratio, rel=1e-6)
     assert result.latency.ms == pytest.approx(time_of(result.model), rel=1e-6)
+
+
+def test_the_result_goes_into_reports(plugins):
+    latency = pruned(plugins, 0.6)[0].latency
+    header, _, dense, *others = latency.to_markdown()
+    assert header.startswith("| channels kept |")
+    assert dense.startswith("| 100.0% | 100.0% |")
+    assert len(others) == len(latency.measured) - 1
+    assert json.loads(json.dumps(asdict(latency)))["ratio"] == latency.ratio
 
 
 def test_milliseconds_are_what_they_say(plugins):
