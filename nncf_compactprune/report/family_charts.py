@@ -54,3 +54,4 @@ def _panel(axes: Any, results: Results, cost: Cost, unit: float) -> None:
     least, most = (limit(place(point)[0] for point in results.points) for limit in (min, max))
     axes.set_xlim(0 if least < most / 2 else least - 0.2 * (most - least) - 0.02 * most, most + 0.15 * (most - least))
     axes.margins(y=0.2)
+    axes.locator_params(axis="x", nbins=5)
