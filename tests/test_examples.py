@@ -267,7 +267,7 @@ def test_readme_lists_every_key_of_fbnet_pruning_with_its_default() -> None:
 def test_documents_list_every_key_of_recovery_algorithms_with_their_defaults(document, config) -> None:
     own = {key: value for key, value in fields(config).items() if "." in key}
     expected = {key: value for key, value in own.items() if not key.startswith("initializer.")}
-    assert table("params.expansion", DOCUMENTS[document]) == expected
+    assert table("params.form", DOCUMENTS[document]) == expected
 
 
 def test_readme_lists_what_catro_has_beside_or_otherwise() -> None:
