@@ -97,6 +97,7 @@ def test_what_is_finished_is_not_run_again(
 ) -> None:
     monkeypatch.setattr(members, "run_settings", never)
     monkeypatch.setattr("nncf_compactprune.run.families.siblings.fit", never)
+    monkeypatch.setenv("COLUMNS", "160")
     main_quietly(["family", str(made.directory.with_suffix(".json"))])
     printed = capsys.readouterr().out
     assert printed.count("finished already") == 3
