@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from nncf_compactprune.commands import benchmark, compare, family, verify  # noqa: F401  # each adds its commands to app
 from nncf_compactprune.commands.app import app
 from nncf_compactprune.commands.console import output_console
-from nncf_compactprune.commands.overrides import Overrides, parsed
+from nncf_compactprune.commands.overrides import Output, Overrides, Weights, replaced
 from nncf_compactprune.config import json_schema
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import Pixels, export_model
@@ -68,16 +68,12 @@ def _program(
 @app.command("run")
 def run_command(
     config: Annotated[Path, typer.Argument(help="The config file.")],
-    output: Annotated[Path | None, typer.Option(help="Where to write; the config's output_dir by default.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Safetensors file of the dense model.")] = None,
+    output: Output = None,
+    weights: Weights = None,
     overrides: Overrides = [],  # noqa: B006  # typer copies it
 ) -> None:
     """Train or load the dense model, prune, fine-tune, export and compare, as a config says."""
-    changes = parsed(overrides)
-    if output is not None:
-        changes["output_dir"] = str(output)
-    if weights is not None:
-        changes["weights"] = str(weights)
+    changes = replaced(overrides, output, weights)
     console = output_console()
     with bars_on(console):
         outcome = run(config, overrides=changes, say=lambda line: console.print(escape(line), soft_wrap=True))
