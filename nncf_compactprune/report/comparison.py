@@ -22,7 +22,7 @@ class NetworkFigures:
     :param params: number of parameters.
     :param accuracy: in [0, 1]; ``None`` when it was not measured.
     :param file_bytes: bytes on disk by format, such as ``{"OpenVINO FP16": 2_400_000}``.
-    :param latency_ms: median time of one request by runtime, such as ``{"OpenVINO FP32": 4.5}``.
+    :param latency_ms: time of one request by file, such as ``{"OpenVINO FP32": 4.5}``, and by settings of a budget.
     """
 
     macs: int
@@ -78,7 +78,7 @@ def rich_table(comparison: Comparison, title: str | None = None) -> Table:
     """
     table = Table(title=title)
     for position, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="right" if position else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if position else "left", no_wrap=position > 0)
     previous = ""
     for row in _rows(comparison):
         kind = row.name.partition(",")[0]

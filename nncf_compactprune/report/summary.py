@@ -26,7 +26,9 @@ class Figures(_Part):
     macs: int = Field(description="multiply-accumulates of one sample")
     params: int
     file_bytes: dict[str, int] = Field(description="bytes on disk by format")
-    latency_ms: dict[str, float] = Field(description="median time of one request by runtime")
+    latency_ms: dict[str, float] = Field(
+        description="time of one request, by file, and by the settings of a budget of latency"
+    )
 
 
 class Ratios(_Part):

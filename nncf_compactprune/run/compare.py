@@ -16,13 +16,11 @@ import torch
 from nncf_compactprune.cut.self_check import SelfCheck
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.export import (
-    QUANTIZED,
     ExportedFile,
     ExportOptions,
     Pixels,
     export_model,
     is_quantized,
-    measure_latency,
 )
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.report import Comparison, NetworkFigures, plot_widths, to_json, to_markdown
@@ -32,10 +30,10 @@ from nncf_compactprune.report.summary import SUMMARY_FILE, Summary, summary_text
 from nncf_compactprune.run.compress import Compressed
 from nncf_compactprune.run.environment import environment
 from nncf_compactprune.run.model_card import model_card
-from nncf_compactprune.run.models import ExampleInputs
 from nncf_compactprune.run.progress import tracked
 from nncf_compactprune.run.served import layers, served, torch_sides
 from nncf_compactprune.run.state import Network, Run
+from nncf_compactprune.run.timing import times_of_budgets, times_of_files
 from nncf_compactprune.storage.writing import write_whole
 from nncf_compactprune.version import __version__
 
@@ -52,7 +50,7 @@ def compare(run: Run, compressed: Compressed) -> Comparison:
     run.say("Exporting and verifying")
     plan, networks = compressed.plan, {"dense": compressed.dense, "pruned": compressed.pruned}
     files = _export(run, networks)
-    latency = _latency(files, run.example)
+    budgets, times = times_of_budgets(run, compressed), times_of_files(files, run.example)
     comparison = Comparison(
         *(
             NetworkFigures(
@@ -60,7 +58,7 @@ def compare(run: Run, compressed: Compressed) -> Comparison:
                 cost.params,
                 networks[name].accuracy,
                 {file.label: file.bytes for file in files[name]},
-                latency[name],
+                budgets[name] | times[name],
             )
             for name, cost in (("dense", plan.before), ("pruned", plan.after))
         )
@@ -132,24 +130,6 @@ def export_options(run: Run, pruned: bool) -> ExportOptions:
     labels = [data.class_names[at] for at in kept]
     pixels = Pixels(tuple(data.mean), tuple(data.std))
     return ExportOptions(**asked, labels=labels, pixels=pixels, embed_preprocessing=chosen.embed_preprocessing)
-
-
-def _latency(files: Files, example: ExampleInputs) -> dict[str, dict[str, float]]:
-    """Median milliseconds by network and file label; dense and pruned of one format and precision are timed in turn.
-    An INT8 file takes turns with the dense files of its format."""
-    result: dict[str, dict[str, float]] = {network: {} for network in files}
-    every = [(network, file) for network, exported in files.items() for file in exported]
-    mixed = any(file.precision == QUANTIZED for _, file in every)
-    turns: dict[str, dict[str, tuple[str, ExportedFile]]] = {}
-    for network, file in every:
-        turns.setdefault(file.format if mixed else file.label, {})[f"{network} {file.label}"] = (network, file)
-    with tracked(list(turns.values()), "Measuring latency") as groups:
-        for group in groups:
-            timed = measure_latency({key: file.path for key, (_, file) in group.items()}, example)
-            for key, latency in timed.items():
-                network, file = group[key]
-                result[network][file.label] = latency.median_ms
-    return result
 
 
 def _document(run: Run, comparison: Comparison, compressed: Compressed, files: Files) -> dict[str, Any]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 
+from nncf_compactprune.export.latency import BEST_OF
 from nncf_compactprune.export.prepared import Array
 
 PAIRS = (20, 600)  # least and most requests of each network
-BEST_OF = 5  # requests of which the fastest counts: other processes only ever slow one down
 SECONDS = 4.0  # of a comparison, beyond the least requests
 PATIENCE = 12.0  # seconds where the machine is not quiet
 STEADY, UNSTEADY = 0.01, 0.03  # spreads at which a comparison may end early, or takes longer
+LOADS = 3  # of both networks, for a figure that is to be relied on
 _PARTS = 4
 
 
@@ -36,6 +38,19 @@ class MeterOptions:
     hint: Literal["latency", "throughput"] = "latency"
     batch: int = 1
     threads: int | None = None
+
+    @classmethod
+    def of(cls, asked: Any) -> MeterOptions:
+        """What a budget says.
+
+        :param asked: has the fields of these options.
+        """
+        return cls(**{field.name: getattr(asked, field.name) for field in fields(cls)})
+
+    def __str__(self) -> str:
+        threads = "default threads" if self.threads is None else f"{self.threads} thread{'s' * (self.threads > 1)}"
+        hint = "" if self.hint == "latency" else ", throughput"
+        return f"{self.precision.upper()}, batch {self.batch}, {threads}{hint}"
 
 
 @dataclass(frozen=True)
@@ -139,6 +154,30 @@ def in_turns(first: LoadedNetwork, second: LoadedNetwork) -> Paired:
             if len(times) >= 4 * least and spread < STEADY:
                 break
     return _paired(times)
+
+
+def loaded_anew(first: Callable[[], LoadedNetwork], second: Callable[[], LoadedNetwork]) -> Paired:
+    """Measures two networks in turns, several times, each time loaded anew: a figure to be relied on. Where a network
+    lies in memory changes its time by a few percent for as long as it is loaded, which no number of turns shows.
+
+    :param first: loads what to compare with.
+    :param second: loads what is compared.
+    :return: medians over the loads; the spread is that of the ratios of the loads, or that within them if larger.
+    """
+    found: list[Paired] = []
+    for _ in range(LOADS):
+        with contextlib.ExitStack() as stack:
+            networks = []
+            for load in (first, second):
+                networks.append(load())
+                stack.callback(networks[-1].close)
+            found.append(in_turns(*networks))
+    ratios = [one.ratio for one in found]
+    ratio = float(np.median(ratios))
+    within = float(np.median([one.spread for one in found]))
+    spread = max(within, (max(ratios) - min(ratios)) / 2 / ratio)
+    first_ms = float(np.median([one.first_ms for one in found]))
+    return Paired(ratio, spread, first_ms, first_ms * ratio, sum(one.turns for one in found))
 
 
 def _warmed_up(request: Callable[[], float]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 import openvino
@@ -312,12 +312,35 @@ def test_accuracy_control_quantizes_everything_where_that_holds() -> None:
     assert in_float == "none"
 
 
+@pytest.mark.parametrize("needed", range(1, 8))
+def test_accuracy_control_finds_the_fewest_layers_up_to_all_but_one(monkeypatch, needed) -> None:
+    names = [f"layer{at}" for at in range(7)]
+    monkeypatch.setattr(accuracy_control, "_by_their_effect", lambda *args: names)
+    monkeypatch.setattr(accuracy_control, "accuracy_on", lambda net, batches: getattr(net, "accuracy", 1.0))
+    tried = []
+
+    def quantize(net: nn.Module, in_float: Sequence[str]) -> None:
+        tried.append(len(in_float))
+        net.accuracy = 1.0 if len(in_float) >= needed else 0.5
+
+    if needed == 7:
+        with pytest.raises(QuantizationError, match="at best 50.00% with 0 of 7 layers in float"):
+            accuracy_control.control(nn.Module(), quantize, X, [], 0.02)
+        assert tried == [0, 1, 2, 4, 6]
+    else:
+        found = accuracy_control.control(nn.Module(), quantize, X, [], 0.02)
+        assert found.in_float == tuple(names[:needed])
+        assert len(tried) == len(set(tried)) <= 6
+
+
 def test_a_drop_that_cannot_be_held_and_missing_labels_are_told_and_the_model_stays(monkeypatch) -> None:
     model, loader = hostile()
     before = copy.deepcopy(model.state_dict())
-    found = iter([1.0, 0.5, 0.6, 0.7, 0.8])
+    found = iter([1.0, 0.5, 0.6, 0.7, 0.9, 0.8])
     monkeypatch.setattr(accuracy_control, "accuracy_on", lambda net, batches: next(found))
-    with pytest.raises(QuantizationError, match=r"of 2.00% cannot be held: 100.00% in float, at best 80.00% with 4 o"):
+    with pytest.raises(
+        QuantizationError, match=r"of 2.00% cannot be held: 100.00% in float, at best 90.00% with 4 of 6"
+    ):
         controlled(model, loader)
     with pytest.raises(CompactPruneError, match="accuracy_control: batches hold no labels"):
         controlled(model, [x for x, _ in loader])

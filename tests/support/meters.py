@@ -20,7 +20,8 @@ CALLED = 2.0  # microseconds of a layer beside its arithmetic
 class Counting(LoadedNetwork):
     """Every convolution takes time for itself and for its weights, outputs in whole vectors."""
 
-    def __init__(self, model: nn.Module, *, tells_layers: bool, drift: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, *, tells_layers: bool, drift: float = 0.0, luck: float = 1.0) -> None:
+        self._luck = luck
         self._layers = [
             LayerClock(name, CALLED + math.ceil(m.out_channels / VECTOR) * VECTOR * m.weight[0].numel() / 100)
             for name, m in model.named_modules()
@@ -30,7 +31,7 @@ class Counting(LoadedNetwork):
 
     def request(self) -> float:
         self._turn += 1
-        return (1 + self._drift * self._turn) * sum(clock.microseconds for clock in self._layers) / 1e3
+        return self._luck * (1 + self._drift * self._turn) * sum(clock.microseconds for clock in self._layers) / 1e3
 
     def layers(self) -> Sequence[LayerClock]:
         return self._layers if self._tells_layers else ()
@@ -72,13 +73,31 @@ class Noisy(FakeMeter):
     drift = 0.002
 
 
+class Lucky(FakeMeter):
+    """A device on which a pruned network seems faster than it is, the first time that it is measured."""
+
+    forever = True
+
+    def load(self, model: nn.Module, example_inputs: Any) -> LoadedNetwork:
+        super().load(model, example_inputs)
+        *before, last = self.loaded
+        again = last in before[1:] or not self.forever and len(set(before)) < len(before) - 1
+        return Counting(model, tells_layers=False, luck=1.0 if again or last == self.loaded[0] else 0.85)
+
+
+class LuckyOnce(Lucky):
+    """The same, until a network is measured anew."""
+
+    forever = False
+
+
 class Plugin:
     @hookimpl
     def compactprune_latency_meters(self) -> Mapping[str, Any]:
-        return {"fake": FakeMeter, "silent": Silent, "noisy": Noisy}
+        return {"fake": FakeMeter, "silent": Silent, "noisy": Noisy, "lucky": Lucky, "lucky_once": LuckyOnce}
 
 
 def with_fakes(plugins: Plugins) -> Plugins:
-    """The same plugins and the fake devices ``fake``, ``silent`` and ``noisy``."""
+    """The same plugins and the fake devices ``fake``, ``silent``, ``noisy``, ``lucky`` and ``lucky_once``."""
     plugins.register(Plugin(), "fakes")
     return plugins

@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from nncf_compactprune.cut.surgery import apply_plan
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.host.distributed import is_main_process, said_by_main
 from nncf_compactprune.plan import make_plan
-from nncf_compactprune.serving.meter import LoadedNetwork, Meter, in_turns
+from nncf_compactprune.serving.meter import LoadedNetwork, Meter, in_turns, loaded_anew
 
 
 class Candidates:
@@ -53,8 +53,16 @@ class Candidates:
         :raises ExportError: the network cannot be exported, or does not run on the device.
         """
         wanted = tuple(int(width) for width in widths)
-        found = json.loads(self._shared(lambda: json.dumps(asdict(self._measured(wanted)))))
-        return Measured(**{**found, "widths": tuple(found["widths"])})
+        return self._heard(lambda: self._measured(wanted))
+
+    def measure_anew(self, widths: Sequence[int]) -> Measured:
+        """Measures a network whatever is known of it, both networks loaded anew. What it finds takes the place of what
+        was known.
+
+        :param widths: of all groups, ``[groups]``.
+        :raises ExportError: the network does not run on the device any more.
+        """
+        return self._heard(lambda: self._measured_anew(tuple(widths)))
 
     def done(self) -> None:
         """The dense network leaves the device; it is loaded again where it is needed."""
@@ -83,6 +91,21 @@ class Candidates:
         cache.add(one)
         return one
 
+    def _measured_anew(self, widths: tuple[int, ...]) -> Measured:
+        meter, known = self._started(), self._measured(widths)
+        if widths == tuple(self._graph.sizes.tolist()):
+            return known
+        self.done()
+        start = time.perf_counter()
+        paired = loaded_anew(lambda: self._load(meter, self._graph.sizes.tolist()), lambda: self._load(meter, widths))
+        seconds = time.perf_counter() - start
+        one = replace(
+            known, ratio=paired.ratio, spread=paired.spread, dense_ms=paired.first_ms, seconds=known.seconds + seconds
+        )
+        assert self._cache is not None
+        self._cache.add(one)
+        return one
+
     def _load(self, meter: Meter, widths: Sequence[int]) -> LoadedNetwork:
         return meter.load(self._copy(widths), self._inputs)
 
@@ -99,6 +122,10 @@ class Candidates:
             signature = network_signature(self._model, self._inputs)
             self._cache = MeasurementCache(self._meter.identity, self._meter.options, signature)
         return self._meter
+
+    def _heard(self, work: Callable[[], Measured]) -> Measured:
+        found = json.loads(self._shared(lambda: json.dumps(asdict(work()))))
+        return Measured(**{**found, "widths": tuple(found["widths"])})
 
     def _shared(self, work: Callable[[], str]) -> str:
         """What the main process found, or failed with, in every process."""

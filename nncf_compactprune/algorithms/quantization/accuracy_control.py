@@ -2,7 +2,8 @@
 
 What ``nncf.quantize_with_accuracy_control`` does for OpenVINO and ONNX models, for the torch model: layers are ranked
 by what their quantizers alone change at the output, and left out one after the other. Ours: 1, 2, 4 ... layers are
-tried and then the range between the last two is halved, so that the network is quantized about 2 log2(n) times, not n.
+tried, at most all but one, and then the range between the last two is halved, so that the network is quantized about
+2 log2(n) times, not n.
 """
 
 from __future__ import annotations
@@ -101,17 +102,18 @@ def control(
     enough = 0
     if not holds(0):
         ranked += _by_their_effect(model, quantized, example_inputs, batches[:RANKING_BATCHES])
-        few, enough = 0, 1
-        while enough < len(ranked) and not holds(enough):
-            few, enough = enough, 2 * enough
-        if enough >= len(ranked):
-            best = max(accuracies.values())
-            msg = (
-                f"'quantization': accuracy_control.max_drop of {max_drop:.2%} cannot be held: {before:.2%} in float, "
-                f"at best {best:.2%} with {few} of {len(ranked)} layers in float. Allow a larger drop, train with the "
-                "quantizers (params.start_epoch), or leave the entry out."
-            )
-            raise QuantizationError(msg)
+        most = max(len(ranked) - 1, 0)
+        few, enough = 0, min(1, most)
+        while not holds(enough):
+            if enough >= most:
+                best = max(accuracies, key=lambda count: accuracies[count])
+                msg = (
+                    f"'quantization': accuracy_control.max_drop of {max_drop:.2%} cannot be held: {before:.2%} in "
+                    f"float, at best {accuracies[best]:.2%} with {best} of {len(ranked)} layers in float. Allow a "
+                    "larger drop, train with the quantizers (params.start_epoch), or leave the entry out."
+                )
+                raise QuantizationError(msg)
+            few, enough = enough, min(2 * enough, most)
         while enough - few > 1:
             middle = (few + enough) // 2
             few, enough = (few, middle) if holds(middle) else (middle, enough)
