@@ -324,7 +324,7 @@ def test_accuracy_control_finds_the_fewest_layers_up_to_all_but_one(monkeypatch,
         net.accuracy = 1.0 if len(in_float) >= needed else 0.5
 
     if needed == 7:
-        with pytest.raises(QuantizationError, match="at best 50.00% with 0 of 7 layers in float"):
+        with pytest.raises(QuantizationError, match=r"at best 50\.00% with 0 of 7 layers in float"):
             accuracy_control.control(nn.Module(), quantize, X, [], 0.02)
         assert tried == [0, 1, 2, 4, 6]
     else:

@@ -81,7 +81,7 @@ class Lucky(FakeMeter):
     def load(self, model: nn.Module, example_inputs: Any) -> LoadedNetwork:
         super().load(model, example_inputs)
         *before, last = self.loaded
-        again = last in before[1:] or not self.forever and len(set(before)) < len(before) - 1
+        again = last in before[1:] or (not self.forever and len(set(before)) < len(before) - 1)
         return Counting(model, tells_layers=False, luck=1.0 if again or last == self.loaded[0] else 0.85)
 
 

@@ -128,9 +128,10 @@ class LatencyTarget:
         self._candidates.done()
 
     def refined(self, decide: Callable[[], PruningPlan]) -> PruningPlan:
-        """Decides, measures, corrects the model and decides again, until the measured time holds. The nearest of several
-        noisy measurements looks nearer than its network is, so the one that is chosen is measured anew, and the search
-        goes on where that does not hold.
+        """Decides, measures, corrects the model and decides again, until the measured time holds.
+
+        The nearest of several noisy measurements looks nearer than its network is, so the one that is chosen is
+        measured anew, and the search goes on where that does not hold.
 
         :param decide: shares out the budget by :attr:`model`.
         :return: the plan whose time, measured anew, is closest to what was asked for.
