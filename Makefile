@@ -7,7 +7,7 @@ VENV ?= .venv
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
-SOURCES := nncf_compactprune tests examples
+SOURCES := nncf_compactprune tests examples tools
 
 # NNCF compiles a small extension at first use and gives up after 60 s; a slow machine takes longer.
 export NNCF_EXTENSION_LOAD_TIMEOUT := 0
@@ -15,7 +15,7 @@ export NNCF_EXTENSION_LOAD_TIMEOUT := 0
 # the demo took 20 to 90 s that way, and 5 to 12 s with threads that sleep.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-main test-floors test-nncf219 test-all lint bench-deps clean
+.PHONY: demo test test-main test-floors test-nncf219 test-all lint docs docs-serve bench bench-deps dist clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed ## Trains, prunes, fine-tunes and exports a network for handwritten digits: a few minutes.
@@ -48,11 +48,26 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench-deps: $(VENV)/.installed-dev ## What only the benchmarks need.
+docs: $(VENV)/.installed-dev ## The documentation as a site, in site/. Every warning is an error. tests/docs builds it, too.
+	$(BIN)/python tools/key_tables.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.installed-dev ## The same on a local address, while you write.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+bench: $(VENV)/.installed-dev ## The benchmarks that BENCH names (all: two days). Goes on with: make bench BENCH=resume
+	$(BIN)/python examples/benchmarks/bench.py $(if $(filter resume list,$(BENCH)),$(BENCH),run $(or $(BENCH),all))
+
+dist: $(VENV)/.installed-dev ## Source archive and wheel in dist/, tried in a new environment outside of the repository.
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python tools/check_dist.py dist
+
+bench-deps: $(VENV)/.installed-dev ## What only the benchmarks need, for those that are run without `make bench`.
 	$(PIP) --no-deps torch-pruning
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-nncf219 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-nncf219 .venv-bench build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

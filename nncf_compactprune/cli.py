@@ -6,10 +6,11 @@ Every mistake of the user ends with one message on standard error and exit statu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import nncf
 import typer
@@ -73,7 +74,17 @@ def run_command(
     overrides: Overrides = [],  # noqa: B006  # typer copies it
 ) -> None:
     """Train or load the dense model, prune, fine-tune, export and compare, as a config says."""
-    changes = replaced(overrides, output, weights)
+    _run(config, replaced(overrides, output, weights))
+
+
+@app.command("demo")
+def demo_command(output: Output = None, overrides: Overrides = []) -> None:  # noqa: B006  # typer copies it
+    """Run a config that comes with the package: a small network for handwritten digits, a few minutes on a CPU."""
+    with resources.as_file(resources.files("nncf_compactprune.run") / "demo.json") as config:
+        _run(config, replaced(overrides, output, None))
+
+
+def _run(config: Path, changes: Mapping[str, Any]) -> None:
     console = output_console()
     with bars_on(console):
         outcome = run(config, overrides=changes, say=lambda line: console.print(escape(line), soft_wrap=True))

@@ -43,20 +43,22 @@ _Scores = TypeVar("_Scores")
 class ChannelPruningParams(Section):
     """How channels are removed.
 
-    :param schedule: ``"one_shot"`` prunes before training; ``"exponential"`` masks more each epoch and cuts at the end.
+    :param schedule: ``"exponential"`` masks more each epoch, then cuts; ``"one_shot"`` cuts before training; or a
+        plugin's. In Python it may be a callable, as may ``allocation``.
     :param num_init_steps: epochs before pruning starts.
-    :param pruning_init: share of the budgeted cost removed when it starts, in [0, 1).
+    :param pruning_init: share of the cost removed when it starts, in [0, 1).
     :param pruning_steps: epochs from there to the full budget.
-    :param shrink_every: what is masked is cut at the start of every so many epochs of the schedule, optimizer state and
-        EMA copy along with it; it cannot come back then. Null: at the end of the schedule only.
-    :param allocation: how many channels each group loses: ``"balanced"``, ``"uniform"``, ``"global"``, ``"greedy"``,
-        ``"least_loss"`` or a plugin's. In Python, it and ``schedule`` may be a callable of the plugin's kind.
-    :param round_to: widths are multiples of this (vector units like 8); groups may also stay whole. ``"auto"``: of 8 in
-        layers of 128 channels or more, of 4, 2 and 1 in layers half, a quarter and an eighth as wide; with a budget of
-        latency of what the device was measured to like.
+    :param shrink_every: cut what is masked every so many epochs of the schedule, for good, optimizer state and EMA copy
+        along with it; null: at its end.
+    :param allocation: widths: ``"balanced"`` (the product of what the layers keep is largest), ``"uniform"`` (the same
+        share of every group), ``"global"`` (one threshold for all channels), ``"greedy"`` (least score lost per cost
+        saved), ``"least_loss"`` (the same, scores taken as losses in one unit), or a plugin's.
+    :param round_to: widths are multiples of this; a group may also stay whole. ``"auto"``: of 8, as vector units like
+        them, from 128 channels on, of 4, 2 and 1 in narrower layers; with a budget of latency, of what the device was
+        measured to like.
     :param min_channels: least channels kept in any group.
     :param max_ratio: largest share removed from any group, in [0, 1].
-    :param allow_approximate: also prune channels that a LayerNorm normalises over.
+    :param allow_approximate: also cut channels that a LayerNorm normalises over, which is not exact.
     """
 
     schedule: Annotated[str | Callable[..., float], Registered("schedules")] = "exponential"
@@ -89,8 +91,8 @@ class ChannelPruningParams(Section):
 class PruningInitializer(Initializer):
     """What happens right after the cut, before training.
 
-    :param refit: re-fit every layer around the cut to what the dense layer gave; null: no re-fit. BatchNorm statistics
-        follow it, so ``batchnorm_adaptation`` then acts only where it is written down.
+    :param refit: ``{}`` re-fits every layer around the cut to what the dense layer gave; null: no re-fit. BatchNorm
+        statistics follow it, so ``batchnorm_adaptation`` then acts only where it is written down.
     """
 
     refit: RefitConfig | None = None

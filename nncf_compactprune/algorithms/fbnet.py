@@ -27,7 +27,7 @@ class FBNetParams(ChannelPruningParams):
     """Parameters of ``fbnet_pruning``.
 
     :param importance: the criterion: ``"l1"``, ``"l2"``, ``"geometric_median"``, ``"batch_norm_scale"``, ``"taylor"``
-        (by gradients, so it needs labelled batches) or a plugin's; in Python also a callable of the same kind.
+        (by gradients: needs labels), or a plugin's. In Python it may be a callable.
     """
 
     importance: Annotated[str | Callable[..., Tensor], Registered("importance")] = "l2"

@@ -86,13 +86,13 @@ Time = Annotated[
 class Budget(Section):
     """What the compressed model may cost. Every limit given must hold.
 
-    :param macs: multiply-accumulates: the fraction kept in (0, 1], or an absolute number (``300000000``, ``"300M"``).
-    :param params: parameters, in the same way.
-    :param latency: measured time of one request: the fraction of the dense model's, or a time (``"4.5ms"``).
+    :param macs: multiply-accumulates left: a fraction in (0, 1], a whole number, or text such as ``"300M"``.
+    :param params: parameters left, in the same forms.
+    :param latency: measured time of one request: a fraction of the dense model's, or a time such as ``"4.5ms"``.
     :param runtime: what measures latency: ``"openvino"``, ``"onnxruntime"`` or a plugin's. In Python it may be a meter.
     :param device: of this runtime.
-    :param precision: of the exported network that is measured.
-    :param hint: what the runtime tunes for. With ``"throughput"`` latency is the time per request at full load.
+    :param precision: of the exported network that is measured: ``"fp32"``, ``"fp16"``, ``"int8"``.
+    :param hint: what the runtime tunes for: ``"latency"``, or ``"throughput"``, the time per request at full load.
     :param batch: samples of a request.
     :param threads: CPU threads; null leaves them to the runtime.
     """

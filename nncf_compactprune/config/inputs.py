@@ -17,7 +17,8 @@ class InputInfo(Section):
     """One model input, in NNCF's grammar.
 
     :param sample_size: the shape, batch first.
-    :param filler: ``"random"`` draws floats from [0, 1) and integers from {0, 1}.
+    :param type: ``"float"``, or ``"long"`` for indices such as tokens.
+    :param filler: ``"ones"``, ``"zeros"`` or ``"random"``: floats from [0, 1), integers from {0, 1}.
     :param keyword: the argument of ``forward`` it goes to; positional where None.
     """
 

@@ -49,8 +49,11 @@ Source = Document | str | os.PathLike[str] | Mapping[str, Any]
 class CompressionConfig(BaseModel):
     """A whole configuration, as :func:`load_config` returns it. Keys unknown here are kept in ``model_extra``.
 
+    :param input_info: what the model is called with; one object, or a list with one for each input.
     :param compression: one configuration per algorithm, in the order in which they are applied. Scopes given at the top
         level are merged in, as in NNCF 2.x.
+    :param ignored_scopes: for all entries, beside their own.
+    :param target_scopes: for all entries that name none.
     :param target_device: where the compressed model will run; algorithms that quantize read it.
     :param accuracy_aware_training: how much accuracy may be lost, for training loops that watch it.
     :param compression_lr_multiplier: factor of the gradients of parameters that an algorithm trains beside the

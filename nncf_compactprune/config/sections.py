@@ -17,6 +17,8 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
+from nncf_compactprune.config.descriptions import descriptions
+
 
 class Section(BaseModel):
     """Base of every section of an entry: frozen, strict about types (no ``"8"`` for 8), closed to unknown keys.
@@ -46,6 +48,9 @@ class Section(BaseModel):
         properties = handler.resolve_ref_schema(found).get("properties", {})
         for key in cls.unread:
             properties.pop(key, None)
+        for key, text in descriptions(cls).items():
+            if key in properties:
+                properties[key].setdefault("description", text)
         return found
 
 
@@ -96,7 +101,10 @@ Scopes = Annotated[list[str], OneOrMany()]
 
 
 class BatchNormAdaptation(Section):
-    """How many samples re-estimate BatchNorm statistics after pruning; 0 leaves them as they are."""
+    """How BatchNorm statistics follow.
+
+    :param num_bn_adaptation_samples: images that re-estimate BatchNorm statistics after the cut; 0 leaves them.
+    """
 
     num_bn_adaptation_samples: int = Field(default=2000, ge=0)
 
@@ -111,8 +119,9 @@ class AlgorithmConfig(Section):
     """One entry of ``"compression"``. An algorithm's ``Config`` derives from it and adds its own sections.
 
     :param algorithm: the algorithm's name.
-    :param ignored_scopes: NNCF scopes that are not compressed.
-    :param target_scopes: NNCF scopes that are; all, where None.
+    :param ignored_scopes: what is left as it is: module names with all below them, NNCF node names, or ``{re}`` and a
+        pattern.
+    :param target_scopes: what may be compressed, in the same grammar; null: everything.
     """
 
     algorithm: str

@@ -23,8 +23,10 @@ DEFAULT_MOMENTUM = 0.9
 class OptimizerConfig(Section):
     """Which optimizer, with torch's own meaning of every value.
 
+    :param type: ``"sgd"``, ``"adam"`` or ``"adamw"``.
     :param lr: learning rate at the start of the schedule.
-    :param momentum: for ``sgd`` only; 0.9 by default.
+    :param momentum: of ``sgd``; null means 0.9.
+    :param weight_decay: as torch applies it.
     """
 
     type: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -51,7 +53,18 @@ class OptimizerConfig(Section):
 
 
 class ExportConfig(Section):
-    """What ``run`` writes of the dense and the pruned model; see :class:`~nncf_compactprune.export.ExportOptions`."""
+    """What ``run`` writes of the dense and the pruned model; see :class:`~nncf_compactprune.export.ExportOptions`.
+
+    :param formats: ``"onnx"``, ``"openvino"``, or a plugin's.
+    :param precisions: ``"fp32"``, ``"fp16"``; a quantized network has only INT8 files.
+    :param batch: a fixed batch size; null leaves it open.
+    :param dynamic_size: height and width are open, too.
+    :param opset: of ONNX; null: the exporter's.
+    :param external_data: ONNX weights go into a file of their own.
+    :param embed_preprocessing: scaling and normalising of pixels goes into the files.
+    :param input_names: of the files' inputs, in order; null: the exporter's.
+    :param output_names: of the outputs.
+    """
 
     formats: tuple[str, ...] = Field(default=("onnx", "openvino"), min_length=1, strict=False)
     precisions: tuple[Literal["fp32", "fp16"], ...] = Field(default=("fp32", "fp16"), min_length=1, strict=False)
@@ -77,18 +90,22 @@ class ExportConfig(Section):
 class RunConfig(Section):
     """The top-level keys that belong to the training script, as in NNCF's samples.
 
-    :param model: name for :func:`~nncf_compactprune.run.models.resolve_model`.
-    :param model_options: keyword arguments of the model's builder.
+    :param model: ``timm:NAME``, ``hf:MODEL_TYPE`` or ``hf:FOLDER``, ``torchvision:NAME``, ``python:module:function``,
+        ``python:file.py:function``, or a plugin's.
+    :param model_options: keyword arguments of what builds the model.
     :param weights: safetensors file of the dense model.
-    :param dataset: name for :func:`~nncf_compactprune.run.datasets.resolve_dataset`; without one nothing is
-        trained and no accuracy measured.
-    :param dataset_options: the dataset's own options.
+    :param dataset: ``digits``, ``cifar10:PATH``, ``imagefolder:DIR``, ``python:module:function``, or a plugin's; null
+        needs ``weights``, ``input_info`` and no epochs: nothing is trained and no accuracy measured.
+    :param dataset_options: the dataset's own options: ``mean`` and ``std`` of ``cifar10`` and ``imagefolder``,
+        ``train_samples`` and ``test_samples`` of ``cifar10``, ``image_size`` of ``imagefolder``.
+    :param batch_size: images a step.
     :param epochs: fine-tuning epochs, while and after pruning.
     :param warm_start: directory of a finished run of the same dense network, whose pruned network is pruned further;
         budgets stay shares of the dense one.
     :param pretrain_epochs: epochs of dense training first; ignored where weights are given.
-    :param lr_schedule: how the learning rate falls, by epoch.
-    :param output_dir: where the artefacts go.
+    :param lr_schedule: how the learning rate falls, by epoch: ``"cosine"`` or ``"constant"``.
+    :param seed: of weights, batches and augmentation.
+    :param output_dir: where everything is written.
     """
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())

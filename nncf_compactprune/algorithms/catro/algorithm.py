@@ -49,14 +49,15 @@ from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 class CatroParams(ChannelPruningParams):
     """Parameters of ``catro``.
 
-    :param allocation: widths by ``"greedy"`` (stage 1) or ``"uniform"``.
-    :param form: what a channel is worth: ``"margin"`` or ``"plain"``.
+    :param allocation: widths by least loss per cost saved (``"greedy"``), or ``"uniform"``.
+    :param form: what a channel is worth; ``"plain"`` is the trace ratio of features alone, for reference.
     :param samples_per_class: labelled samples of each class that are looked at, in each process.
     :param contribution: weight of what channels contribute to their consumers, beside their effect on the margins.
     :param damping: in [0, 1]: how far groups are brought to one scale. 0 takes losses as measured, 1 gives every
         group the same mean.
     :param feature_size: of ``"plain"``: features are averaged to this many positions a spatial dimension.
-    :param classes: prune for these classes only, and cut the classifier to them; indices, at least two.
+    :param classes: prune for these class indices only, at least two, and cut the classifier to them; with
+        ``"schedule": "one_shot"``.
     """
 
     allocation: Literal["greedy", "uniform"] = "greedy"

@@ -38,6 +38,7 @@ SCORE_RIDGE = 1e-3  # only keeps the inverse finite: channels that repeat each o
 class DataFreeParams(ChannelPruningParams):
     """Parameters of ``data_free_layerwise``: everything happens at once, before any training.
 
+    :param schedule: nothing else is offered.
     :param allocation: ``"least_loss"`` compares the losses of all layers; the others as for every pruning algorithm.
     :param ridge: how strongly re-fitted weights are held to what the cut left, relative to the inputs' variance.
     """

@@ -1,4 +1,4 @@
-"""``linear_overparameterization``: Boosting Pruned Networks with Linear Over-parameterization (Qu et al. 2022, arXiv
+"""``linear_overparameterization``: Boosting Pruned Networks with Linear Over-parameterization (Qian et al. 2022, arXiv
 2204.11444).
 
 The paper expands each compact layer of a pruned network into consecutive linear layers without changing its output,

@@ -28,7 +28,11 @@ _SCHEDULE = "belongs to NNCF 2.x's binarisation. Use the training script's learn
 
 
 class RangeParams(Section):
-    """Percentiles of ``"percentile"`` and ``"mean_percentile"``, in percent."""
+    """Percentiles of ``"percentile"`` and ``"mean_percentile"``, in percent.
+
+    :param min_percentile: of the smallest values.
+    :param max_percentile: of the largest.
+    """
 
     min_percentile: float = Field(default=0.1, ge=0, lt=50)
     max_percentile: float = Field(default=99.9, gt=50, le=100)
@@ -38,7 +42,8 @@ class RangeInitializer(Section):
     """How ranges of activations are found.
 
     :param num_init_samples: how many samples; the same as ``params.subset_size``.
-    :param type: the estimator; null: NNCF's own choice.
+    :param type: the estimator: ``"min_max"``, ``"mean_min_max"``, ``"percentile"``, ``"mean_percentile"``,
+        ``"mixed_min_max"``; null: NNCF's own choice.
     """
 
     num_init_samples: int | None = Field(default=None, ge=1)
@@ -61,7 +66,8 @@ class QuantizationInitializer(Section):
 class Quantized(Section):
     """How weights or activations are quantized; null is the preset's choice.
 
-    :param mode: ranges around zero, or anywhere.
+    :param mode: ``"symmetric"``: ranges around zero; ``"asymmetric"``: anywhere.
+    :param bits: 8. For fewer, see ``data_free_quantization``.
     :param signed: levels on both sides of zero, or only above.
     :param per_channel: a range for every channel.
     """
@@ -121,9 +127,11 @@ class QuantizationConfig(AlgorithmConfig):
 
     :param preset: ``"performance"``: ranges around zero everywhere; ``"mixed"``: activations anywhere, which is more
         accurate behind other activations than ReLU.
+    :param quantize_inputs: quantizers behind the network's inputs.
     :param quantize_outputs: quantizers in front of the network's outputs too.
-    :param overflow_fix: weights in half the range, for processors with AVX2 or AVX-512 and no VNNI.
-    :param accuracy_control: null: everything in scope is quantized.
+    :param overflow_fix: ``"enable"``, ``"first_layer_only"``, ``"disable"``: weights in half the range, for processors
+        with AVX2 or AVX-512 and no VNNI.
+    :param accuracy_control: what costs most accuracy stays in float; null: everything in scope is quantized.
     :param export_to_onnx_standard_ops: ONNX files hold standard operations whatever it says.
     """
 

@@ -44,8 +44,10 @@ class Sibling(Section):
 class FamilyConfig(Section):
     """The top-level keys of a family.
 
-    :param family: what may be left in each member, from the largest to the smallest: a share of the MACs, or a budget.
-    :param start: what a member is pruned from: the next larger one, or the dense network.
+    :param family: what each member keeps, from the largest to the smallest: shares of the MACs
+        (``[0.75, 0.5, 0.35]``), or budgets (``{"params": "1M"}``, ``{"macs": 0.4, "params": 0.5}``,
+        ``{"latency": "2ms"}``).
+    :param start: each member is pruned from the next larger one (``"previous"``), or from the ``"dense"`` network.
     :param siblings: unpruned networks to compare with.
     """
 

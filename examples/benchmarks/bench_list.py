@@ -1,0 +1,235 @@
+"""What benchmarks there are, for ``bench.py``, and the environments of the packages beside which they measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: what pip installs into a peer's environment, in front of the environment that runs ``bench.py``
+PEERS: dict[str, tuple[str, ...]] = {
+    "torch-pruning": ("--no-deps", "torch-pruning==1.6.1"),
+    "torchao": ("--no-deps", "torchao==0.18.0"),
+    "nncf219": ("torch==2.13.0", "nncf==2.19.0"),
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark.
+
+    :param name: what it is called by.
+    :param title: what it measures.
+    :param commands: what runs it, in order; ``{data}`` and ``{work}`` are folders, ``{nncf219}`` is that peer's
+        interpreter.
+    :param minutes: about how long, on two cores.
+    :param results: the files in this folder that it writes, those for readers first.
+    :param seeds: which, in words.
+    :param peer: whose environment runs it, or None.
+    :param behind: sentences on where this package is not ahead, and what was tried.
+    """
+
+    name: str
+    title: str
+    commands: tuple[str, ...]
+    minutes: int
+    results: tuple[str, ...]
+    seeds: str = "0"
+    peer: str | None = None
+    behind: tuple[str, ...] = ()
+
+
+def script(name: str, words: str = "") -> str:
+    """A command that runs a script of this folder.
+
+    :param name: without its ending.
+    :param words: what follows.
+    """
+    return f"examples/benchmarks/{name}.py {words}".strip()
+
+
+BENCHMARKS = (
+    Benchmark(
+        "features",
+        "Which package can do what: each cell is tried, or looked up in the package's own source",
+        (script("features", "run"),),
+        5,
+        ("features.md", "features.jsonl"),
+    ),
+    Benchmark(
+        "coverage",
+        "Which networks can be pruned, and how exactly: timm's families and Hugging Face's vision classes",
+        (script("coverage"),),
+        60,
+        ("coverage.md", "coverage.csv"),
+        peer="torch-pruning",
+        behind=(
+            "With its checks and diagnosis this package takes longer than Torch-Pruning on nine of the "
+            "networks that need more than half a second; the mean over all is below 1. Torch-Pruning checks "
+            "nothing.",
+        ),
+    ),
+    Benchmark(
+        "analysis_time",
+        "Time to analyse and cut six networks",
+        (script("analysis_time", "--output examples/benchmarks/analysis_time.md"),),
+        3,
+        ("analysis_time.md",),
+        peer="torch-pruning",
+        behind=(
+            "The self-check, timed apart, takes 1.9 to 2.6 times as long as analysis and cut. It is what "
+            "the peer has not; it runs two examples instead of one where it must, and large images on every "
+            "fourth row and column.",
+        ),
+    ),
+    Benchmark(
+        "self_check_power",
+        "How many wrong cuts the self-check sees, beside outputs alone",
+        (script("self_check_power", "--plans 10"),),
+        15,
+        ("self_check_power.md",),
+    ),
+    Benchmark(
+        "catro",
+        "Accuracy of pruned CIFAR-10 ResNets after one epoch, by what channels were kept",
+        (script("catro", "--data {data}"),),
+        240,
+        ("catro.md",),
+        seeds="0, 1, 2 where three are stated",
+        peer="torch-pruning",
+        behind=(
+            "On ResNet-56 the lead over Torch-Pruning's L2 norm is within what another seed changes, at 35 % "
+            "of the MACs too (84.58 against 84.38). Rounds with new measurements were tried, and were worse "
+            "after BatchNorm re-estimation.",
+        ),
+    ),
+    Benchmark(
+        "catro_forms",
+        "Forms that were tried for what a channel is worth",
+        (script("catro_forms", "--data {data}"),),
+        40,
+        ("catro_forms.md",),
+    ),
+    Benchmark(
+        "catro_subtasks",
+        "Networks for two, three and five of the classes",
+        (script("catro_subtasks", "--data {data}"),),
+        180,
+        ("catro_subtasks.md",),
+        behind=("At a third of the MACs the pruned networks stay 0.1 to 1.0 points below the dense one.",),
+    ),
+    Benchmark(
+        "recovery",
+        "What training brings back: allocations, teachers, orthogonal steps, re-fits",
+        (
+            script("recovery", "run --data {data}"),
+            script("recovery", "start --data {data}"),
+            script("recovery", "table"),
+        ),
+        2400,
+        ("recovery.md", "recovery_start.md", "recovery.jsonl"),
+        seeds="as each row says",
+        peer="torch-pruning",
+        behind=(
+            "Most rows have one seed, and trainings of 12 epochs of 10,000 images. Longer ones have not been "
+            "finished on the machine there was.",
+        ),
+    ),
+    Benchmark(
+        "lop_accuracy",
+        "Over-parameterised fine-tuning beside distillation",
+        (script("lop_accuracy", "final --data {data}"),),
+        300,
+        ("lop_accuracy.md",),
+        seeds="as each row says",
+        behind=(
+            "Layers as products of factors, the paper's form, stayed below plain fine-tuning at every "
+            "learning rate that was tuned. Orthogonal steps and a teacher took its place.",
+        ),
+    ),
+    Benchmark(
+        "lop_cost",
+        "What over-parameterised training costs",
+        (script("lop_cost"),),
+        15,
+        ("lop_cost.md",),
+        behind=("A training step with factors takes 1.16 to 1.22 times as long as a plain one.",),
+    ),
+    Benchmark(
+        "shrink_while_training",
+        "What cutting on the way of a schedule saves",
+        (script("shrink_while_training", "--data {data}"),),
+        30,
+        ("shrink_while_training.md",),
+        seeds="0, 1, 2",
+        behind=("Epochs at half of the MACs take 0.7 of the time: narrow layers save less time than MACs.",),
+    ),
+    Benchmark(
+        "training_overhead",
+        "What masks and callbacks add to a training step",
+        (
+            script("training_overhead"),
+            script("training_overhead", "--batch-size 32"),
+            script("training_overhead", "--report"),
+        ),
+        15,
+        ("training_overhead.md",),
+        behind=(
+            "At batch 32 a masked step takes 1.18 times as long as a plain one, where 1.10 was aimed at. The "
+            "cost is NNCF's function mode, which looks at every operation; it is off before the first mask "
+            "and after the cut.",
+        ),
+    ),
+    Benchmark(
+        "data_free",
+        "Compression with no data: channels, single weights, bits",
+        (script("data_free", "--data {data}"),),
+        120,
+        ("data_free.md",),
+        peer="torch-pruning",
+    ),
+    Benchmark(
+        "nncf2",
+        "The same configuration files and script on NNCF 2.19 and here",
+        (script("nncf2", "--data {data} --nncf2 {nncf219}"),),
+        60,
+        ("nncf2.md",),
+        behind=(
+            "At half of the filters accuracy is level with NNCF 2.19's (87.88 against 87.92), and latency of "
+            "so small a network as well (95 %).",
+        ),
+    ),
+    Benchmark(
+        "deployment",
+        "What half of the MACs are worth when files are served: bytes, latency, dense, pruned and INT8",
+        tuple(
+            script("deployment", f"{step} --work {{work}}{data}")
+            for step, data in (
+                ("prepare", " --data {data}"),
+                ("measure", ""),
+                ("accuracy", " --data {data}"),
+                ("report", ""),
+            )
+        ),
+        90,
+        ("deployment.md",),
+        peer="torch-pruning",
+        behind=(
+            "In OpenVINO FP32 Torch-Pruning's networks of half the MACs were faster on average (1.69 against "
+            "1.56 times dense, three networks), ahead on MobileNetV2 and ResNet-18, and behind on MobileNetV1 "
+            "and in ONNX Runtime. It gives every layer the same share, rounded to 8. The machine was busy, "
+            "with spreads above 25 %; a budget of latency asks for time itself.",
+            "ONNX Runtime computes an INT8 MobileNet more slowly than FP32 on that processor (0.78 times as fast), and "
+            "does not run another one.",
+        ),
+    ),
+    Benchmark(
+        "latency_budget",
+        "Budgets of measured time: what was asked for and what came out",
+        (
+            script("latency_budget", "measure --data {data} --work {work}"),
+            script("latency_budget", "report --work {work}"),
+        ),
+        30,
+        ("latency_budget.md",),
+        behind=("ResNet-50 and FBNetV3-B are in the benchmark and not measured yet; no accuracy was measured.",),
+    ),
+)
