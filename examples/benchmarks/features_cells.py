@@ -320,7 +320,7 @@ def our_distils() -> Cell:
     model.train()(IMAGES)
     loss = float(ctrl.loss())
     assert loss > 0
-    return Cell("yes", f"`recovery` behind a cut: `ctrl.loss()` is {loss:.1f}.")
+    return Cell("yes", f"`recovery` behind a cut: `ctrl.loss()` is {loss:.1e}.")
 
 
 def our_nncf2() -> Cell:
@@ -541,7 +541,7 @@ def torchao_shrinks() -> Cell:
     pruner.prepare(chain, [{"tensor_fqn": "0.weight"}])
     pruner.enable_mask_update = True
     pruner.step()
-    width = pruner.prune()[0].weight.shape[0]
+    width = pruner.prune().get_submodule("0").weight.shape[0]
     assert width == 8
     return Cell(
         "partly",
@@ -549,16 +549,31 @@ def torchao_shrinks() -> Cell:
     )
 
 
-def torchao_joins() -> Cell:
+def _torchao_pruned(model: nn.Module) -> nn.Module:
     from torchao.prototype.sparsity.pruner import SaliencyPruner
 
-    model = Joined()
     pruner = SaliencyPruner({"sparsity_level": 0.5})
+    pruner.prepare(model, [{"tensor_fqn": "two.weight"}])
+    pruner.enable_mask_update = True
+    pruner.step()
+    return pruner.prune()  # type: ignore[no-any-return]
+
+
+def torchao_survives() -> Cell:
     try:
-        pruner.prepare(model, [{"tensor_fqn": "two.weight"}])
-        pruner.enable_mask_update = True
-        pruner.step()
-        cut = pruner.prune()
+        cut = _torchao_pruned(Stated())
+    except Exception as error:
+        return Cell("no", f"`prune()` raises {type(error).__name__}.")
+    if runs(cut, IMAGES):
+        return Cell(
+            "yes", f"The layer has {cut.two.weight.shape[0]} of 16 outputs after `prune()`, and the network runs."
+        )
+    return Cell("no", "`prune()` returned, and the network's next forward raises an error.")
+
+
+def torchao_joins() -> Cell:
+    try:
+        cut = _torchao_pruned(Joined())
     except Exception as error:
         return Cell("no", f"On the residual branch of a small network `prune()` raises {type(error).__name__}.")
     works = runs(cut, IMAGES) and cut.two.weight.shape[0] < 16
@@ -613,7 +628,7 @@ PACKAGES = {
                 "shrinks": tp_shrinks,
                 "joins": tp_joins,
                 "reasons": silent(TP, r"\breason\b"),
-                "checks": silent(TP, r"allclose|self.?check"),
+                "checks": silent(TP, "allclose|masked"),
                 "survives": tp_survives,
                 "macs": tp_macs,
                 "latency": tp_latency,
@@ -668,7 +683,7 @@ PACKAGES = {
                     "common/accuracy_aware_training/training_loop.py",
                     "class AdaptiveCompressionTrainingLoop",
                 ),
-                "nncf2": Cell("yes", "It is its own."),
+                "nncf2": Cell("yes", "Its own, as tried in the first row."),
                 "reloads": NOTHING,
                 "exports": says(
                     "partly", N2, "torch/exporter.py", "torch.onnx.export", "ONNX; nothing is opened again."
@@ -731,8 +746,8 @@ PACKAGES = {
                 "shrinks": torchao_shrinks,
                 "joins": torchao_joins,
                 "reasons": silent("torchao.prototype.sparsity", r"\breason\b"),
-                "checks": silent("torchao.prototype.sparsity", r"allclose|self.?check", "pruner/*.py"),
-                "survives": silent("torchao.prototype.sparsity", "rollback|restore", "pruner/*.py"),
+                "checks": silent("torchao.prototype.sparsity", "allclose", "pruner/*.py"),
+                "survives": torchao_survives,
                 "macs": silent("torchao.prototype.sparsity", "flops|macs"),
                 "latency": silent("torchao.prototype.sparsity", "latency", "pruner/*.py"),
                 "schedule": says(
@@ -743,7 +758,13 @@ PACKAGES = {
                     "A prototype.",
                 ),
                 "optimizer": silent("torchao.prototype.sparsity", "optimizer", "pruner/*.py"),
-                "norms": silent("torchao.prototype.sparsity", "layernorm", "pruner/*.py"),
+                "norms": says(
+                    "partly",
+                    AO,
+                    "prototype/sparsity/pruner/prune_functions.py",
+                    "def prune_lstm_output_layernorm_linear",
+                    "Between an LSTM and a linear layer.",
+                ),
                 "data_free": silent("torchao.prototype.sparsity", "lstsq|least.squares|inversion", "pruner/*.py"),
                 "distils": silent("torchao.prototype.sparsity", "distil|teacher"),
                 "accuracy_aware": silent("torchao.sparsity", "accuracy.aware|max_drop"),

@@ -17,6 +17,7 @@ from nncf_compactprune.config.descriptions import descriptions
 from nncf_compactprune.plugins import default_plugins
 
 sys.path.append(str(ROOT / "tools"))
+import architecture_picture
 import key_tables
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in ROOT.glob("docs/**/*.md")}
@@ -66,6 +67,10 @@ def test_texts_come_as_markdown_from_a_class_and_its_bases() -> None:
 
     assert descriptions(Own) == {"device": "where.", "batch": "samples of a request, as in `4`."}
     assert descriptions(Base)["device"] == "see `device`."
+
+
+def test_the_picture_of_the_rooms_is_up_to_date() -> None:
+    assert architecture_picture.PICTURE.read_text("utf-8") == architecture_picture.drawing()
 
 
 def test_the_schema_says_it_to_editors() -> None:
