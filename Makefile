@@ -28,7 +28,8 @@ test-main: $(VENV)/.installed-dev ## The tests, with the versions of constraints
 
 # Old packages meet a newer Python and newer packages of their own: their warnings are no errors here.
 test-floors: $(VENV)-floors/.installed ## The tests of what needs no optional package, with the oldest versions allowed.
-	$(VENV)-floors/bin/python -m pytest -n 2 -o filterwarnings=default --ignore tests/test_examples.py tests
+	$(VENV)-floors/bin/python -m pytest -n 2 -o filterwarnings=default --ignore tests/test_examples.py \
+		--ignore tests/docs --ignore tests/test_bench.py tests
 
 # NNCF 2.19's own algorithms trace by replacing torch's functions, which the variable asks for.
 test-nncf219: ## The tests of what NNCF 2.19 does with this package; skipped, with a line, where it cannot be installed.

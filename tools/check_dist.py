@@ -93,7 +93,7 @@ def environment(folder: Path, wheel: Path, behind: bool) -> Path:
     if behind:
         own = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
         place = sysconfig.get_path("purelib")
-        (Path(own) / "behind.pth").write_text(f"import sys; sys.path.append({place!r})\n")
+        (Path(own) / "behind.pth").write_text(f"import site; site.addsitedir({place!r})\n")
         run([*pip, "--no-deps", wheel], folder.parent)
     else:
         flags = os.environ.get("PIP_FLAGS", "").split()

@@ -75,9 +75,9 @@ BENCHMARKS = (
         ("analysis_time.md",),
         peer="torch-pruning",
         behind=(
-            "The self-check, timed apart, takes 1.9 to 2.6 times as long as analysis and cut. It is what "
-            "the peer has not; it runs two examples instead of one where it must, and large images on every "
-            "fourth row and column.",
+            "The self-check, timed apart, takes about twice as long as analysis and cut (0.086 s beside 0.045 on "
+            "ResNet-18, 0.316 beside 0.122 on FBNetV3-B). The peer has none. It runs two examples instead of one where "
+            "it must, and large images on every fourth row and column.",
         ),
     ),
     Benchmark(
@@ -114,7 +114,10 @@ BENCHMARKS = (
         (script("catro_subtasks", "--data {data}"),),
         180,
         ("catro_subtasks.md",),
-        behind=("At a third of the MACs the pruned networks stay 0.1 to 1.0 points below the dense one.",),
+        behind=(
+            "At a third of the MACs the pruned networks stay below the dense one: 97.20 against 97.45 for airplane and "
+            "ship, 94.80 against 95.78 for five classes.",
+        ),
     ),
     Benchmark(
         "recovery",
