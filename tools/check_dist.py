@@ -110,8 +110,9 @@ def main(dist: Path, behind: bool) -> None:
         program, python = bin_ / "nncf-compactprune", bin_ / "python"
         place = run([python, "-c", "import nncf_compactprune; print(nncf_compactprune.__file__)"], work).strip()
         check(str(work.resolve()) in str(Path(place.splitlines()[-1]).resolve()), f"the package comes from {place}")
+        listed = run([program, "--help"], work)
         for command in ("run", "demo", "inspect", "export", "verify", "benchmark"):
-            check(command in run([program, "--help"], work), f"--help does not name {command}")
+            check(command in listed, f"--help does not name {command}")
         version = run([program, "--version"], work).strip()
         check(version.splitlines()[-1] in wheel.name, f"--version says {version}, the wheel is {wheel.name}")
         short = ("pretrain_epochs=1", "epochs=2", "compression.params.pruning_steps=1", 'export.precisions=["fp32"]')
