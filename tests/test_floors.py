@@ -23,3 +23,14 @@ def test_every_floor_is_tested() -> None:
     assert floors.keys() == tested.keys()
     for name, floor in floors.items():
         assert (tested[name] + ".").startswith(floor + "."), f"{name}: {tested[name]} is tested, {floor} is allowed"
+
+
+def test_everything_that_is_installed_by_name_has_a_pin() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    asked = set(re.findall(r"\"([a-z-]+)>=[0-9.]+\"", project))
+    for packages in re.findall(r"^\t\$\(PIP\) (?:--no-deps )?([a-z_ -]+)$", makefile, re.MULTILINE):
+        asked |= set(packages.split())
+    pinned = set(re.findall(r"^([a-z0-9_-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"torch", "timm", "selenium", "pillow", "torch-pruning"} <= asked
+    assert asked - pinned == {"setuptools"}
