@@ -22,6 +22,7 @@ from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionS
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.data_free.reconstruction import Refits
 from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, check_refit
+from nncf_compactprune.algorithms.group_sparsity import GroupSparsity
 from nncf_compactprune.algorithms.latency import LatencyResult, LatencyTarget
 from nncf_compactprune.algorithms.shrinking import Shrunk
 from nncf_compactprune.channels import ChannelGraph, Pin, trace
@@ -30,7 +31,7 @@ from nncf_compactprune.config.budget import KINDS, Kind
 from nncf_compactprune.cut.diagnosis import analyse, culprits
 from nncf_compactprune.cut.masks import Masks, drop_masks, kept_by_masks
 from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
-from nncf_compactprune.decide.budgets import AllocationProblem, Limits, allocate, least_widths
+from nncf_compactprune.decide.budgets import AllocationProblem, Limits, Normalizer, allocate, least_widths
 from nncf_compactprune.decide.scopes import ScopeRules, prunable_groups
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
 from nncf_compactprune.host.distributed import averaged, process_count, require_agreement
@@ -43,8 +44,9 @@ _Scores = TypeVar("_Scores")
 class ChannelPruningParams(Section):
     """How channels are removed.
 
-    :param schedule: ``"exponential"`` masks more each epoch, then cuts; ``"one_shot"`` cuts before training; or a
-        plugin's. In Python it may be a callable, as may ``allocation``.
+    :param schedule: ``"exponential"``, ``"exponential_with_bias"``, ``"polynomial"`` and ``"multistep"`` mask more as
+        epochs pass, then cut; ``"one_shot"`` cuts before training; or a plugin's. In Python it may be a callable, as may
+        ``allocation``.
     :param num_init_steps: epochs before pruning starts.
     :param pruning_init: share of the cost removed when it starts, in [0, 1).
     :param pruning_steps: epochs from there to the full budget.
@@ -59,6 +61,8 @@ class ChannelPruningParams(Section):
     :param min_channels: least channels kept in any group.
     :param max_ratio: largest share removed from any group, in [0, 1].
     :param allow_approximate: also cut channels that a LayerNorm normalises over, which is not exact.
+    :param group_sparsity: weight of a regularisation in ``ctrl.loss()`` that shrinks the least channels of coupled
+        layers before they are cut (DepGraph's); null: none. It needs a schedule, or epochs before pruning starts.
     """
 
     schedule: Annotated[str | Callable[..., float], Registered("schedules")] = "exponential"
@@ -71,6 +75,7 @@ class ChannelPruningParams(Section):
     min_channels: int = Field(default=1, ge=1)
     max_ratio: float = Field(default=0.9, ge=0, le=1)
     allow_approximate: bool = False
+    group_sparsity: Annotated[float, Field(gt=0)] | None = None
 
     @property
     def prunes_before_training(self) -> bool:
@@ -83,6 +88,12 @@ class ChannelPruningParams(Section):
             msg = (
                 'shrink_every: cuts on the way of a schedule, and "one_shot" cuts everything at once. Leave it out, or '
                 'set "schedule": "exponential".'
+            )
+            raise ValueError(msg)
+        if self.group_sparsity is not None and self.prunes_before_training:
+            msg = (
+                "group_sparsity: acts while the network trains with its channels, and this entry cuts them before. "
+                'Leave it out, set "schedule": "exponential", or "num_init_steps" to the epochs that it may act for.'
             )
             raise ValueError(msg)
         return self
@@ -145,6 +156,7 @@ class ChannelPruning(CompressionAlgorithm):
         self.prunable: Sequence[bool] = ()  # which groups of the graph may be cut, [groups]
         self._latency: LatencyTarget | None = None
         self._held_scores: list[Any] | None = None  # while widths are searched: computed once
+        self._sparsity: GroupSparsity | None = None
         self._rate = 0.0
         self._scheduled = True
         self._trained_masked = False  # since the masks changed last
@@ -206,7 +218,23 @@ class ChannelPruning(CompressionAlgorithm):
             floor = least_widths(self.graph, self.prunable, self.limits)
             budgets["latency"] = max(budgets["latency"], latency.model(floor))
         model = None if latency is None else latency.model
-        return AllocationProblem(self.graph, self.prunable, budgets, self.limits, self.shrunk.widths, model)
+        widest = self.shrunk.widths
+        return AllocationProblem(self.graph, self.prunable, budgets, self.limits, widest, model, self.normalizer)
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """How allocations make scores of different groups comparable."""
+        return "mean"
+
+    def loss(self) -> Tensor | float:
+        weight: float | None = getattr(
+            self.config.params, "group_sparsity", None
+        )  # entries in NNCF 2.x's grammar have none
+        if weight is None or self._done:
+            return 0.0
+        if self._sparsity is None or self._sparsity.graph is not self.present:  # it may have shrunk
+            self._sparsity = GroupSparsity(self.context.model, self.present, self.prunable)
+        return weight * self._sparsity()
 
     def _dense_and_saved(self, kind: Kind) -> tuple[int, int]:
         """What the dense model costs, and how much of it the budget takes away."""
@@ -324,6 +352,7 @@ class ChannelPruning(CompressionAlgorithm):
 
     def epoch_step(self, epoch: int) -> None:
         params = self.config.params
+        self._sparsity = None  # its factors are those of an epoch
         if self._done or not self._scheduled or epoch < params.num_init_steps:
             return
         at = epoch - params.num_init_steps

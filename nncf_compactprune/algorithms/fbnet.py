@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, ClassVar
 
+from pydantic import model_validator
 from torch import Tensor
 
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.config import AlgorithmConfig, Registered
+from nncf_compactprune.decide.budgets import Normalizer
 from nncf_compactprune.decide.criteria import criterion_contexts
 from nncf_compactprune.plugins.hookspecs import Algorithm, Importance, hookimpl
 
@@ -26,11 +28,25 @@ from nncf_compactprune.plugins.hookspecs import Algorithm, Importance, hookimpl
 class FBNetParams(ChannelPruningParams):
     """Parameters of ``fbnet_pruning``.
 
-    :param importance: the criterion: ``"l1"``, ``"l2"``, ``"geometric_median"``, ``"batch_norm_scale"``, ``"taylor"``
-        (by gradients: needs labels), or a plugin's. In Python it may be a callable.
+    :param importance: the criterion: ``"l1"``, ``"l2"``, ``"geometric_median"``, ``"batch_norm_scale"``, ``"lamp"``,
+        ``"random"``, ``"activation_norm"`` (needs images), ``"taylor"``, ``"fisher"`` (by gradients: need labels), or a
+        plugin's. In Python it may be a callable.
+    :param normalizer: what the allocations ``"global"`` and ``"greedy"`` divide the scores of a group by, as the scales
+        of layers differ: their ``"mean"``, ``"max"`` or ``"sum"``; ``"none"``: nothing.
     """
 
     importance: Annotated[str | Callable[..., Tensor], Registered("importance")] = "l2"
+    normalizer: Normalizer = "mean"
+
+    @model_validator(mode="after")
+    def _normalizes_what_is_compared(self) -> FBNetParams:
+        if self.normalizer != "mean" and self.allocation in ("balanced", "uniform", "least_loss"):
+            msg = (
+                f'normalizer: the allocation "{self.allocation}" does not compare scores of groups with each other '
+                'by it. Leave it out, or set "allocation": "global" or "greedy".'
+            )
+            raise ValueError(msg)
+        return self
 
 
 class FBNetConfig(ChannelPruningConfig):
@@ -45,10 +61,15 @@ class FBNetPruning(ChannelPruning):
     name = "fbnet_pruning"
     summary = "Structured magnitude pruning of compact ConvNets under exact budgets (arXiv 2301.04502)"
     Config: ClassVar[type[AlgorithmConfig]] = FBNetConfig
+    config: FBNetConfig
 
     def __init__(self, config: FBNetConfig, context: Context) -> None:
         super().__init__(config, context)
         self._criterion: Importance = context.plugins.resolve("importance", config.params.importance)
+
+    @property
+    def normalizer(self) -> Normalizer:
+        return self.config.params.normalizer
 
     def scores(self, graph: ChannelGraph) -> Sequence[Tensor]:
         contexts = criterion_contexts(self.context.model, graph, self.context.labelled_batches)

@@ -24,6 +24,7 @@ RESOLUTION = 1e-6  # of the bisections: finer than one channel in any group
 
 Widths = npt.NDArray[np.float64]
 Scores = Sequence[npt.NDArray[np.float64]]
+Normalizer = Literal["mean", "max", "sum", "none"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class AllocationProblem:
     :param limits: bounds of every group.
     :param widest: the most that each group may still keep, an allowed width, ``[groups]``; None: all of it.
     :param latency: nanoseconds of one request at any widths, where there is such a budget.
+    :param normalizer: how scores of different groups are made comparable, see :meth:`normalized`.
     :raises BudgetError: the floors make a budget unreachable; the message states the reachable minimum.
     """
 
@@ -125,8 +127,10 @@ class AllocationProblem:
         limits: Limits,
         widest: npt.NDArray[np.int64] | None = None,
         latency: CostOfWidths | None = None,
+        normalizer: Normalizer = "mean",
     ) -> None:
         self.graph = graph
+        self.normalizer = normalizer
         self.costs: dict[str, CostOfWidths] = {"macs": graph.cost.macs, "params": graph.cost.params}
         if latency is not None:
             self.costs["latency"] = latency
@@ -154,6 +158,15 @@ class AllocationProblem:
     def fits(self, widths: Widths) -> bool:
         """Whether all budgets hold."""
         return all(self.costs[kind](widths) <= most for kind, most in self.budgets.items())
+
+    def normalized(self, scores: Scores) -> list[npt.NDArray[np.float64]]:
+        """Scores over their group's mean, largest or sum, or as they are: the scales of layers differ.
+
+        :param scores: one score a channel for each group, ``[group.size]``.
+        """
+        if self.normalizer == "none":
+            return list(scores)
+        return [s / max(float(getattr(s, self.normalizer)()), 1e-12) for s in scores]
 
     def round_up(self, group: int, width: float) -> int:
         """The smallest allowed width of at least ``width``.
@@ -195,12 +208,12 @@ def _filled(problem: AllocationProblem, widths: Widths) -> Widths:
 
 
 def global_ranking(problem: AllocationProblem, scores: Scores) -> Widths:
-    """One threshold for all channels, on scores scaled to mean 1 in each group (as the layers' scales differ).
+    """One threshold for all channels, on normalised scores: see :meth:`AllocationProblem.normalized`.
 
     :param problem: allowed widths, costs and budgets.
     :param scores: one score a channel for each group, ``[group.size]``; larger ones are kept.
     """
-    scaled = [np.sort(s / max(float(np.mean(s)), 1e-12))[::-1] for s in scores]
+    scaled = [np.sort(s)[::-1] for s in problem.normalized(scores)]
     thresholds = np.unique(np.concatenate(scaled)) if scaled else np.zeros(0)
 
     def widths_at(position: float) -> Widths:
@@ -229,12 +242,12 @@ def _largest(problem: AllocationProblem, widths_at: Callable[[float], Widths], l
 
 def greedy(problem: AllocationProblem, scores: Scores) -> Widths:
     """Removes step by step what costs the least score for the most budget: :func:`lazy_greedy` on the scores lost
-    (scaled to mean 1 in each group, as in :func:`global_ranking`).
+    (normalised, as in :func:`global_ranking`).
 
     :param problem: allowed widths, costs and budgets.
     :param scores: one score a channel for each group, ``[group.size]``; larger ones are kept.
     """
-    scaled = [np.sort(s / max(float(np.mean(s)), 1e-12)) for s in scores]
+    scaled = [np.sort(s) for s in problem.normalized(scores)]
     return lazy_greedy(problem, [np.concatenate([[0.0], np.cumsum(s)]) for s in scaled])
 
 

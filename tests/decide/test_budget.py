@@ -159,6 +159,23 @@ def test_global_ranking_cuts_the_weakest_group_most(graph):
     assert widths[0] / graph.sizes[0] < widths[1] / graph.sizes[1]
 
 
+@pytest.mark.parametrize("method", ["global", "greedy"])
+def test_the_normalizer_says_how_groups_compare(graph, method):
+    scores = random_scores(graph)
+    scores[0] = scores[0] * 100
+
+    def widths(normalizer, scores=scores):
+        p = problem(graph, macs=0.5)
+        p.normalizer = normalizer
+        return ALLOCATIONS[method](p, scores)
+
+    for normalizer in ("mean", "max", "sum"):
+        np.testing.assert_array_equal(widths(normalizer), widths(normalizer, random_scores(graph)))
+    assert widths("none")[0] == graph.sizes[0]
+    assert widths("mean")[0] < graph.sizes[0]
+    np.testing.assert_allclose(problem(graph).normalized(scores)[0].mean(), 1)
+
+
 def test_greedy_is_close_to_the_best_of_all_allocations():
     """Brute force over all widths of a three-group net with steps of 4."""
     graph = trace(trained("plain"), images())

@@ -9,7 +9,7 @@ from torch import nn
 
 from nncf_compactprune.channels import trace
 from nncf_compactprune.decide.criteria import criterion_contexts
-from nncf_compactprune.decide.criteria.magnitude import batch_norm_scale, geometric_median, l1, l2
+from nncf_compactprune.decide.criteria.magnitude import batch_norm_scale, geometric_median, l1, l2, lamp, random
 from nncf_compactprune.plugins import default_plugins
 
 
@@ -73,3 +73,22 @@ def test_every_structure_scores(name, criterion):
         assert scores.shape == (context.group.size,)
         assert torch.isfinite(scores).all()
         assert (scores >= 0).all()
+
+
+def test_lamp_is_the_share_of_what_is_not_smaller():
+    model = Small()
+    with torch.no_grad():
+        model.conv.weight.copy_(torch.tensor([1.0, -2.0, 2.0, 3.0]).view(4, 1, 1, 1))
+    torch.testing.assert_close(scored(model, lamp), torch.tensor([1 / 18, 4 / 17, 4 / 17, 1.0]))
+
+
+def test_random_is_the_same_at_every_call_and_another_under_another_seed():
+    model = trained("plain", dtype=torch.float32)
+    graph = trace(model, images(torch.float32))
+    torch.manual_seed(1)
+    first = [random(one) for one in criterion_contexts(model, graph)]
+    torch.rand(3)
+    assert all(map(torch.equal, first, [random(one) for one in criterion_contexts(model, graph)]))
+    torch.manual_seed(2)
+    assert not any(map(torch.equal, first, [random(one) for one in criterion_contexts(model, graph)]))
+    assert not torch.equal(first[0][:4], first[1][:4])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.channels import ChannelGraph, ChannelGroup, Member
+from nncf_compactprune.decide.criteria.observed import input_squares, output_changes
 from nncf_compactprune.decide.labelled import checked_labels, class_scores
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.host.calls import call_model, evaluating
@@ -31,6 +32,9 @@ class CriterionContext:
     :param batches: call it for model inputs and labels, one pair a batch; labels are None where there are none.
     :param gradients: call it for the gradient of the mean cross-entropy by parameter name: computed at the first call,
         over all labelled batches and all processes, and kept for the other groups.
+    :param output_changes: call it for :func:`~nncf_compactprune.decide.criteria.observed.output_changes` of this
+        process's labelled batches; kept likewise.
+    :param input_squares: call it for :func:`~nncf_compactprune.decide.criteria.observed.input_squares`; kept likewise.
     """
 
     group: ChannelGroup
@@ -39,6 +43,8 @@ class CriterionContext:
     tensors: Mapping[str, Tensor]
     batches: Batches
     gradients: Callable[[], Mapping[str, Tensor]]
+    output_changes: Callable[[], Mapping[str, Tensor]]
+    input_squares: Callable[[], Mapping[str, Tensor]]
 
     def rows(self, member: Member, tensor: Tensor | None = None) -> Tensor:
         """What one member holds of every channel.
@@ -68,8 +74,10 @@ def criterion_contexts(
     given: Batches = batches if batches is not None else tuple
     tensors = model_tensors(model).all()
     gradients = functools.cache(lambda: mean_gradients(model, given()))
+    changes = functools.cache(lambda: output_changes(model, given()))
+    squares = functools.cache(lambda: input_squares(model, given()))
     for group in graph.groups:
-        yield CriterionContext(group, graph, model, tensors, given, gradients)
+        yield CriterionContext(group, graph, model, tensors, given, gradients, changes, squares)
 
 
 def mean_gradients(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict[str, Tensor]:

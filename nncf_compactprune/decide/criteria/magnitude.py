@@ -1,4 +1,4 @@
-"""Magnitude criteria: L1, L2, geometric median, BatchNorm scale.
+"""Criteria of weights alone: L1, L2, geometric median, BatchNorm scale, LAMP; and none at all: random.
 
 Each takes the context of a channel group and returns one score a channel, shape ``[group.size]``, larger kept. A
 coupled group (residual stages) sums over its members, so a channel counts for everything it produces.
@@ -6,6 +6,7 @@ coupled group (residual stages) sums over its members, so a channel counts for e
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -58,13 +59,38 @@ def batch_norm_scale(context: CriterionContext) -> Tensor:
     return torch.stack([context.rows(m).abs().sum(1) for m in scales]).sum(0)
 
 
+def lamp(context: CriterionContext) -> Tensor:
+    """The square of :func:`l2` over the sum of the squares that are not smaller, of the same group: the largest channel
+    has 1 (Lee et al. 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning", eq. 1, for channels in place of
+    weights). Scores of all groups are on one scale: use it with ``"normalizer": "none"`` and ``"allocation":
+    "global"``.
+    """
+    squares = l2(context).double().square()
+    descending, order = squares.sort(descending=True)
+    sums = descending.cumsum(0)
+    last = torch.searchsorted(-descending, -descending, right=True) - 1  # equal channels have equal scores
+    scores = torch.empty_like(squares)
+    scores[order] = descending / sums[last].clamp_min(1e-30)
+    return scores.float()
+
+
+def random(context: CriterionContext) -> Tensor:
+    """Uniform random numbers in [0, 1), the same at every call for a group of this name and size, under one seed of
+    torch: what any criterion must beat."""
+    name = f"{context.group.name} {torch.initial_seed()}".encode()
+    seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "big", signed=True)
+    return torch.rand(context.group.size, generator=torch.Generator().manual_seed(seed))
+
+
 @hookimpl
 def compactprune_importance() -> Mapping[str, Importance]:
-    """The built-in magnitude criteria."""
+    """The built-in criteria of weights alone."""
     criteria: dict[str, Importance] = {
         "l1": l1,
         "l2": l2,
         "geometric_median": geometric_median,
         "batch_norm_scale": batch_norm_scale,
+        "lamp": lamp,
+        "random": random,
     }
     return criteria
