@@ -43,8 +43,8 @@ class CriterionContext:
     tensors: Mapping[str, Tensor]
     batches: Batches
     gradients: Callable[[], Mapping[str, Tensor]]
-    output_changes: Callable[[], Mapping[str, Tensor]]
-    input_squares: Callable[[], Mapping[str, Tensor]]
+    output_changes: Callable[[], Mapping[str, Tensor]] = dict
+    input_squares: Callable[[], Mapping[str, Tensor]] = dict
 
     def rows(self, member: Member, tensor: Tensor | None = None) -> Tensor:
         """What one member holds of every channel.
