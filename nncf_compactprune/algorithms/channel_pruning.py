@@ -45,8 +45,8 @@ class ChannelPruningParams(Section):
     """How channels are removed.
 
     :param schedule: ``"exponential"``, ``"exponential_with_bias"``, ``"polynomial"`` and ``"multistep"`` mask more as
-        epochs pass, then cut; ``"one_shot"`` cuts before training; or a plugin's. In Python it may be a callable, as may
-        ``allocation``.
+        epochs pass, then cut; ``"one_shot"`` cuts before training; or a plugin's. In Python it may be a callable, as
+        may ``allocation``.
     :param num_init_steps: epochs before pruning starts.
     :param pruning_init: share of the cost removed when it starts, in [0, 1).
     :param pruning_steps: epochs from there to the full budget.
