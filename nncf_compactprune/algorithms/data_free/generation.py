@@ -87,12 +87,26 @@ def dead_leaves(count: int, shape: Sequence[int], generator: torch.Generator) ->
     return (picture - picture.mean()) / picture.std()
 
 
+def labels_in_turn(count: int, classes: int, generator: torch.Generator) -> Tensor:
+    """Classes for images, in random order, each once before any comes a second time: neighbours in the order of
+    ImageNet's classes are alike, and few images shall tell of all of them.
+
+    :param count: number of images.
+    :param classes: number of classes.
+    :param generator: of the CPU.
+    :return: ``[count]``.
+    """
+    rounds = [torch.randperm(classes, generator=generator) for _ in range(-(-count // classes))]
+    return torch.cat(rounds)[:count]
+
+
 def invert(
     model: nn.Module,
     network: ImageNetwork,
     start: Tensor,
     settings: Inversion,
     *,
+    labels: Tensor | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Optimises one batch of images; the model is only run.
@@ -103,11 +117,11 @@ def invert(
     :param network: how to run it.
     :param start: ``[n, c, h, w]``: some dozens at least, as their joint statistics are matched.
     :param settings: steps, their size, and weights of the losses.
+    :param labels: which class each image shall show, ``[n]``; None: no class is asked for.
     :param on_step: called after every step, for a progress bar.
     :return: images, same shape.
     """
-    labels = torch.arange(len(start), device=start.device) % network.classes if network.classes > 1 else None
-    images = start.clone().requires_grad_(True)
+    images = start.clone(memory_format=torch.channels_last).requires_grad_(True)  # a fifth faster on a CPU
     optimizer = torch.optim.Adam([images], settings.lr, betas=(0.5, 0.9))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     terms: list[Tensor] = []
@@ -124,7 +138,7 @@ def invert(
             optimizer.step()
             schedule.step()
             on_step()
-    return images.detach()
+    return images.detach().contiguous()
 
 
 def _roughness(images: Tensor) -> Tensor:

@@ -2,6 +2,11 @@
 
 Rows are patches (:class:`~nncf_compactprune.algorithms.data_free.operations.Operation`). Memory stays below a chunk
 whatever the number of images.
+
+How two inputs vary together is known only as well as the images tell. A layer behind a global pooling has as many rows
+as there are images: with fewer rows than inputs, least squares finds that most channels follow from the others, which
+no other image bears out. So second moments are shrunk towards their diagonal, by as much as two halves of the images
+disagree (:attr:`Moments.doubt`).
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ CHUNK_ELEMENTS = 2**23  # patches unfolded at once: 32 MiB in float32
 MAX_ROWS = (
     120_000  # patches used of a layer; beyond, evenly strided images and places add nothing to d <= some thousand
 )
+MOST_CHANCE = 0.99  # something is always learned
 
 
 @dataclass
@@ -31,6 +37,9 @@ class Moments:
     :param mean_in: ``[groups, d]``.
     :param mean_out: ``[groups, out/groups]``.
     :param rows: number of patches.
+    :param doubt: how much of what the inputs' covariances say is chance of the images, in [0, 1): see :func:`_chance`.
+    :param chance: the same of the covariances between inputs and what the output lacks of Y; 0 where no weights were
+        given to compare with.
     """
 
     operation: Operation
@@ -40,6 +49,13 @@ class Moments:
     mean_in: Tensor
     mean_out: Tensor
     rows: int
+    doubt: float = 0.0
+    chance: float = 0.0
+
+    @property
+    def trusted(self) -> Tensor:
+        """``inputs``, the covariances shrunk by :attr:`doubt`: what may be expected of other images."""
+        return torch.lerp(self.inputs, torch.diag_embed(self.inputs.diagonal(dim1=1, dim2=2)), self.doubt)
 
 
 def damped(inputs: Tensor, ridge: float) -> Tensor:
@@ -54,33 +70,41 @@ def damped(inputs: Tensor, ridge: float) -> Tensor:
     return inputs + ridge * scale[:, None, None] * eye
 
 
-def moments(operation: Operation, x: Tensor, y: Tensor) -> Moments:
+def moments(operation: Operation, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Moments:
     """Streams inputs and wanted outputs.
 
     :param operation: what goes from one to the other.
     :param x: what enters it, ``[n, in, *places]`` or ``[n, ..., in]``.
     :param y: what it should give, ``[n, out, *places]`` or ``[n, ..., out]``.
+    :param weight: what the layer has now, ``[groups, out/groups, d]``; None: :attr:`Moments.chance` is not asked for.
     """
     positions = y.numel() // len(y) // y.shape[operation.channel_dim]
     width = operation.width
     stride = max(1, math.ceil(len(x) * positions / MAX_ROWS)) if positions > 1 else 1
     images = max(1, CHUNK_ELEMENTS // max(1, operation.groups * width * positions))
-    total: list[Tensor] = []
+    images = min(images, max(1, math.ceil(len(x) / 2)))
+    halves: list[Tensor] = []  # sums over every other chunk of images: two that can be held against each other
+    rows = [0, 0]
     shift = x.new_zeros(1)
-    rows = 0
-    for begin in range(0, len(x), images):
+    for chunk, begin in enumerate(range(0, len(x), images)):
         part = slice(begin, begin + images)
         px, py = operation.patches(x[part]), operation.outputs(y[part])
         if stride > 1:  # the offset moves on, so that all places of an image have their turn
             px, py = px[:, begin % stride :: stride], py[:, begin % stride :: stride]
         joined = torch.cat([px, py], 2)
-        if not total:  # moments about a point near the mean: about 0, float32 loses a small variance on a large mean
+        if not halves:  # moments about a point near the mean: about 0, float32 loses a small variance on a large mean
             shift = joined.mean(1, keepdim=True)
         joined = torch.cat([joined - shift, joined.new_ones(*joined.shape[:2], 1)], 2)
         product = torch.bmm(joined.transpose(1, 2), joined).double()
-        total = [product] if not total else [total[0] + product]
-        rows += joined.shape[1]
-    return _centred(operation, total[0] / rows, rows, shift.squeeze(1).double())
+        if chunk < 2:
+            halves.append(product)
+        else:
+            halves[chunk % 2] += product
+        rows[chunk % 2] += joined.shape[1]
+    found = _centred(operation, sum(halves[1:], halves[0]) / sum(rows), sum(rows), shift.squeeze(1).double())
+    if len(halves) == 2 and min(rows):
+        _hold_against_each_other(found, shift.squeeze(1).double(), halves, rows, weight)
+    return found
 
 
 def _centred(operation: Operation, joint: Tensor, rows: int, shift: Tensor) -> Moments:
@@ -90,3 +114,40 @@ def _centred(operation: Operation, joint: Tensor, rows: int, shift: Tensor) -> M
     energy = cov[:, d:, d:].diagonal(dim1=1, dim2=2).clamp_min(0)
     mean = mean + shift
     return Moments(operation, cov[:, :d, :d], cov[:, :d, d:], energy, mean[:, :d], mean[:, d:], rows)
+
+
+def _hold_against_each_other(
+    found: Moments, shift: Tensor, halves: list[Tensor], rows: list[int], weight: Tensor | None
+) -> None:
+    """Fills in ``doubt`` and ``chance`` from the sums over two halves of the images, ``[groups, d + out + 1, same]``."""
+    d = found.operation.width
+    centre = torch.cat([found.mean_in, found.mean_out], 1) - shift
+    first, second = (half[:, :-1] / count for half, count in zip(halves, rows, strict=True))
+    apart = first - second
+    across = centre.unsqueeze(2) * apart[:, :, -1].unsqueeze(1)
+    apart = apart[:, :, :-1] - across - across.transpose(1, 2)
+    scale = found.inputs.diagonal(dim1=1, dim2=2).clamp_min(1e-12).rsqrt().unsqueeze(2)
+    share = rows[0] * rows[1] / sum(rows) ** 2
+    inputs, seen = apart[:, :d, :d] * scale.transpose(1, 2), found.inputs * scale.transpose(1, 2)
+    for matrix in (inputs, seen):
+        matrix.diagonal(dim1=1, dim2=2).zero_()
+    found.doubt = _chance(inputs * scale, seen * scale, share)
+    if weight is not None:
+        lacking = found.cross - found.inputs @ weight.transpose(1, 2)
+        lacking_apart = apart[:, :d, d:] - apart[:, :d, :d] @ weight.transpose(1, 2)
+        found.chance = _chance(lacking_apart * scale, lacking * scale, share)
+
+
+def _chance(apart: Tensor, seen: Tensor, share: float) -> float:
+    """Which share of squared covariances is sampling error, in [0, 1).
+
+    Ledoit and Wolf's shrinkage intensity (2004). Theirs counts rows as independent, and places of one image are not;
+    here two halves of the images tell: with S = a A + b B of halves of shares a and b, ``E ||S - Sigma||^2 = a b E ||A -
+    B||^2``. All groups of channels count together.
+
+    :param apart: the difference of the halves' covariances.
+    :param seen: the covariances of all images.
+    :param share: a b.
+    """
+    squared = float(seen.square().sum())
+    return min(share * float(apart.square().sum()) / squared, MOST_CHANCE) if squared > 0 else 0.0

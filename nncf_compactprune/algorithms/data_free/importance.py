@@ -92,7 +92,7 @@ def consumers(group: ChannelGroup, modules: Mapping[str, nn.Module], found: Mapp
         energy = max(float(found[name].energy.sum()), 1e-30)
         rows = found[name].operation.rows(modules[name].get_parameter("weight"))
         columns = _columns(found[name].operation, member)
-        result.append(Consumer(rows, found[name].inputs, columns, worth / energy))
+        result.append(Consumer(rows, found[name].trusted, columns, worth / energy))
     return result
 
 

@@ -42,6 +42,7 @@ from nncf_compactprune.host.nncf_progress import track
 from nncf_compactprune.host.tensors import model_tensors, named_modules, own_tensors
 from nncf_compactprune.host.torch_internals import BatchNorm
 
+MUCH_DOUBT = 0.5  # from here on more of a layer's correlations is chance than not
 MIN_STD_RATIO = 0.05  # a channel whose output all but vanished keeps a scale that does not blow up
 
 
@@ -52,11 +53,13 @@ class Refit:
     :param name: the layer.
     :param before: squared error of its outputs with the weights that the cut left, over their variance.
     :param after: the same after least squares.
+    :param doubt: see :attr:`~nncf_compactprune.algorithms.data_free.gram.Moments.doubt`.
     """
 
     name: str
     before: float
     after: float
+    doubt: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,15 @@ class Refits:
                 sum(getattr(layer, when) for layer in self.layers) / len(self.layers) for when in ("before", "after")
             )
             figures["mean layer error"] = f"{before:.3f} -> {after:.3f}"
+        doubtful = [f"{layer.name} ({layer.doubt:.0%})" for layer in self.layers if layer.doubt > MUCH_DOUBT]
+        if doubtful:
+            figures["layers that the images tell little of (doubt)"] = ", ".join(doubtful)
         return figures
 
 
 def solve(weight: Tensor, found: Moments, ridge: float) -> Tensor:
-    """Ridge least squares around given weights.
+    """Ridge least squares around given weights. What the images leave in doubt holds them back, too: the second moments
+    are the trusted ones, and of what the output lacks, the share that is chance is not learned.
 
     :param weight: where the ridge pulls to, ``[groups, out/groups, d]``.
     :param found: moments of what enters the layer, and of what it should give.
@@ -92,7 +99,8 @@ def solve(weight: Tensor, found: Moments, ridge: float) -> Tensor:
     :return: the weights, same shape.
     """
     right = found.cross - found.inputs @ weight.transpose(1, 2)
-    moved: Tensor = torch.linalg.solve(damped(found.inputs, ridge), right).transpose(1, 2)
+    right = (1 - found.chance) * right
+    moved: Tensor = torch.linalg.solve(damped(found.trusted, ridge), right).transpose(1, 2)
     return weight + moved
 
 
@@ -197,8 +205,8 @@ class Reconstruction:
             positions = met.operation.outputs_kept(self.kept.get(f"{met.name}.weight", {}))
             if positions is not None:
                 wanted = wanted.index_select(operation.channel_dim, positions.to(wanted.device))
-        found = moments(operation, call.input, wanted)
         old = operation.rows(weight)
+        found = moments(operation, call.input, wanted, old)
         try:
             new = self.step(met.name, old, found)
         except RuntimeError:  # inputs that are all zero, say: nothing to learn from
@@ -209,7 +217,7 @@ class Reconstruction:
         if bias is not None:
             offset = found.mean_out - (rows @ found.mean_in.unsqueeze(2)).squeeze(2)
             bias.copy_(offset.reshape(-1))
-        self.refits.append(Refit(met.name, relative_error(old, found), relative_error(rows, found)))
+        self.refits.append(Refit(met.name, relative_error(old, found), relative_error(rows, found), found.doubt))
 
     def _norm(self, module: BatchNorm, x: Tensor, met: Met) -> None:
         rows = len(x) - self.inputs.resampled or len(x)  # drawn rows count only where there are no others

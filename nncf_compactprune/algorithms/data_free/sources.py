@@ -3,7 +3,7 @@ from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms.data_free.generation import Inversion, dead_leaves, invert
+from nncf_compactprune.algorithms.data_free.generation import Inversion, dead_leaves, invert, labels_in_turn
 from nncf_compactprune.algorithms.data_free.network import (
     ImageNetwork,
     batch_norms,
@@ -128,15 +128,19 @@ def _inverted(
 ) -> Tensor:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     starts = torch.split(dead_leaves(count, network.shape, generator), BATCH)
-    key = fingerprint(model, settings.inversion, settings.seed, count, network.shape)
+    labels: Sequence[Tensor | None] = [None] * len(starts)
+    if network.classes > 1:
+        labels = torch.split(labels_in_turn(count, network.classes, generator), BATCH)
+    key = fingerprint(model, settings.inversion, settings.seed, count, network.shape, "classes in random order")
     done = _read_cache(settings.cache, key)[: len(starts)]
-    missing = starts[len(done) :]
+    missing = list(zip(starts, labels, strict=True))[len(done) :]
     bar: Iterator[Any] = iter(())
     if missing:
         bar = iter(track(range(len(missing) * settings.inversion.steps), description="Generating images"))
-    for start in missing:
-        tick = partial(next, bar, None)
-        done.append(invert(model, network, start.to(device), settings.inversion, on_step=tick).cpu())
+    for start, shown in missing:
+        tick, shown = partial(next, bar, None), None if shown is None else shown.to(device)
+        images = invert(model, network, start.to(device), settings.inversion, labels=shown, on_step=tick)
+        done.append(images.cpu())
         if settings.cache is not None:
             tensors = {f"batch_{at}": one.contiguous() for at, one in enumerate(done)}
             write_whole(Path(settings.cache), save(tensors, {"fingerprint": key}))

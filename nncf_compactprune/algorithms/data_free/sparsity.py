@@ -143,7 +143,7 @@ def sparse_step(ratios: Mapping[str, float], ridge: float, names: Set[str]) -> L
         if name not in names:
             return refitted
         if ratios:
-            return sparsify(refitted, found.inputs, ridge, ratio=ratios[name])
+            return sparsify(refitted, found.trusted, ridge, ratio=ratios[name])
         return _two_of_four(refitted, found, ridge)
 
     return step
@@ -155,7 +155,7 @@ def _two_of_four(weight: Tensor, found: Moments, ridge: float) -> Tensor:
     if weight.shape[2] // taps % 4:
         return weight
     order = torch.arange(weight.shape[2], device=weight.device).view(-1, taps).T.reshape(-1)
-    sparse = sparsify(weight[:, :, order], found.inputs[:, order][:, :, order], ridge, pattern=(2, 4))
+    sparse = sparsify(weight[:, :, order], found.trusted[:, order][:, :, order], ridge, pattern=(2, 4))
     return sparse[:, :, order.argsort()]
 
 

@@ -31,7 +31,7 @@ def shares(weights: Mapping[str, Tensor], found: Mapping[str, Moments], ratio: f
     """
     losses = {}
     for name, weight in weights.items():
-        inverse = torch.linalg.inv(damped(found[name].inputs, ridge)).diagonal(dim1=1, dim2=2)
+        inverse = torch.linalg.inv(damped(found[name].trusted, ridge)).diagonal(dim1=1, dim2=2)
         loss = weight.square() / inverse[:, None, :] / found[name].energy.sum().clamp_min(1e-30)
         losses[name] = loss.flatten().sort().values
     everything = torch.cat(list(losses.values()))

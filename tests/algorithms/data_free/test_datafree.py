@@ -24,7 +24,7 @@ from nncf_compactprune.algorithms.data_free import (
     least_squares,
     sources,
 )
-from nncf_compactprune.algorithms.data_free.generation import dead_leaves, invert, statistics_loss
+from nncf_compactprune.algorithms.data_free.generation import dead_leaves, invert, labels_in_turn, statistics_loss
 from nncf_compactprune.algorithms.data_free.gram import Moments, moments
 from nncf_compactprune.algorithms.data_free.importance import Consumer, surgeon_scores
 from nncf_compactprune.algorithms.data_free.network import batch_norms
@@ -76,6 +76,13 @@ def test_inversion_brings_the_statistics_nearer_and_leaves_the_model_alone() -> 
     assert unchanged(model, before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert all(m.training for m in model.modules())
+
+
+def test_few_images_are_of_classes_from_all_over() -> None:
+    labels = labels_in_turn(1500, 1000, torch.Generator().manual_seed(0))
+    assert sorted(labels[:1000].tolist()) == list(range(1000))
+    assert len(set(labels[1000:].tolist())) == 500
+    assert labels[:32].max() > 500
 
 
 def test_resampled_rows_are_drawn_from_gamma_and_beta_and_cut_copies_see_the_same() -> None:
@@ -163,7 +170,8 @@ def moments_of(layer: nn.Module, x: torch.Tensor, y: torch.Tensor | None = None)
     """Moments of a layer as it runs, and its weight as rows."""
     (call,) = calls_of(layer, x)
     y = call.run(call.weight, call.bias) if y is None else y
-    return moments(call.operation, call.input, y.detach()), call.operation.rows(call.weight)
+    rows = call.operation.rows(call.weight)
+    return moments(call.operation, call.input, y.detach(), rows), rows
 
 
 LAYERS = [
@@ -285,12 +293,55 @@ def test_what_cannot_be_refitted_is_left_and_named(caplog) -> None:
 def test_solve_is_ridge_regression() -> None:
     layer, x, y = nn.Linear(6, 3), randn(50, 6), randn(50, 3, seed=1)
     (found, prior), ridge = moments_of(layer, x, y), 0.2
+    found.doubt = found.chance = 0.0
     xc, yc = (x - x.mean(0)).double(), (y - y.mean(0)).double()
     strength = ridge * xc.square().mean()
     left = torch.cat([xc / 50**0.5, strength.sqrt() * torch.eye(6, dtype=torch.float64)])
     right = torch.cat([yc / 50**0.5, strength.sqrt() * prior[0].T])
     assert torch.allclose(solve(prior, found, ridge)[0].T, torch.linalg.lstsq(left, right).solution, atol=1e-6)
     assert torch.allclose(solve(prior, found, 1e9), prior, atol=1e-6)
+
+
+def test_what_few_images_say_of_many_channels_is_doubted() -> None:
+    layer = nn.Linear(64, 8)
+    few, _ = moments_of(layer, randn(32, 64))
+    many, _ = moments_of(layer, randn(8192, 64))
+    assert few.doubt > 0.9
+    assert many.doubt > 0.9  # independent inputs: all that is seen of their correlations is chance, however little
+    shared = randn(8192, 1) + randn(8192, 64)
+    assert moments_of(layer, shared)[0].doubt < 0.01
+    # 32 images of equal places are 32 examples, whatever the number of places
+    convolution = nn.Conv2d(64, 8, 1)
+    flat = randn(32, 64, 1, 1).expand(32, 64, 9, 9)
+    assert moments_of(convolution, flat)[0].doubt > 0.9
+    assert moments_of(layer, randn(1, 64))[0].doubt == 0  # nothing to hold it against
+
+
+def test_few_images_do_not_make_channels_look_redundant() -> None:
+    layer = nn.Linear(64, 8)
+    found, rows = moments_of(layer, randn(32, 64))
+    columns = np.arange(64)[:, None]
+    taken_at_its_word = surgeon_scores([Consumer(rows, found.inputs, columns, 1.0)], 1e-3)
+    doubted = surgeon_scores([Consumer(rows, found.trusted, columns, 1.0)], 1e-3)
+    alone = rows.square().sum((0, 1))  # of independent inputs with variance 1, a channel loses what it gives
+    assert int((taken_at_its_word < 0.01 * alone).sum()) >= 30
+    assert bool((doubted > 0.3 * alone).all())
+
+
+def test_solve_learns_nothing_that_only_few_images_say() -> None:
+    layer = nn.Linear(64, 8)
+    x, more = randn(32, 64), randn(512, 64, seed=1)
+    found, prior = moments_of(layer, x, layer(x) + randn(32, 8, seed=2))
+    assert found.chance > 0.9
+    fitted = solve(prior, found, 0.03)
+    moved = (more.double() @ (fitted - prior)[0].T).square().mean()
+    found.doubt = found.chance = 0.0
+    at_its_word = (more.double() @ (solve(prior, found, 0.03) - prior)[0].T).square().mean()
+    assert float(moved) < 0.05 * float(at_its_word)
+    # what every image says is learned, though inputs are independent
+    halved, prior = moments_of(layer, more / 2, layer(more))
+    assert halved.doubt > 0.9
+    assert halved.chance < 0.2
 
 
 def test_surgeon_scores_are_what_refitting_leaves() -> None:
