@@ -2,10 +2,11 @@
 
     python examples/benchmarks/data_free.py --data FOLDER [--only resnet20/prune]
 
-FOLDER holds ``cifar10_*.npz`` and ``resnet20_cifar10.safetensors``, ``resnet56_cifar10.safetensors``. Test images are
-used to measure accuracy and for nothing else (all 10,000 for ResNet-20 and -56); settings were chosen on training
-images. Rows are appended to ``data_free.jsonl``; a killed run goes on. ``data_free.md`` is written from the rows there
-are.
+FOLDER holds ``cifar10_*.npz``, ``imagenette/{train,val}`` and the networks' ``.safetensors``. Test images are used to
+measure accuracy and for nothing else: all 10,000 of CIFAR-10, and for MobileNetV1 the 1,500 validation pictures of ten
+ImageNet classes, judged among all 1,000. Settings were chosen on training images. Rows are appended to
+``data_free.jsonl``; a killed run goes on. ``data_free.md`` and ``data_free_mobilenet.md`` are written from the rows
+there are.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import nncf
 import torch
 from cifar_packs import packed_cifar10
-from torch import nn
+from imagenette import CLASSES, Data, normalised
+from recovery import commit
+from torch import Tensor, nn
 
 from nncf_compactprune import analyse, create_compressed_model, prune
 from nncf_compactprune.algorithms.data_free import Generation, ImageNetwork, Reconstruction, layer_inputs
@@ -33,23 +37,23 @@ from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.run.models import resolve_model
-from nncf_compactprune.run.networks.cifar_resnet import resnet20, resnet56
 
 HERE = Path(__file__).parent
-EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-INPUT = {"sample_size": [1, 3, 32, 32]}
-REAL = 2000  # real images of the baselines that have data
+REAL, REAL_PICTURES = 2000, 300  # real images of the baselines that have data, of 32 and of 224 pixels
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 BITS = ((8, 8), (7, 7), (6, 6), (5, 5), (4, 4))
-NETWORKS = {"resnet20": resnet20, "resnet56": resnet56}
+MOBILE = "mobilenet_v1_075"
+NETWORKS = ("resnet20", "resnet56", MOBILE)
+MOBILE_TASKS: dict[str, tuple[Any, ...]] = {"quantize": BITS, "prune": (0.9, 0.8, 0.7, 0.5)}
 LABELS = {
     "ours": "no data: this package",
     "magnitude": "no data: L1 alone",
     "bias": "no data: L1, biases and BatchNorm corrected on drawn BatchNorm outputs",
     "torch_pruning": "no data: Torch-Pruning, L1, one shot, inside blocks",
-    "real_bn": "2,000 real images: L1, BatchNorm re-estimated",
-    "real_bn_ours": "2,000 real images: our channels, not re-fitted, BatchNorm re-estimated",
+    "ours_real": 'real images: this package, `"source": "dataset"`',
+    "real_bn": "real images: L1, BatchNorm re-estimated",
+    "real_bn_ours": "real images: our channels, not re-fitted, BatchNorm re-estimated",
     "nearest": "no data: NNCF's places, nearest rounding, ranges of drawn BatchNorm outputs",
     "nearest_bias": "no data: the same, biases and BatchNorm corrected",
     "nncf_real": "300 real images: nncf.quantize",
@@ -57,7 +61,7 @@ LABELS = {
 
 
 class Bench:
-    """The data, one network, and the rows."""
+    """One network and its data."""
 
     def __init__(self, data: Path, name: str) -> None:
         self.name, self.data = name, data
@@ -66,11 +70,20 @@ class Bench:
         self.real = torch.cat([x for x, _ in self.dataset.train_loader(500, augment=False)])
         self.cache = HERE / f"data_free_{name}.safetensors"
 
+    @property
+    def builder(self) -> tuple[str, str]:
+        """The network's function, and its file of weights."""
+        return f"python:nncf_compactprune.run.networks.cifar_resnet:{self.name}", f"{self.name}_cifar10.safetensors"
+
+    @property
+    def example(self) -> Tensor:
+        return self.real[:2]
+
     def network(self) -> nn.Module:
         """The trained network, fresh."""
-        builder = f"python:nncf_compactprune.run.networks.cifar_resnet:{self.name}"
-        weights = str(self.data / f"{self.name}_cifar10.safetensors")
-        return resolve_model(builder, sample_size=(1, 3, 32, 32), weights=weights).model.eval()
+        function, weights = self.builder
+        shape = (1, *self.real.shape[1:])
+        return resolve_model(function, sample_size=shape, weights=str(self.data / weights)).model.eval()
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
@@ -79,15 +92,20 @@ class Bench:
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in self.test)
         return right / sum(len(y) for _, y in self.test)
 
-    def compressed(self, entry: dict[str, Any]) -> nn.Module:
-        """By a config entry with inverted images from the cache; no data."""
-        entry = {**entry, "generation": {"cache": str(self.cache)}}
-        ctrl, _ = create_compressed_model(self.network(), {"input_info": INPUT, "compression": entry})
+    def compressed(self, entry: dict[str, Any], *, real: bool = False) -> nn.Module:
+        """By a config entry with inverted images from the cache and no data, or with real images."""
+        generation = {"source": "dataset", "samples": len(self.real)} if real else {"cache": str(self.cache)}
+        document = {
+            "input_info": {"sample_size": [1, *self.real.shape[1:]]},
+            "compression": {**entry, "generation": generation},
+        }
+        loader = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in self.real.split(100)]
+        ctrl, _ = create_compressed_model(self.network(), document, loader if real else None)
         return ctrl.strip()
 
     def corrected(self, dense: nn.Module, model: nn.Module, plan: PruningPlan | None = None) -> nn.Module:
         """Biases and BatchNorm statistics corrected on drawn BatchNorm outputs, weights left alone."""
-        network = ImageNetwork.of(dense, EXAMPLE)
+        network = ImageNetwork.of(dense, self.example)
         inputs = layer_inputs(dense, network, Generation("bn_sampling", 256))
         kept = {} if plan is None else {name: plan.selection(name) for name in plan.kept}
         with evaluating(dense), evaluating(model):
@@ -102,20 +120,38 @@ class Bench:
                 module.reset_running_stats()
                 module.momentum = None
         model.train()
-        for part in self.real.split(500):
+        for part in self.real.split(min(500, len(self.real) // 3)):
             model(part)
         return model.eval()
 
 
+class Pictures(Bench):
+    """MobileNetV1-0.75 and pictures of ten classes."""
+
+    def __init__(self, data: Path) -> None:
+        self.name, self.data, pictures = MOBILE, data, Data(data)
+        images, labels = pictures.test()
+        indices = torch.tensor(list(CLASSES.values()))
+        parts = zip(images.split(100), indices[labels].split(100), strict=True)
+        self.test = [(normalised(x), y) for x, y in parts]
+        self.real = torch.cat([x for x, _ in pictures.few(0, REAL_PICTURES)])
+        self.cache = HERE / f"data_free_{MOBILE}.safetensors"
+
+    @property
+    def builder(self) -> tuple[str, str]:
+        function = "python:nncf_compactprune.run.networks.mobilenet_v1:mobilenet_v1_075"
+        return function, f"{MOBILE}_224_imagenet.safetensors"
+
+
 def l1(bench: Bench, budget: float) -> nn.Module:
     model = bench.network()
-    prune(model, EXAMPLE, budget={"macs": budget}, importance="l1", round_to=1)
+    prune(model, bench.example, budget={"macs": budget}, importance="l1", round_to=1)
     return model
 
 
-def ours(bench: Bench, budget: float) -> nn.Module:
-    params = {"round_to": 1}
-    return bench.compressed({"algorithm": "data_free_layerwise", "budget": {"macs": budget}, "params": params})
+def ours(bench: Bench, budget: float, *, real: bool = False) -> nn.Module:
+    entry = {"algorithm": "data_free_layerwise", "budget": {"macs": budget}, "params": {"round_to": 1}}
+    return bench.compressed(entry, real=real)
 
 
 def only_cut(bench: Bench, budget: float) -> nn.Module:
@@ -138,15 +174,15 @@ def torch_pruning(bench: Bench, budget: float) -> nn.Module:
         importance = tp.importance.MagnitudeImportance(p=1)
         stream = [m for n, m in model.named_modules() if n in ("conv1", "linear") or n.endswith(".conv2")]
         pruner = tp.pruner.MagnitudePruner(
-            model, EXAMPLE, importance, pruning_ratio=share, ignored_layers=stream, round_to=1
+            model, bench.example, importance, pruning_ratio=share, ignored_layers=stream, round_to=1
         )
         pruner.step()
         return model
 
-    dense, low, high = analyse(bench.network(), EXAMPLE, trial=False).macs, 0.0, 1.0
+    dense, low, high = analyse(bench.network(), bench.example, trial=False).macs, 0.0, 1.0
     for _ in range(7):
         middle = (low + high) / 2
-        if analyse(at(middle), EXAMPLE, trial=False).macs <= budget * dense:
+        if analyse(at(middle), bench.example, trial=False).macs <= budget * dense:
             high = middle
         else:
             low = middle
@@ -156,6 +192,7 @@ def torch_pruning(bench: Bench, budget: float) -> nn.Module:
 def pruning_methods() -> dict[str, Callable[[Bench, float], nn.Module]]:
     return {
         "ours": ours,
+        "ours_real": lambda b, x: ours(b, x, real=True),
         "real_bn": lambda b, x: b.real_statistics(l1(b, x)),
         "real_bn_ours": lambda b, x: b.real_statistics(only_cut(b, x)),
         "magnitude": l1,
@@ -167,7 +204,7 @@ def pruning_methods() -> dict[str, Callable[[Bench, float], nn.Module]]:
 def smallest_zeroed(bench: Bench, ratio: float) -> nn.Module:
     """One threshold on magnitudes for all layers, as nncf.prune's global mode has it."""
     model = bench.network()
-    weights = [model.get_parameter(f"{name}.weight").data for name in refittable(model, EXAMPLE).found]
+    weights = [model.get_parameter(f"{name}.weight").data for name in refittable(model, bench.example).found]
     everything = torch.cat([w.abs().flatten() for w in weights])
     threshold = everything.kthvalue(round(ratio * everything.numel())).values
     for w in weights:
@@ -190,9 +227,9 @@ def nearest(bench: Bench, bits: tuple[int, int], *, correct: bool) -> nn.Module:
     """Plain rounding; ranges by search on drawn BatchNorm outputs; first and last layer at 8 bits, as ours."""
     model = bench.network()
     dense = copy.deepcopy(model)
-    network = ImageNetwork.of(model, EXAMPLE)
+    network = ImageNetwork.of(model, bench.example)
     inputs = layer_inputs(model, network, Generation("bn_sampling", 256))
-    layers = refittable(model, EXAMPLE).found
+    layers = refittable(model, bench.example).found
     weight_bits = {n: 8 if n in (layers[0], layers[-1]) else bits[0] for n in layers}
     with evaluating(model, changes=True):
         install(
@@ -242,7 +279,7 @@ def missing(rows: list[dict[str, Any]], only: str) -> Iterator[tuple[str, str, A
     done = {(r["network"], r["task"], str(r["at"]), r["method"]) for r in rows}
     for network in NETWORKS:
         for task, (points, methods) in TASKS.items():
-            for at in points:
+            for at in points if network != MOBILE else MOBILE_TASKS.get(task, ()):
                 for method in methods:
                     path = f"{network}/{task}/{at}/{method}"
                     if path.startswith(only) and (network, task, str(at), method) not in done:
@@ -254,26 +291,36 @@ def measure(bench: Bench, task: str, at: Any, method: str) -> dict[str, Any]:
     started = time.perf_counter()
     model = TASKS[task][1][method](bench, at)
     seconds = time.perf_counter() - started
-    row: dict[str, Any] = {"network": bench.name, "task": task, "at": str(at), "method": method}
+    row: dict[str, Any] = {"network": bench.name, "task": task, "at": str(at), "method": method, "commit": commit()}
     if model is None:
         return {**row, "accuracy": None}
     row["accuracy"] = bench.accuracy(model)
     if task == "prune":
-        row["macs"] = analyse(model, EXAMPLE, trial=False).macs / analyse(bench.network(), EXAMPLE, trial=False).macs
+        row["macs"] = (
+            analyse(model, bench.example, trial=False).macs / analyse(bench.network(), bench.example, trial=False).macs
+        )
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {**row, "seconds": round(seconds, 1), "peak_mib": round(peak_mib)}
 
 
-def write_report(rows: list[dict[str, Any]], target: Path) -> None:
-    """The tables, from whatever rows there are."""
+def write_report(rows: list[dict[str, Any]], networks: Sequence[str], target: Path) -> None:
+    """The tables, from whatever rows there are; no file where there are none."""
+    if not any(row["network"] in networks for row in rows):
+        return
+    pictures = (
+        "1,500 ImageNet validation pictures of ten classes, judged among all 1,000 classes"
+        if MOBILE in networks
+        else "all 10,000 CIFAR-10 test images"
+    )
     lines = [
         "# Compression with no data",
         "",
-        "Top-1 accuracy in percent on all 10,000 CIFAR-10 test images, no training after compression. Written by",
-        "`python examples/benchmarks/data_free.py --data FOLDER`. Settings: chosen on training images of ResNet-20.",
+        f"Top-1 accuracy in percent on {pictures}, no training after compression. Written",
+        "by `python examples/benchmarks/data_free.py --data FOLDER`. Settings were chosen on training images. Real images:",
+        f"{REAL:,} of CIFAR-10, {REAL_PICTURES} of Imagenette, which shows the ten classes only that are judged.",
         "First and last layer of quantized networks have 8 bits, for every method.",
     ]
-    for network in NETWORKS:
+    for network in networks:
         for task in TASKS:
             found = {(r["at"], r["method"]): r for r in rows if r["network"] == network and r["task"] == task}
             if found:
@@ -304,9 +351,9 @@ def table(task: str, found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
         peak = max(r["peak_mib"] for r in own)
         lines += [
             "",
-            f"Ours: {seconds[0]:.0f} to {seconds[-1]:.0f} s on one thread of a busy machine, peak memory of the",
+            f"Ours: {seconds[0]:.0f} to {seconds[-1]:.0f} s on a busy machine of {os.cpu_count()} threads, peak memory of",
         ]
-        lines += [f"process {peak} MiB. The first row of a network also generates its images."]
+        lines += [f"the process {peak} MiB. The first row of a network also generates its images."]
     return lines
 
 
@@ -318,7 +365,9 @@ def main() -> None:
     path = HERE / "data_free.jsonl"
     benches: dict[str, Bench] = {}
     for network, task, at, method in missing(rows_of(path), options.only):
-        bench = benches.setdefault(network, benches.get(network) or Bench(options.data, network))
+        if network not in benches:
+            benches[network] = Pictures(options.data) if network == MOBILE else Bench(options.data, network)
+        bench = benches[network]
         new = []
         if not any(r["network"] == network and r["task"] == "dense" for r in rows_of(path)):
             new.append(
@@ -335,7 +384,8 @@ def main() -> None:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in new)
         print(new[-1], flush=True)
-    write_report(rows_of(path), HERE / "data_free.md")
+    write_report(rows_of(path), [name for name in NETWORKS if name != MOBILE], HERE / "data_free.md")
+    write_report(rows_of(path), [MOBILE], HERE / "data_free_mobilenet.md")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def _centred(operation: Operation, joint: Tensor, rows: int, shift: Tensor) -> M
 def _hold_against_each_other(
     found: Moments, shift: Tensor, halves: list[Tensor], rows: list[int], weight: Tensor | None
 ) -> None:
-    """Fills in ``doubt`` and ``chance`` from the sums over two halves of the images, ``[groups, d + out + 1, same]``."""
+    """Fills in ``doubt`` and ``chance``, from sums over two halves of the images, ``[groups, d + out + 1, same]``."""
     d = found.operation.width
     centre = torch.cat([found.mean_in, found.mean_out], 1) - shift
     first, second = (half[:, :-1] / count for half, count in zip(halves, rows, strict=True))
@@ -142,8 +142,8 @@ def _chance(apart: Tensor, seen: Tensor, share: float) -> float:
     """Which share of squared covariances is sampling error, in [0, 1).
 
     Ledoit and Wolf's shrinkage intensity (2004). Theirs counts rows as independent, and places of one image are not;
-    here two halves of the images tell: with S = a A + b B of halves of shares a and b, ``E ||S - Sigma||^2 = a b E ||A -
-    B||^2``. All groups of channels count together.
+    here two halves of the images tell. With S = a A + b B, of halves of shares a and b,
+    ``E ||S - Sigma||^2 = a b E ||A - B||^2``. All groups of channels count together.
 
     :param apart: the difference of the halves' covariances.
     :param seen: the covariances of all images.

@@ -51,3 +51,8 @@ def mobilenet_v1(width: float = 1.0, classes: int = 1000) -> MobileNetV1:
     :param classes: number of class scores.
     """
     return MobileNetV1(width, classes)
+
+
+def mobilenet_v1_075() -> MobileNetV1:
+    """Width 0.75, for configs, which call a network's function without arguments."""
+    return MobileNetV1(0.75)
