@@ -316,7 +316,7 @@ def write_report(rows: list[dict[str, Any]], networks: Sequence[str], target: Pa
         "# Compression with no data",
         "",
         f"Top-1 accuracy in percent on {pictures}, no training after compression. Written",
-        "by `python examples/benchmarks/data_free.py --data FOLDER`. Settings were chosen on training images. Real images:",
+        "by `python examples/benchmarks/data_free.py --data FOLDER`. Settings were chosen on training images. Real:",
         f"{REAL:,} of CIFAR-10, {REAL_PICTURES} of Imagenette, which shows the ten classes only that are judged.",
         "First and last layer of quantized networks have 8 bits, for every method.",
     ]
@@ -351,9 +351,9 @@ def table(task: str, found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
         peak = max(r["peak_mib"] for r in own)
         lines += [
             "",
-            f"Ours: {seconds[0]:.0f} to {seconds[-1]:.0f} s on a busy machine of {os.cpu_count()} threads, peak memory of",
+            f"Ours: {seconds[0]:.0f} to {seconds[-1]:.0f} s on a busy machine of {os.cpu_count()} threads, peak memory",
         ]
-        lines += [f"the process {peak} MiB. The first row of a network also generates its images."]
+        lines += [f"of the process {peak} MiB. The first row of a network also generates its images."]
     return lines
 
 
