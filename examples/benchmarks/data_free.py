@@ -56,6 +56,8 @@ LABELS = {
     "real_bn_ours": "real images: our channels, not re-fitted, BatchNorm re-estimated",
     "nearest": "no data: NNCF's places, nearest rounding, ranges of drawn BatchNorm outputs",
     "nearest_bias": "no data: the same, biases and BatchNorm corrected",
+    "one_scale": "no data: this package, one scale for each weight",
+    "one_scale_equalised": "no data: the same, equalised first",
     "nncf_real": "300 real images: nncf.quantize",
 }
 
@@ -71,19 +73,14 @@ class Bench:
         self.cache = HERE / f"data_free_{name}.safetensors"
 
     @property
-    def builder(self) -> tuple[str, str]:
-        """The network's function, and its file of weights."""
-        return f"python:nncf_compactprune.run.networks.cifar_resnet:{self.name}", f"{self.name}_cifar10.safetensors"
-
-    @property
     def example(self) -> Tensor:
         return self.real[:2]
 
     def network(self) -> nn.Module:
         """The trained network, fresh."""
-        function, weights = self.builder
-        shape = (1, *self.real.shape[1:])
-        return resolve_model(function, sample_size=shape, weights=str(self.data / weights)).model.eval()
+        builder = f"python:nncf_compactprune.run.networks.cifar_resnet:{self.name}"
+        weights = str(self.data / f"{self.name}_cifar10.safetensors")
+        return resolve_model(builder, sample_size=(1, 3, 32, 32), weights=weights).model.eval()
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
@@ -129,18 +126,16 @@ class Pictures(Bench):
     """MobileNetV1-0.75 and pictures of ten classes."""
 
     def __init__(self, data: Path) -> None:
-        self.name, self.data, pictures = MOBILE, data, Data(data)
-        images, labels = pictures.test()
+        self.name, self.data, self.pictures = MOBILE, data, Data(data)
+        images, labels = self.pictures.test()
         indices = torch.tensor(list(CLASSES.values()))
         parts = zip(images.split(100), indices[labels].split(100), strict=True)
         self.test = [(normalised(x), y) for x, y in parts]
-        self.real = torch.cat([x for x, _ in pictures.few(0, REAL_PICTURES)])
+        self.real = torch.cat([x for x, _ in self.pictures.few(0, REAL_PICTURES)])
         self.cache = HERE / f"data_free_{MOBILE}.safetensors"
 
-    @property
-    def builder(self) -> tuple[str, str]:
-        function = "python:nncf_compactprune.run.networks.mobilenet_v1:mobilenet_v1_075"
-        return function, f"{MOBILE}_224_imagenet.safetensors"
+    def network(self) -> nn.Module:
+        return self.pictures.dense()
 
 
 def l1(bench: Bench, budget: float) -> nn.Module:
@@ -250,6 +245,12 @@ def quantization_methods() -> dict[str, Callable[[Bench, tuple[int, int]], nn.Mo
         params = {"weight_bits": bits[0], "activation_bits": bits[1]}
         return bench.compressed({"algorithm": "data_free_quantization", "params": params})
 
+    def one_scale(bench: Bench, bits: tuple[int, int], *, equalise: bool) -> nn.Module | None:
+        if bits != (8, 8):
+            return None
+        params = {"per_channel": False, "equalise": equalise}
+        return bench.compressed({"algorithm": "data_free_quantization", "params": params})
+
     def nncf_real(bench: Bench, bits: tuple[int, int]) -> nn.Module | None:
         if bits != (8, 8):
             return None  # it knows 8 bits only
@@ -257,6 +258,8 @@ def quantization_methods() -> dict[str, Callable[[Bench, tuple[int, int]], nn.Mo
 
     return {
         "ours": quantized,
+        "one_scale": lambda b, x: one_scale(b, x, equalise=False),
+        "one_scale_equalised": lambda b, x: one_scale(b, x, equalise=True),
         "nncf_real": nncf_real,
         "nearest_bias": lambda b, x: nearest(b, x, correct=True),
         "nearest": lambda b, x: nearest(b, x, correct=False),

@@ -13,7 +13,8 @@ class MobileNetV1(nn.Module):
     """Thirteen depthwise separable blocks. Inputs are RGB / 127.5 - 1, ``[n, 3, h, w]`` with even h and w.
 
     Modules are named as in TensorFlow's checkpoints: ``conv1``, ``conv1_bn``, ``conv_dw_1``, ``conv_dw_1_bn``,
-    ``conv_pw_1``, ``conv_pw_1_bn``, ..., ``conv_preds``.
+    ``conv_pw_1``, ``conv_pw_1_bn``, ..., ``conv_preds``. Each ReLU6 is a module, so that channels can be equalised
+    through it.
 
     :param width: multiplier of all channel counts.
     :param classes: number of class scores.
@@ -33,13 +34,14 @@ class MobileNetV1(nn.Module):
     def _add(self, name: str, conv: nn.Conv2d) -> None:
         self.add_module(name, conv)
         self.add_module(f"{name}_bn", nn.BatchNorm2d(conv.out_channels, eps=1e-3))
+        self.add_module(f"{name}_relu", nn.ReLU6())
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores ``[n, classes]``."""
         for name, conv in self.named_children():
             if isinstance(conv, nn.Conv2d) and conv is not self.conv_preds:
                 x = conv(F.pad(x, (0, 1, 0, 1)) if conv.stride == (2, 2) else x)
-                x = F.relu6(self.get_submodule(f"{name}_bn")(x))
+                x = self.get_submodule(f"{name}_relu")(self.get_submodule(f"{name}_bn")(x))
         scores: Tensor = self.conv_preds(x.mean((2, 3), keepdim=True)).flatten(1)
         return scores
 
@@ -51,8 +53,3 @@ def mobilenet_v1(width: float = 1.0, classes: int = 1000) -> MobileNetV1:
     :param classes: number of class scores.
     """
     return MobileNetV1(width, classes)
-
-
-def mobilenet_v1_075() -> MobileNetV1:
-    """Width 0.75, for configs, which call a network's function without arguments."""
-    return MobileNetV1(0.75)
