@@ -186,20 +186,25 @@ def build(library: str, name: str) -> tuple[nn.Module, Any]:
         model, x = build_timm(name)
     else:
         model, x = (hugging_face() if library == "transformers" else segmentation())[name]()
+    return with_varied_norms(model), x
+
+
+def with_varied_norms(model: nn.Module) -> nn.Module:
+    """BatchNorms that are not the identity, so that no channel is trivially dead."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine:
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
                 if tensor is not None:
                     tensor.data = torch.rand(tensor.shape, generator=generator) + 0.5
-    return model.eval(), x
+    return model.eval()
 
 
 # -- one measurement --------------------------------------------------------------------------------------------------
 
 
 def call(model: nn.Module, x: Any) -> Any:
-    return model(**x) if isinstance(x, dict) else model(x)
+    return model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x)
 
 
 def loss_of(model: nn.Module, x: Any) -> Tensor:
@@ -239,11 +244,21 @@ def kind_of(model: nn.Module, x: Any) -> str:
     return "convolutional" if convolution > total / 2 else "other"
 
 
-def ours(model: nn.Module, x: Any) -> dict[str, Any]:
+UNIFORM = {"importance": "l1", "allocation": "uniform", "round_to": 1, "max_ratio": 1.0}
+
+
+def ours(model: nn.Module, x: Any, settings: dict[str, Any] = UNIFORM, training: Any = None) -> dict[str, Any]:
+    """Prunes a network, and says what came of it.
+
+    :param model: pruned in place.
+    :param x: example inputs.
+    :param settings: of the pruning.
+    :param training: what it is called with in training; None: the same.
+    """
     from nncf_compactprune import prune
     from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError
 
-    settings = {"importance": "l1", "allocation": "uniform", "round_to": 1, "max_ratio": 1.0}
+    training = x if training is None else training
     result: dict[str, Any] = {}
     try:
         # half of the MACs; or as far down as pinned channels allow; or the same with channels under a LayerNorm
@@ -275,7 +290,8 @@ def ours(model: nn.Module, x: Any) -> dict[str, Any]:
             "params_reachable": 1 - floor[1] / max(done.graph.params, 1),
             "error": done.self_check.error,
             "check_seconds": done.self_check.seconds,
-            "trains": trains(model, x),
+            "check": str(done.self_check),
+            "trains": trains(model, training),
         }
         result["status"] = "exact" if result["macs_left"] < 0.99 and result["trains"] else "not smaller"
         if not result["trains"]:
@@ -287,9 +303,10 @@ def ours(model: nn.Module, x: Any) -> dict[str, Any]:
     return result
 
 
-def theirs(model: nn.Module, x: Any) -> dict[str, Any]:
+def theirs(model: nn.Module, x: Any, training: Any = None) -> dict[str, Any]:
     import torch_pruning
 
+    training = x if training is None else training
     before = sum(p.numel() for p in model.parameters())
     ignored = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] in
                ("classifier", "fc", "head", "head_dist", "head_drop")]  # fmt: skip
@@ -318,7 +335,7 @@ def theirs(model: nn.Module, x: Any) -> dict[str, Any]:
         after = sum(p.numel() for p in model.parameters())
         with torch.no_grad():
             call(model, x)
-        status = "pruned" if trains(model, x) else "does not train"
+        status = "pruned" if trains(model, training) else "does not train"
         if after > 0.99 * before:
             status = "not smaller"
         return {"status": status, "seconds": seconds, "params_left": after / before}
@@ -383,7 +400,7 @@ def measure(side: str, library: str, name: str, with_onnx: bool) -> dict[str, An
 # -- the sweep -----------------------------------------------------------------
 
 
-def _worker(pipe: Any) -> None:
+def _worker(pipe: Any, measure: Callable[..., dict[str, Any]]) -> None:
     warnings.filterwarnings("ignore")
     warm_up()
     while True:
@@ -395,23 +412,28 @@ def _worker(pipe: Any) -> None:
 
 
 class Worker:
-    """A process that is started anew when a network takes too long or takes it down."""
+    """A process that is started anew when a network takes too long or takes it down.
 
-    def __init__(self) -> None:
+    :param measure: what it does with a task.
+    :param limit_seconds: how long one may take.
+    """
+
+    def __init__(self, measure: Callable[..., dict[str, Any]], limit_seconds: float) -> None:
+        self._measure, self._limit = measure, limit_seconds
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_worker, args=(other,), daemon=True)
+        self._process = context.Process(target=_worker, args=(other, self._measure), daemon=True)
         self._process.start()
         other.close()
 
     def __call__(self, *task: Any) -> dict[str, Any]:
         self._pipe.send(task)
-        why = f"no result in {LIMIT_SECONDS:.0f} s"
+        why = f"no result in {self._limit:.0f} s"
         try:
-            if self._pipe.poll(LIMIT_SECONDS):
+            if self._pipe.poll(self._limit):
                 return self._pipe.recv()  # type: ignore[no-any-return]
         except (EOFError, OSError):
             why = "the process died"
@@ -424,7 +446,7 @@ class Worker:
 def sweep(only: set[str], onnx_every: int) -> None:
     """First what this package does with every network, then the peer, and both timed in turns."""
     wanted = [network for network in networks() if not only or network[1] in only]
-    worker = Worker()
+    worker = Worker(measure, LIMIT_SECONDS)
     for side in ("ours", "theirs"):
         done = {(row["library"], row["family"]) for row in read() if side in row}
         missing = [network for network in wanted if network[:2] not in done]
@@ -435,12 +457,12 @@ def sweep(only: set[str], onnx_every: int) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
-def read() -> list[dict[str, Any]]:
+def read(path: Path = RESULTS) -> list[dict[str, Any]]:
     """One row a network, both sides merged."""
-    if not RESULTS.exists():
+    if not path.exists():
         return []
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in RESULTS.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         rows.setdefault((row["library"], row["family"]), {}).update(row)
     return list(rows.values())

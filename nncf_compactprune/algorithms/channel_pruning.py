@@ -25,7 +25,7 @@ from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitCo
 from nncf_compactprune.algorithms.group_sparsity import GroupSparsity
 from nncf_compactprune.algorithms.latency import LatencyResult, LatencyTarget
 from nncf_compactprune.algorithms.shrinking import Shrunk
-from nncf_compactprune.channels import ChannelGraph, Pin, trace
+from nncf_compactprune.channels import ChannelGraph, Pin, ViewByNumber, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Initializer, Registered, Section
 from nncf_compactprune.config.budget import KINDS, Kind
 from nncf_compactprune.cut.diagnosis import analyse, culprits
@@ -530,7 +530,7 @@ class ChannelPruning(CompressionAlgorithm):
 
     def _analyse_and_prune(self) -> None:
         """The cut is its own trial: groups that the network's code does not let shrink are pinned when it fails."""
-        pins: list[Pin] = []
+        pins: list[Pin | ViewByNumber] = []
         while True:
             # Networks of other widths are measured before the cut, so they must be known to run.
             self._analyse(trial=self.config.budget.latency is not None, pins=pins)
@@ -546,7 +546,7 @@ class ChannelPruning(CompressionAlgorithm):
                     raise
                 pins += found
 
-    def _analyse(self, *, trial: bool, pins: Sequence[Pin] = (), check: bool = True) -> None:
+    def _analyse(self, *, trial: bool, pins: Sequence[Pin | ViewByNumber] = (), check: bool = True) -> None:
         """Finds the groups; with a trial, those that the network's code does not let shrink are pinned now."""
         with self.context.timed("trace"):
             find = analyse if trial else partial(trace, pins=pins)

@@ -2,7 +2,7 @@
 
 from nncf_compactprune.channels.cost import CostModel
 from nncf_compactprune.channels.groups import ChannelGraph, ChannelGroup, Member, PinnedGroup
-from nncf_compactprune.channels.labels import Pin
+from nncf_compactprune.channels.labels import Pin, ViewByNumber
 from nncf_compactprune.channels.tracer import trace
 
-__all__ = ["ChannelGraph", "ChannelGroup", "CostModel", "Member", "Pin", "PinnedGroup", "trace"]
+__all__ = ["ChannelGraph", "ChannelGroup", "CostModel", "Member", "Pin", "PinnedGroup", "ViewByNumber", "trace"]

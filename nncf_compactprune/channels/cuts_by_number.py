@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nncf_compactprune.channels.labels import LabelArray
+from nncf_compactprune.channels.labels import DimLabels, LabelArray
 from nncf_compactprune.channels.running_code import Number
 from nncf_compactprune.channels.terms import AttributeTerm
 
@@ -78,6 +78,18 @@ def follows_slice(tracer: Tracer, labels: LabelArray, start: int, stop: int, *, 
     for found, run in noted:
         _note(tracer, found, run)
     return True
+
+
+def follows_view(tracer: Tracer, labels: DimLabels) -> None:
+    """Notes the numbers that may say the sizes of a reshape's result: ``x.view(batch, self.width)``.
+
+    :param tracer: knows the running code and its numbers; notes those that count.
+    :param labels: of the result.
+    """
+    numbers = tracer.numbers_in_code()
+    for array in labels:
+        if array is not None:
+            _note(tracer, [number for number in numbers if number.value == array.size], array)
 
 
 def _note(tracer: Tracer, numbers: Sequence[Number], labels: LabelArray, entries: tuple[int, ...] = ()) -> None:

@@ -122,6 +122,7 @@ class ChannelGraph:
     :param attributes: numbers that modules keep about channels, beside those that follow from their own parameters.
     :param tied: other names of shared parameters, to the name used here.
     :param unsupported_ops: operations without a rule, with how often they met channels.
+    :param by_number: lines of code whose reshapes follow numbers of modules.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -131,6 +132,7 @@ class ChannelGraph:
     attributes: tuple[AttributeFact, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     unsupported_ops: Mapping[str, int] = field(default_factory=dict)
+    by_number: frozenset[str] = frozenset()
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -156,6 +158,7 @@ def build_graph(
     attributes: Sequence[AttributeTerm],
     batch: int,
     unsupported_ops: Mapping[str, int],
+    by_number: frozenset[str],
     allow_approximate: bool,
 ) -> ChannelGraph:
     """Solves the labels and sorts the classes into groups and pins.
@@ -166,6 +169,7 @@ def build_graph(
     :param attributes: numbers that modules keep about channels.
     :param batch: examples in the batch, at least 1; MACs are divided by it.
     :param unsupported_ops: operations without a rule, with how often they met channels.
+    :param by_number: lines of code whose reshapes follow numbers of modules.
     :param allow_approximate: offer groups whose removal changes a normalisation over channels.
     """
     _pin_unused(space)
@@ -186,6 +190,7 @@ def build_graph(
         attributes=tuple(_attribute_facts(attributes, solution, group_of_class)),
         tied=tensors.tied,
         unsupported_ops=dict(unsupported_ops),
+        by_number=by_number,
     )
 
 
@@ -205,13 +210,10 @@ def _attribute_facts(
 
 def _pin_unused(space: LabelSpace) -> None:
     """Pins dimensions that no rule ever spoke of."""
-    touched = space.touched()
-    for index, slot in enumerate(space.slots):
-        run = slice(slot.start, slot.start + slot.size)
-        if slot.size and not touched[run].any() and index not in space.roles:
-            labels = np.arange(slot.start, slot.start + slot.size)
-            kind = "structural" if slot.is_buffer or slot.dim > 1 else "pinned"
-            space.pin(labels, Reason("not used in the forward pass", slot.parameter.rpartition(".")[0], kind=kind))
+    for slot in (space.slots[index] for index in space.unused()):
+        labels = np.arange(slot.start, slot.start + slot.size)
+        kind = "structural" if slot.is_buffer or slot.dim > 1 else "pinned"
+        space.pin(labels, Reason("not used in the forward pass", slot.parameter.rpartition(".")[0], kind=kind))
 
 
 def _slot_of_label(space: LabelSpace) -> LabelArray:

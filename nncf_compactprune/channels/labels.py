@@ -79,6 +79,16 @@ class Pin:
 
 
 @dataclass(frozen=True)
+class ViewByNumber:
+    """A reshape whose sizes are numbers that modules keep, ``x.view(batch, self.width)``: they go with the channels.
+
+    :param location: ``file.py:line`` of the code; empty: no reshape does, whatever else is said.
+    """
+
+    location: str
+
+
+@dataclass(frozen=True)
 class Solution:
     """The solved label space.
 
@@ -189,6 +199,15 @@ class LabelSpace:
         for array in (*self._left, *self._right, *(labels for labels, _ in self._pins)):
             touched[array] = True
         return touched
+
+    def unused(self) -> list[int]:
+        """Indices of the slots that no rule ever spoke of."""
+        touched = self.touched()
+        return [
+            index
+            for index, slot in enumerate(self.slots)
+            if slot.size and index not in self.roles and not touched[slot.start : slot.start + slot.size].any()
+        ]
 
     def solve(self) -> Solution:
         """Solves all equalities at once.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nncf_compactprune.channels.groups import ChannelGraph, build_graph
-from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Pin, Reason, Role
+from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace, Pin, Reason, Role, ViewByNumber
 from nncf_compactprune.channels.running_code import Number, numbers_in_code, user_location
 from nncf_compactprune.channels.shapes import ShapesOnly, ValuesNeeded
 from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WIDTHS, AttributeTerm, MacTerm
@@ -42,7 +42,7 @@ def trace(
     *,
     plugins: Plugins | None = None,
     allow_approximate: bool = False,
-    pins: Sequence[Pin] = (),
+    pins: Sequence[Pin | ViewByNumber] = (),
 ) -> ChannelGraph:
     """Analyses which channels of a model can be removed together, and what they cost.
 
@@ -55,20 +55,24 @@ def trace(
     :param plugins: where op rules come from, default: all installed.
     :param allow_approximate: offer groups whose removal changes a normalisation over channels (LayerNorm) instead of
         pinning them.
-    :param pins: channels to pin from outside, with reasons.
+    :param pins: channels to pin from outside, with reasons; and reshapes that follow the numbers of modules.
     :return: groups, pinned channels with reasons, exact cost model.
     :raises TraceError: the model does not run on the example input, or still carries NNCF hooks.
     """
     _refuse_hooks(model)
     rules = (plugins or default_plugins()).op_rules
+    by_number = frozenset(pin.location for pin in pins if isinstance(pin, ViewByNumber))
+    by_number = frozenset({""}) if "" in by_number else by_number
     try:
-        tracer = Tracer(model, LabelSpace(), rules, shapes_only=True)
+        tracer = Tracer(model, LabelSpace(), rules, shapes_only=True, by_number=by_number)
         tracer.run(example_inputs)
     except Exception:  # values mattered, or the run fails in any case: let real values tell
-        tracer = Tracer(model, LabelSpace(), rules, shapes_only=False)
+        tracer = Tracer(model, LabelSpace(), rules, shapes_only=False, by_number=by_number)
         tracer.run(example_inputs)
+    tracer.run_what_only_trains(example_inputs)
     for pin in pins:
-        tracer.space.add_pin(pin)
+        if isinstance(pin, Pin):
+            tracer.space.add_pin(pin)
     return build_graph(
         tensors=tracer.tensors,
         space=tracer.space,
@@ -76,6 +80,7 @@ def trace(
         attributes=tracer.attributes,
         batch=_batch_size(example_inputs),
         unsupported_ops=dict(tracer.unsupported),
+        by_number=by_number,
         allow_approximate=allow_approximate,
     )
 
@@ -108,14 +113,22 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
     :param rules: ATen packet name (``"aten.convolution"``) to rule.
     :param shapes_only: leave out the arithmetic where results are of a plain shape (they are zeros then); a run that
         reads values raises :class:`~nncf_compactprune.channels.shapes.ValuesNeeded`.
+    :param by_number: lines of code whose reshapes take their sizes from numbers that modules keep.
     """
 
     supports_higher_order_operators = False  # what their branches do with channels is not known
 
     def __init__(
-        self, model: nn.Module, space: LabelSpace, rules: Mapping[str, Callable[..., None]], *, shapes_only: bool
+        self,
+        model: nn.Module,
+        space: LabelSpace,
+        rules: Mapping[str, Callable[..., None]],
+        *,
+        shapes_only: bool,
+        by_number: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
+        self.by_number = by_number
         self.model = model
         self.space = space
         self.mac_terms: list[MacTerm] = []
@@ -130,21 +143,24 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         self.attributes: list[AttributeTerm] = []
         self.chunking = False
         self.inside_operation = False
+        self._called: set[int] = set()
         self.tensors = model_tensors(model)
         for name, tensor in self.tensors.named():
             if carries_channels(tensor):
                 self._constants[id(tensor)] = space.allocate(name, tensor.shape, name in self.tensors.buffers)
 
-    def run(self, example_inputs: Any) -> None:
+    def run(self, example_inputs: Any, *, in_training_mode: bool = False) -> None:
         """Runs the model under the mode and pins what leaves it.
 
         No tensor carries labels afterwards: the model may keep it.
 
+        :param example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        :param in_training_mode: in training mode, not in eval mode.
         :raises ValuesNeeded: the tracer works by shapes alone, and the network reads values.
         :raises TraceError: the model does not run on the example input.
         """
         try:
-            for leaf in tree_leaves(self._output(example_inputs)):
+            for leaf in tree_leaves(self._output(example_inputs, in_training_mode=in_training_mode)):
                 if isinstance(leaf, Tensor):
                     self.pin_tensor(leaf, "model output", locate=False)
         finally:
@@ -153,13 +169,47 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
                     vars(tensor).pop(_LABELS, None)
                     vars(tensor).pop(_CONSTANT, None)
 
-    def _output(self, example_inputs: Any) -> Any:
+    def run_what_only_trains(self, example_inputs: Any) -> None:
+        """Once more in training mode, where the model holds layers that it leaves out in eval mode: auxiliary heads.
+
+        They take the channels of layers that are cut, so they have to follow. They cost nothing after training, so
+        their MACs do not count. What a run shows before it asks for targets is as good as the rest.
+
+        :param example_inputs: as the model is called in eval mode.
+        """
+        counted, ends = len(self.mac_terms), True
+        for shapes in (self._shapes, None):
+            if not self._idle():
+                break
+            self._shapes = shapes
+            try:
+                self.run(example_inputs, in_training_mode=True)
+                break
+            except (TraceError, ValuesNeeded):
+                ends = shapes is not None
+        del self.mac_terms[counted:]
+        idle = self._idle()
+        if idle and not ends:
+            nncf_logger.warning(
+                "%s does not run in training mode on the example input, and these layers do not run in eval mode: %s. "
+                "They stay whole. Where they take what a pruned layer gives, name that layer in ignored_scopes.",
+                type(self.model).__name__,
+                ", ".join(f"'{name}'" for name in idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else ""),
+            )
+
+    def _idle(self) -> list[str]:
+        """Modules with weights that did not run."""
+        owners = dict.fromkeys(self.space.slots[index].parameter.rpartition(".")[0] for index in self.space.unused())
+        return [name for name in owners if id(self.model.get_submodule(name)) not in self._called]
+
+    def _output(self, example_inputs: Any, *, in_training_mode: bool) -> Any:
         handles = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
         ]
         try:
-            with evaluating(self.model, example_inputs, mode=self), _TorchCalls(self), self:
+            run = evaluating(self.model, example_inputs, mode=self, in_training_mode=in_training_mode)
+            with run, _TorchCalls(self), self:
                 return call_model(self.model, example_inputs)
         except (TraceError, ValuesNeeded):
             raise
@@ -403,6 +453,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
                 self.pin_tensor(tensor, f"{why} {name}")
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        self._called.add(id(module))
         self._stack.append((self._module_names.get(id(module), self.module), module))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -417,8 +468,9 @@ _ATTENTION = original(torch.nn.functional.scaled_dot_product_attention)
 class _TorchCalls(TorchFunctionMode):
     """Sees what operations do not tell any more.
 
-    The width of attention heads sets the scale of the scores, and is pinned: below, the scale may be a number already,
-    when torch takes attention apart into products. A chunk is a split by a constant size, below.
+    The width of attention heads sets the scale of the scores, and is pinned, unless the code gives a scale of its own:
+    below, the scale may be a number already, when torch takes attention apart into products. A chunk is a split by a
+    constant size, below.
     """
 
     def __init__(self, tracer: Tracer) -> None:

@@ -20,12 +20,13 @@ import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
 
-from nncf_compactprune.channels import ChannelGraph, Pin, trace
+from nncf_compactprune.channels import ChannelGraph, Pin, ViewByNumber, trace
 from nncf_compactprune.channels.labels import DimLabels, LabelSpace
 from nncf_compactprune.channels.running_code import user_location
 from nncf_compactprune.channels.shapes import ValuesNeeded
 from nncf_compactprune.channels.tracer import Tracer
 from nncf_compactprune.cut.masked_model import masked
+from nncf_compactprune.cut.means import removed_labels
 from nncf_compactprune.cut.self_check import in_double, prune_in_place, to_double
 from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import for_a_while
@@ -66,7 +67,7 @@ def analyse(
     :raises TraceError: the model does not run on the example input.
     :raises SelfCheckError: the cut fails and no operation could be named for it.
     """
-    pins: list[Pin] = []
+    pins: list[Pin | ViewByNumber] = []
     while True:
         graph = trace(model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, pins=pins)
         if not trial or not graph.groups:
@@ -87,7 +88,7 @@ def analyse(
 
 def culprits(
     model: nn.Module, plan: PruningPlan, graph: ChannelGraph, example_inputs: Any, *, plugins: Plugins | None = None
-) -> list[Pin]:
+) -> list[Pin | ViewByNumber]:
     """What to pin after a plan failed its self-check, so that the next trace leaves it whole.
 
     :param model: dense; left as it was.
@@ -95,11 +96,14 @@ def culprits(
     :param graph: the channels that it was made for.
     :param example_inputs: as the model is called.
     :param plugins: where rules and facts come from; the installed plugins by default.
-    :return: the pins; empty where nothing was found.
+    :return: the pins; empty where nothing was found. A reshape gets a second chance first, with sizes that follow the
+        numbers which its code reads.
     """
     culprit = find_culprit(model, plan, graph, example_inputs, plugins=plugins)
-    if culprit is None:
-        return []
+    if culprit is None:  # a number that stands for something else may have been changed
+        return [ViewByNumber("")] if graph.by_number - {""} else []
+    if culprit.reshapes and culprit.location and not graph.by_number & {culprit.location, ""}:
+        return [ViewByNumber(culprit.location)]
     nncf_logger.debug("Left whole: %s", culprit.reason)
     members = [graph.groups[index].members[0] for index in culprit.groups]
     return [
@@ -120,6 +124,9 @@ def _trial_plan(graph: ChannelGraph) -> PruningPlan:
     return make_plan(graph, keep)
 
 
+_RESHAPES = ("aten.view", "aten._unsafe_view", "aten._reshape_alias")
+
+
 @dataclass(frozen=True)
 class Culprit:
     """What stands in the way of a cut.
@@ -127,11 +134,13 @@ class Culprit:
     :param groups: indices of the groups to leave whole.
     :param reason: in words, naming operation and module.
     :param location: ``file.py:line`` of the code, or empty.
+    :param reshapes: it is a reshape that writes a size.
     """
 
     groups: tuple[int, ...]
     reason: str
     location: str
+    reshapes: bool = False
 
 
 @dataclass
@@ -219,7 +228,9 @@ def _find_culprit(
     :param tolerance: of the size of results, relative; None compares shapes alone.
     """
     rules = (plugins or default_plugins()).op_rules
-    with masked(model, plan):  # where values choose the path, the masked model takes the cut one's
+    with masked(
+        model, plan, example_inputs, plugins
+    ):  # where values choose the path, the masked model takes the cut one's
         first = _recorded(model, rules, example_inputs)
         removed, group_of_label = _fates(first.space, plan, graph)
         records = first.records
@@ -248,7 +259,8 @@ def _find_culprit(
                 groups = np.unique(np.concatenate([_touched(r, removed, group_of_label) for r in alike]))
             where = f" in '{record.module}'" if record.module else ""
             reason = f"{record.name}{where} does not follow a smaller width: {what}"
-            return Culprit(tuple(groups.tolist()), reason, record.location)
+            reshapes = record is records[at] and record.name in _RESHAPES
+            return Culprit(tuple(groups.tolist()), reason, record.location, reshapes)
     return None
 
 
@@ -278,18 +290,12 @@ def _fates(
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
     """Which labels go, and which group each belongs to (-1: none)."""
     solution = space.solve()
-    gone = np.zeros(len(solution.pin), bool)
     group_of_class = np.full(len(solution.pin), -1, np.int64)
     start = {(slot.parameter, slot.dim): slot.start for slot in space.slots}
-    for slot in space.slots:
-        if slot.dim in plan.kept.get(slot.parameter, {}):
-            labels = np.ones(slot.size, bool)
-            labels[plan.indices(slot.parameter, slot.dim).numpy()] = False
-            gone[solution.component[slot.start + np.flatnonzero(labels)]] = True
     for index, group in enumerate(graph.groups):
         for member in group.members:
             group_of_class[solution.component[start[member.parameter, member.dim] + member.indices.ravel()]] = index
-    return gone[solution.component], group_of_class[solution.component]
+    return removed_labels(space, plan), group_of_class[solution.component]
 
 
 class _Recorder(Tracer):  # type: ignore[no-untyped-call]

@@ -9,25 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nncf_compactprune.cut.means import MEANS, Kept, means_over_kept
 from nncf_compactprune.cut.transaction import for_a_while
 from nncf_compactprune.host.tensors import model_tensors
 from nncf_compactprune.host.torch_internals import TorchDispatchMode
 from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.plugins import Plugins
 
 
 @contextmanager
-def masked(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
+def masked(model: nn.Module, plan: PruningPlan, inputs: Any, plugins: Plugins | None = None) -> Iterator[None]:
     """The dense model with everything that goes set to zero; its own weights are back afterwards, bit for bit.
 
     :param model: the dense model, masked in place.
     :param plan: what stays; it fits the model.
+    :param inputs: what it will be called with: one run finds the means over channels that a plan cuts by consent.
+    :param plugins: where the rules of operations come from; the installed plugins by default.
     """
     parameters = model_tensors(model).parameters
+    means = means_over_kept(model, plan, inputs, plugins) if plan.approximate else []
     with for_a_while() as log:
         for name in plan.kept:
             if name in parameters:
                 log.set_data(parameters[name], zero_removed(parameters[name].data, plan.masked_dims(name)))
-        with NormOverKept(model, plan) if plan.approximate else nullcontext():
+        with NormOverKept(model, plan, means) if plan.approximate else nullcontext():
             yield
 
 
@@ -47,11 +52,18 @@ def zero_removed(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 
 
 class NormOverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Masked LayerNorm, one-group GroupNorm and weight standardisation take their statistics over the kept channels, as
-    the compact ones do."""
+    """Masked LayerNorm, one-group GroupNorm, weight standardisation and means over channels (RMSNorm) take their
+    statistics over the kept channels, as the compact ones do.
 
-    def __init__(self, model: nn.Module, plan: PruningPlan) -> None:
+    :param model: the dense model.
+    :param plan: what stays.
+    :param means: of every mean that one run of the model takes, in turn, what it runs over.
+    """
+
+    def __init__(self, model: nn.Module, plan: PruningPlan, means: Sequence[Kept]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._means = means
+        self._means_seen = 0
         self._kept = {}
         self._kept_inputs = {}
         for name, parameter in model_tensors(model).parameters.items():
@@ -65,6 +77,13 @@ class NormOverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in MEANS and self._means:
+            over = self._means[self._means_seen % len(self._means)]  # every run takes the same ones
+            self._means_seen += 1
+            x = args[0]
+            for dim, positions in over.items():
+                x = x.index_select(dim, positions.to(x.device))
+            return func(x, *args[1:], **kwargs)
         if func is torch.ops.aten.native_layer_norm.default and id(args[2]) in self._kept:
             x, _, weight, bias, eps = args
             kept = self._kept[id(weight)]

@@ -178,7 +178,7 @@ def _compare(
             compact, compact_failed = _runs(model, inputs, "after the cut", probe.compact, trial)
         log.rollback()
         try:
-            with masked(model, plan), precision(model):
+            with masked(model, plan, trial.inputs), precision(model):
                 expected, masked_failed = _runs(model, inputs, "with masks", probe.masked, trial)
         finally:
             log.replay()

@@ -13,6 +13,7 @@ from torch import nn
 
 from nncf_compactprune.host.marks import Marks, Writes
 from nncf_compactprune.host.tensors import named_modules
+from nncf_compactprune.host.torch_internals import one_way_of_attention
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
@@ -31,7 +32,12 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 
 @contextmanager
 def evaluating(
-    model: nn.Module, inputs: Any = None, *, changes: bool = False, mode: Writes | None = None
+    model: nn.Module,
+    inputs: Any = None,
+    *,
+    changes: bool = False,
+    mode: Writes | None = None,
+    in_training_mode: bool = False,
 ) -> Iterator[None]:
     """The one way to run a model that leaves no mark: eval mode, no gradients, no autocast.
 
@@ -43,18 +49,19 @@ def evaluating(
     :param changes: the body changes the model on purpose. Then only mode, flags and random states are taken back; put
         each run in an :func:`unmarked` of its own.
     :param mode: sees the operations in place of one that only looks for writes: two modes cost twice the time.
+    :param in_training_mode: run the model as it trains, to see the branches that it takes then alone.
     """
     with nullcontext() if changes else unmarked(model, inputs, mode=mode):
-        training: list[nn.Module] = []
-        if any(module.training for _, module in named_modules(model)):
-            training = [module for module in model.modules() if module.training]  # those of NNCF's hooks too
-            model.eval()
+        flags: list[tuple[nn.Module, bool]] = []
+        if any(module.training != in_training_mode for _, module in named_modules(model)):
+            flags = [(module, module.training) for module in model.modules()]  # those of NNCF's hooks too
+            model.train(in_training_mode)
         try:
-            with torch.no_grad(), _without_autocast(model), _same_random_states(model):
+            with torch.no_grad(), _without_autocast(model), _same_random_states(model), one_way_of_attention():
                 yield
         finally:
-            for module in training:
-                module.training = True
+            for module, training in flags:
+                module.training = training
 
 
 @contextmanager

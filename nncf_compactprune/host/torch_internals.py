@@ -1,6 +1,7 @@
 """What the package takes from torch's private modules: base classes of layers, dispatch modes, trees of values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,18 @@ def original(function: Any) -> Callable[..., Any]:
     return unwrapped
 
 
+@contextmanager
+def one_way_of_attention() -> Iterator[None]:
+    """``nn.MultiheadAttention`` computes in one operation where no mode watches, and step by step under one. Inside, it
+    always goes step by step, so that an analysis sees what a check runs."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 __all__ = [
     "COMPOSITE",
     "BatchNorm",
@@ -40,6 +53,7 @@ __all__ = [
     "TransposedConvolution",
     "UninitializedBuffer",
     "UninitializedParameter",
+    "one_way_of_attention",
     "original",
     "register_module_forward_hook",
     "register_module_forward_pre_hook",

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "_weight_norm": "the same",
     "_conj": "complex tensors only, which carry no channels",
     "_local_scalar_dense": "test_channels: it pins, and is read outside of inference mode",
+    "_grouped_mm": "single precision only: test_experts",
     "resize_": "tensors that require gradients refuse it",
 }
 
@@ -190,6 +191,13 @@ NETWORKS = {
     "index": lambda y, m: y[:, :, POSITIONS], "_unsafe_index": lambda y, m: A._unsafe_index(y, [None, None, POSITIONS]),
     "index_select": plain("index_select", 2, POSITIONS), "roll": plain("roll", [1], [2]), "flip": plain("flip", [3]),
     "rot90": plain("rot90", 1, [2, 3]),
+    "gather": lambda y, m: A.gather(y, 3, torch.zeros(2, y.shape[1], 6, 2, dtype=torch.long)),
+    "index_add": lambda y, m: A.index_add(torch.zeros_like(y), 3, POSITIONS, y),
+    "index_copy": lambda y, m: A.index_copy(y, 3, POSITIONS, y * 2),
+    "index_put": lambda y, m: A.index_put(y, [torch.tensor([1, 0])], y * 2),
+    **{n: (lambda y, m, n=n: getattr(A, n)(y, 3, torch.zeros_like(y).long(), y)) for n in ("scatter", "scatter_add")},
+    "mv": lambda y, m: y * A.mv(m.matrix, m.weight).view(1, -1, 1, 1), "dot": lambda y, m: y * A.dot(m.bias, m.weight),
+    "_safe_softmax": plain("_safe_softmax", 3), "cumprod": plain("cumprod", 3),
     "tril": plain("tril"), "triu": plain("triu"), "unfold": plain("unfold", 2, 2, 2),
 }  # fmt: skip
 

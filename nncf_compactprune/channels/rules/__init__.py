@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nncf_compactprune.channels.rules import elementwise, normalisation, products, reductions, resampling, shape
-from nncf_compactprune.channels.rules.base import RULES, Rule, argument, dims_of, name_of, rule
+from nncf_compactprune.channels.rules.base import RULES, Rule, argument, dims_of, name_of, named, rule
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
 FAMILIES = (
@@ -22,7 +22,7 @@ FAMILIES = (
     reductions,
 )  # importing a family registers its rules
 
-__all__ = ["FAMILIES", "RULES", "Rule", "argument", "compactprune_op_rules", "dims_of", "name_of", "rule"]
+__all__ = ["FAMILIES", "RULES", "Rule", "argument", "compactprune_op_rules", "dims_of", "name_of", "named", "rule"]
 
 
 @hookimpl

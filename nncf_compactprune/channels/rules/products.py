@@ -134,6 +134,38 @@ def matrix_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mappi
         broadcast(tracer, [bias, out], out.shape, f"meets a fixed tensor in {name_of(func)}")
 
 
+@rule("mv", "dot")
+def vector_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """A vector is contracted: its channels are those of the other's last dimension."""
+    a, vector = tracer.labels(args[0]), tracer.labels(args[1])
+    if tracer.is_constant(args[0]):
+        tracer.mark(a[-1], "consumer")
+        tracer.mark(a[0] if len(a) > 1 else None, "producer")
+    inner = tracer.same(a[-1], vector[0], f"multiplied with a fixed vector in {name_of(func)}")
+    tracer.count_macs(args[0].numel(), *a[:-1], inner)
+    tracer.set(out, a[:-1])
+
+
+@rule("_grouped_mm")
+def product_of_groups(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Rows of the first operand meet one of several matrices each, ``[groups, in, out]``: the experts of a mixture.
+
+    The matrices keep the same widths. They stay themselves: what goes where is decided by values.
+    """
+    rows, matrices = args[0], args[1]
+    if rows.dim() != 2 or matrices.dim() != 3:
+        tracer.no_rule(func, args, kwargs, "no rule for these shapes of the operation")
+        return
+    groups, inner, outer = tracer.labels(matrices)
+    tracer.pin(groups, "experts of a mixture, among which the router chooses")
+    tracer.mark(inner, "consumer")
+    tracer.mark(outer, "producer")
+    across, width = tracer.labels(rows)
+    tracer.same(width, inner, f"multiplied with a fixed matrix in {name_of(func)}")
+    tracer.count_macs(rows.numel() * matrices.shape[2], across, inner, outer)
+    tracer.set(out, [across, outer])
+
+
 @rule("embedding")
 def embedding(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """A table look-up: the width passes on, the rows stay."""
@@ -151,8 +183,8 @@ def embedding(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
 def attention(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Fused attention: two matrix products, head by head.
 
-    Query and key meet in the head dimension, whose width sets the scale, so it stays; the value's width passes on,
-    and so do whole heads, a key's together with those of the queries that share it.
+    Query and key meet in the head dimension. Its width sets the scale unless the code gives one, and stays then. The
+    value's width passes on, and so do whole heads, a key's together with those of the queries that share it.
     """
     query, key, value = args[0], args[1], args[2]
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 and isinstance(args[3], Tensor) else None)
@@ -173,11 +205,16 @@ def attention(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
         result.append(join(tracer, heads, "attention heads that meet fixed ones"))
     for tensor in (query, key, value):
         tracer.pin(tracer.labels(tensor)[-2], "positions of attention")
-    for tensor in (query, key):
-        tracer.pin(tracer.labels(tensor)[-1], "width of an attention head, which sets its scale")
+    width = join(
+        tracer, [tracer.labels(query)[-1], tracer.labels(key)[-1]], "multiplied with a fixed matrix in attention"
+    )
+    if kwargs.get("scale") is None:
+        tracer.pin(width, "width of an attention head, which sets its scale")
     heads_of = next((array for array in result if array is not None), None)
-    tracer.count_macs(int(np.prod(query.shape)) * key.shape[-2], heads_of)
-    tracer.count_macs(int(np.prod(query.shape[:-1])) * key.shape[-2] * value.shape[-1], heads_of)
+    tracer.count_macs(int(np.prod(query.shape)) * key.shape[-2], heads_of, width)
+    tracer.count_macs(
+        int(np.prod(query.shape[:-1])) * key.shape[-2] * value.shape[-1], heads_of, tracer.labels(value)[-1]
+    )
     tracer.set(out[0] if isinstance(out, (tuple, list)) else out, [*result, None, tracer.labels(value)[-1]])
 
 

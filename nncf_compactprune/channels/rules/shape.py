@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from nncf_compactprune.channels.cuts_by_number import follows_slice, follows_split
+from nncf_compactprune.channels.cuts_by_number import follows_slice, follows_split, follows_view
 from nncf_compactprune.channels.labels import LabelArray
 from nncf_compactprune.channels.rules.base import argument, dims_of, name_of, rule
+from nncf_compactprune.channels.running_code import user_location
 from nncf_compactprune.channels.views import reshape_labels
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ def reshape(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str,
         tracer.pin_tensor(x, "reinterpreted by a view")
         return
     labels = reshape_labels(tracer.labels(x), x.shape, out.shape, tracer.unify, tracer.pin, tracer.head_axis)
+    if tracer.by_number and user_location(1) in tracer.by_number:
+        follows_view(tracer, labels)
     tracer.set(out, labels)
 
 
@@ -198,8 +202,13 @@ def pick(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
             tracer.pin(labels[d], "picked by an index tensor", kind=kind)
         rest_before = list(labels[: used[0]]) if contiguous else []
         rest = [labels[d] for d in range(x.dim()) if d not in used]
-        bool_index = any(i is not None and not i.is_floating_point() and str(i.dtype) == "torch.bool" for i in indices)
-        if bool_index or width < 0:
+        mask = indices[0] if used == [0] and indices[0].dtype == torch.bool else None
+        if mask is not None and out.dim() == x.dim() - mask.dim() + 1:  # of leading dimensions; the others pass
+            for array in labels[: mask.dim()]:
+                tracer.pin(array, "picked by a mask")
+            tracer.set(out, [None, *labels[mask.dim() :]])
+            return
+        if any(i is not None and i.dtype == torch.bool for i in indices) or width < 0:
             tracer.pin_tensor(x, "picked by a mask")
             return
         at = len(rest_before)
@@ -208,6 +217,51 @@ def pick(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
         dim = args[1] % x.dim()
         tracer.pin(labels[dim], "picked by an index tensor")
         tracer.set(out, [None if d == dim else array for d, array in enumerate(labels)])
+
+
+@rule("gather")
+def gather(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Picks along one dimension, which must not carry channels. The index is as wide as the channels elsewhere, which
+    its code has to see to."""
+    x, dim, index = args[:3]
+    labels: list[LabelArray | None] = [None] * out.dim()
+    for d, array in enumerate(tracer.labels(x)):
+        if d == dim % max(x.dim(), 1) or index.shape[d] != x.shape[d]:
+            tracer.pin(array, "picked by an index tensor")
+        else:
+            labels[d] = array
+    tracer.set(out, labels)
+
+
+@rule("index_add", "index_copy", "index_put", "scatter", "scatter_add")
+def written(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Writes rows to places of a tensor: the dimension of the places must not carry channels, the others agree.
+
+    A tensor without channels is one that was made as wide as they are, which the trial cut has to prove.
+    """
+    x, name = args[0], name_of(func).removeprefix("aten.").rstrip("_")
+    if name == "index_put":
+        source, used = args[2], sum(i.dim() if i is not None and i.dtype == torch.bool else 1 for i in args[1])
+        if any(i is None for i in args[1]):
+            tracer.no_rule(func, args, kwargs, "no rule for these indices of the operation")
+            return
+        placed = set(range(used))
+    else:
+        source = args[3] if isinstance(args[3], Tensor) else None
+        placed = {args[1] % max(x.dim(), 1)}
+    labels = list(tracer.labels(x))
+    for d in range(x.dim()):
+        own = -1 if source is None else d - x.dim() + source.dim()
+        other = tracer.labels(source)[own] if own >= 0 and source.shape[own] == x.shape[d] else None
+        if d in placed:
+            for array in (labels[d], other):
+                tracer.pin(array, "places that an index tensor picks")
+            labels[d] = None
+        elif (own_labels := labels[d]) is None:
+            labels[d] = other
+        elif other is not None:
+            tracer.unify(own_labels, other)
+    tracer.set(out, labels)
 
 
 @rule("roll", "flip", "rot90", "tril", "triu", "unfold")
