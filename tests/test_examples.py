@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.meters import FakeMeter
 from support.places import ROOT
+from timm_import import let_detectors_run
 from torch.utils.data import Subset
 
 from nncf_compactprune.plugins import default_plugins
@@ -43,6 +44,44 @@ def test_prune_to_latency(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setitem(default_plugins().latency_meters, "openvino", FakeMeter)
     run("prune_to_latency.py", monkeypatch)
     assert re.search(r"ms \(70\.\d% of .* ms, ± .*; a fake device, \d+ networks in", capsys.readouterr().out)
+
+
+def test_segmentation(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    run("segmentation.py", monkeypatch, "--pictures", "24", "--epochs", "1", "--fine-tuning", "1")
+    said = capsys.readouterr().out
+    before, after = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) -> ([\d,]+) MACs", said)[0])
+    assert after <= 0.5 * before
+    assert re.search(r"mean IoU: dense \d+\.\d%, pruned \d+\.\d%, fine-tuned \d+\.\d%", said)
+    assert (elsewhere / "runs" / "segmentation" / "model.xml").exists()
+
+
+def test_detection(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pycocotools")
+    let_detectors_run()
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    run("detection.py", monkeypatch, "--pictures", "24", "--epochs", "1", "--fine-tuning", "1")
+    said = capsys.readouterr().out
+    before, after = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) -> ([\d,]+) MACs", said)[0])
+    assert after <= 0.5 * before
+    assert re.search(r"mAP at 0.5: dense \d+\.\d%, pruned \d+\.\d%, fine-tuned \d+\.\d%", said)
+
+
+def test_shapes_lie_where_the_targets_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    pictures = runpy.run_path(str(ROOT / "examples" / "shapes_on_photographs.py"))["pictures"]
+    images, masks, targets = pictures(6, train=True)
+    assert images.shape == (6, 3, 64, 64)
+    assert 0 <= float(images.min()) < float(images.max()) <= 1
+    for mask, target in zip(masks, targets, strict=True):
+        inside = torch.zeros_like(mask, dtype=torch.bool)
+        for (left, top, right, bottom), label in zip(target["boxes"].long().tolist(), target["labels"], strict=True):
+            part = mask[top : bottom + 1, left : right + 1]
+            assert set(part.unique().tolist()) <= {0, int(label)}
+            assert float((part > 0).float().mean()) > 0.4
+            inside[top : bottom + 1, left : right + 1] = True
+        assert not bool(mask[~inside].any())
+    assert not torch.equal(images[0], pictures(1, train=False)[0][0])
 
 
 def test_op_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm_import import let_torchvision_import
+from timm_import import let_detectors_run, let_torchvision_import
 from torch import Tensor, nn
 
 let_torchvision_import()
@@ -42,29 +42,6 @@ def pixels(size: int, batch: int = 1) -> Tensor:
 # -- torchvision ----------------------------------------------------------------------------------------------------
 
 
-def let_detectors_run() -> None:
-    """torchvision's detectors suppress boxes by a compiled operator; where that is not there, this one does."""
-    import torchvision
-    from torchvision.ops import boxes as of_boxes
-
-    if torchvision.extension._has_ops():
-        return
-
-    def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-        overlap = of_boxes.box_iou(boxes, boxes) > threshold
-        gone, kept = torch.zeros(len(boxes), dtype=torch.bool), []
-        for best in scores.sort(descending=True, stable=True).indices.tolist():
-            if not gone[best]:
-                kept.append(best)
-                gone |= overlap[best]
-        return torch.tensor(kept, dtype=torch.long)
-
-    _libraries.append(torch.library.Library("torchvision", "IMPL"))
-    _libraries[-1].impl("nms", nms, "CPU")
-    of_boxes._assert_has_ops = lambda: None
-
-
-_libraries: list[torch.library.Library] = []
 FEW_BOXES = {
     f"rpn_{which}_nms_top_n_{mode}": n for which, n in (("pre", 64), ("post", 16)) for mode in ("train", "test")
 }

@@ -346,7 +346,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         :param locate: whether the line of the user's code is noted too.
         """
         if labels is not None:
-            location = user_location(2) if locate and kind == "pinned" else ""
+            location = user_location(2) if locate and kind != "structural" else ""
             self.space.pin(labels, Reason(text, self.module, location, kind))
 
     def pin_tensor(self, tensor: Tensor, text: str, *, kind: str = "pinned", locate: bool = True) -> None:

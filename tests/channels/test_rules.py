@@ -197,7 +197,7 @@ NETWORKS = {
     "index_put": lambda y, m: A.index_put(y, [torch.tensor([1, 0])], y * 2),
     **{n: (lambda y, m, n=n: getattr(A, n)(y, 3, torch.zeros_like(y).long(), y)) for n in ("scatter", "scatter_add")},
     "mv": lambda y, m: y * A.mv(m.matrix, m.weight).view(1, -1, 1, 1), "dot": lambda y, m: y * A.dot(m.bias, m.weight),
-    "_safe_softmax": plain("_safe_softmax", 3), "cumprod": plain("cumprod", 3),
+    "_safe_softmax": plain("_safe_softmax", 3),
     "tril": plain("tril"), "triu": plain("triu"), "unfold": plain("unfold", 2, 2, 2),
 }  # fmt: skip
 

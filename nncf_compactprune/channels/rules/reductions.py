@@ -46,7 +46,7 @@ def reduce(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 @rule(
-    "_softmax", "softmax", "_safe_softmax", "_log_softmax", "log_softmax", "cumsum", "cumprod", "sort", "topk",
+    "_softmax", "softmax", "_safe_softmax", "_log_softmax", "log_softmax", "cumsum", "sort", "topk",
     "logcumsumexp", "kthvalue",
 )  # fmt: skip
 def along(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
