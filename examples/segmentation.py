@@ -12,7 +12,7 @@ from shapes_on_photographs import CLASSES, pictures
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from nncf_compactprune import export_model, prune
+from nncf_compactprune import prune
 
 
 def stage(i: int, o: int) -> nn.Sequential:
@@ -78,7 +78,6 @@ def main(number: int, epochs: int, fine_tuning: int) -> None:
     tuned = mean_iou(model, test_images, test_masks)
     print(f"{result.plan.before.macs:,} -> {result.plan.after.macs:,} MACs; {result.self_check}")
     print(f"mean IoU: dense {dense:.1%}, pruned {pruned:.1%}, fine-tuned {tuned:.1%}")
-    export_model(model, images[:2], "runs/segmentation/model.xml")
 
 
 if __name__ == "__main__":
