@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.meters import FakeMeter
 from support.places import ROOT
 from timm_import import let_detectors_run

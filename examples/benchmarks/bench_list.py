@@ -8,6 +8,13 @@ from dataclasses import dataclass
 PEERS: dict[str, tuple[str, ...]] = {
     "torch-pruning": ("--no-deps", "torch-pruning==1.6.1"),
     "torchao": ("--no-deps", "torchao==0.18.0"),
+    "ultralytics": (
+        "--no-deps",
+        "ultralytics==8.4.190",
+        "ultralytics-thop==2.2.3",
+        "opencv-python-headless==5.0.0.93",
+        "torch-pruning==1.6.1",
+    ),
     "nncf219": ("torch==2.13.0", "nncf==2.19.0"),
 }
 
@@ -53,6 +60,14 @@ BENCHMARKS = (
         (script("features", "run"),),
         5,
         ("features.md", "features.jsonl"),
+    ),
+    Benchmark(
+        "coverage_tasks",
+        "Networks for detection, segmentation, pose, video, speech and text: pruned, checked, trained, exported, timed",
+        (script("coverage_tasks"), script("coverage_tasks", "--times")),
+        60,
+        ("coverage_tasks.md",),
+        peer="ultralytics",
     ),
     Benchmark(
         "coverage",
