@@ -128,20 +128,23 @@ def report(rows: list[dict[str, Any]]) -> str:
     rows = sorted((r for r in rows if "ours" in r), key=lambda r: order.index(r["name"]))
     exact = [r for r in rows if r["ours"]["status"] == "exact"]
     ratios = [r["ms"]["pruned"] / r["ms"]["dense"] for r in exact if "ms" in r]
+    tried = [r for r in rows if "theirs" in r]
     peer = [r for r in rows if r.get("theirs", {}).get("status") == "pruned"]
+    with_files = [r for r in exact if "files" in r]
     lines = [
-        f"{len(rows)} networks. Pruned, checked and trained a step: {len(exact)}. Torch-Pruning prunes {len(peer)} of "
-        "them to networks that run and train; whether these compute what they should is not asked.",
+        f"{len(rows)} of {len(NETWORKS)} networks measured. Pruned, checked and trained a step: {len(exact)}.",
         "",
-        f"Files that compute what torch computes, of {sum('files' in r for r in exact)}: ONNX "
-        f"{sum(_file(r, 'onnx') == 'yes' for r in exact)}, OpenVINO IR "
-        f"{sum(_file(r, 'openvino') == 'yes' for r in exact)}. Time in OpenVINO, pruned over dense: "
-        f"geometric mean {statistics.geometric_mean(ratios) if ratios else float('nan'):.2f} of {len(ratios)}.",
-        "",
+        *([f"Torch-Pruning, tried on {len(tried)}: {len(peer)} run and train; what they compute is not asked.", ""]
+          if tried else []),
+        *([f"Files that compute what torch computes, of {len(with_files)}: ONNX "
+           f"{sum(_file(r, 'onnx') == 'yes' for r in with_files)}, OpenVINO IR "
+           f"{sum(_file(r, 'openvino') == 'yes' for r in with_files)}.", ""] if with_files else []),
+        *([f"Time in OpenVINO, pruned over dense: geometric mean {statistics.geometric_mean(ratios):.2f} of "
+           f"{len(ratios)} networks.", ""] if ratios else []),
         "| network | task | library | params, M | reachable | by consent | MACs left | error | inside | ours "
         "| trains | ONNX | IR | ms, dense | ms, pruned | Torch-Pruning |",
         "|" + "---|" * 16,
-    ]
+    ]  # fmt: skip
     for r in rows:
         mine, ms = r["ours"], r.get("ms", {})
         inside = mine.get("check", "").rpartition(" at the outputs, ")[2] or mine.get("check", "").partition(", ")[2]
@@ -154,14 +157,15 @@ def report(rows: list[dict[str, Any]]) -> str:
             f"{_number(ms.get('dense'), '.2f')} | {_number(ms.get('pruned'), '.2f')} | "
             f"{r.get('theirs', {}).get('status', 'not run')} |"
         )
-    lines += ["", "## What did not work, and why", ""]
+    failures: list[str] = []
     for r in rows:
         if r["ours"]["status"] != "exact":
-            lines.append(f"- {r['name']}: {r['ours']['status']}: {r['ours'].get('why', '')}")
+            failures.append(f"- {r['name']}: {r['ours']['status']}: {r['ours'].get('why', '')}")
         files = r.get("files", {})
-        lines += [f"- {r['name']}, {kind}: {files[kind]}".replace("\n", " ") for kind in files if files[kind]]
-    lines += ["", "## Why Torch-Pruning ends", ""]
-    lines += [f"- {r['name']}: {r['theirs']['why']}".splitlines()[0] for r in rows if r.get("theirs", {}).get("why")]
+        failures += [f"- {r['name']}, {kind}: {files[kind]}".replace("\n", " ") for kind in files if files[kind]]
+    endings = [f"- {r['name']}: {r['theirs']['why']}".splitlines()[0] for r in tried if r["theirs"].get("why")]
+    for title, entries in (("What did not work, and why", failures), ("Why Torch-Pruning ends", endings)):
+        lines += ["", f"## {title}", "", *entries] if entries else []
     return "\n".join(lines) + "\n"
 
 
