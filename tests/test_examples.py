@@ -164,6 +164,15 @@ def test_huggingface_trainer_goes_on_from_its_checkpoint(
     assert "'epoch': '6'" not in again
 
 
+@pytest.mark.slow
+def test_detector_int8(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run_command("detector_int8.py", monkeypatch, capsys, "--steps", "2", "--output", "detector")
+    before, after = (int(one.replace(",", "")) for one in re.findall(r"([\d,]+) -> ([\d,]+) MACs", printed)[0])
+    assert 0.45 * before < after <= 0.5 * before
+    assert {path.suffix for path in (elsewhere / "detector").iterdir()} == {".onnx", ".xml", ".bin"}
+    assert "OpenVINO INT8" in printed
+
+
 def test_timm_train(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("timm", reason="timm is not installed")
     printed = run_command("timm_train.py", monkeypatch, capsys, "--epochs", "4", "--images", "64")
