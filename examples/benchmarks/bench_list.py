@@ -201,7 +201,7 @@ BENCHMARKS = (
         "Compression with no data: channels, single weights, bits",
         (script("data_free", "--data {data}"),),
         120,
-        ("data_free.md",),
+        ("data_free.md", "data_free_mobilenet.md"),
         peer="torch-pruning",
     ),
     Benchmark(
