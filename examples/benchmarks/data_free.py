@@ -319,7 +319,8 @@ def write_report(rows: list[dict[str, Any]], networks: Sequence[str], target: Pa
         "",
         f"Top-1 accuracy in percent on {pictures};",
         "no training after compression. Written by `python examples/benchmarks/data_free.py --data FOLDER`. Settings were",
-        f"chosen on training images. Real images are {real}.",
+        "chosen on training images.",
+        f"Real images are {real}.",
         "First and last layer of quantized networks have 8 bits, for every method.",
     ]
     for network in networks:
