@@ -318,8 +318,8 @@ def write_report(rows: list[dict[str, Any]], networks: Sequence[str], target: Pa
         "# Compression with no data",
         "",
         f"Top-1 accuracy in percent on {pictures};",
-        "no training after compression. Written by `python examples/benchmarks/data_free.py --data FOLDER`. Settings were",
-        "chosen on training images.",
+        "no training after compression. Written by `python examples/benchmarks/data_free.py --data FOLDER`.",
+        "Settings were chosen on training images.",
         f"Real images are {real}.",
         "First and last layer of quantized networks have 8 bits, for every method.",
     ]
