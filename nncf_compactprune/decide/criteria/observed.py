@@ -8,30 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nncf_compactprune.decide.labelled import checked_labels, class_scores
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import named_modules
+from nncf_compactprune.host.torch_internals import Convolution, RunningNorm, TransposedConvolution
 
 LAST = (nn.Linear, nn.LayerNorm)  # channels are the last dimension
-SECOND = (_ConvNd, _BatchNorm, _InstanceNorm, nn.GroupNorm)
+SECOND = (Convolution, RunningNorm, nn.GroupNorm)
 Rows = Mapping[str, Tensor]
 
 
 def reads_plainly(module: nn.Module) -> bool:
     """Whether position i of the weight's input dimension reads channel i: linear layers, convolutions of one group."""
     return isinstance(module, nn.Linear) or (
-        isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd) and module.groups == 1
+        isinstance(module, Convolution) and not isinstance(module, TransposedConvolution) and module.groups == 1
     )
 
 
 def writes_plainly(module: nn.Module) -> bool:
     """Whether position i of the weight's first dimension is channel i of the output."""
-    return isinstance(module, LAST + SECOND) and not isinstance(module, _ConvTransposeNd)
+    return isinstance(module, LAST + SECOND) and not isinstance(module, TransposedConvolution)
 
 
 def input_squares(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict[str, Tensor]:
