@@ -26,10 +26,14 @@ test: lint test-floors test-nncf219 test-main ## The checks every change must pa
 test-main: $(VENV)/.installed-dev ## The tests, with the versions of constraints.txt.
 	$(BIN)/python -m pytest -n 2
 
+# What meets torch, NNCF, typer and their kin directly; `make test-floors FLOORS=tests` runs the other rooms, too.
+FLOORS ?= tests/accuracy_aware tests/config tests/cut tests/decide tests/export tests/host tests/plan tests/plugins \
+	tests/storage tests/test_cli.py tests/test_controller.py tests/test_controller_rate.py
+
 # Old packages meet a newer Python and newer packages of their own: their warnings are no errors here.
 test-floors: $(VENV)-floors/.installed ## The tests of what needs no optional package, with the oldest versions allowed.
 	$(VENV)-floors/bin/python -m pytest -n 2 -o filterwarnings=default --ignore tests/test_examples.py \
-		--ignore tests/docs --ignore tests/test_bench.py tests
+		--ignore tests/docs --ignore tests/test_bench.py $(FLOORS)
 
 # NNCF 2.19's own algorithms trace by replacing torch's functions, which the variable asks for.
 test-nncf219: ## The tests of what NNCF 2.19 does with this package; skipped, with a line, where it cannot be installed.
@@ -40,7 +44,8 @@ test-nncf219: ## The tests of what NNCF 2.19 does with this package; skipped, wi
 		echo "test-nncf219: SKIPPED. NNCF 2.19.0 could not be installed into $(VENV)-nncf219; see above."; \
 	fi
 
-test-all: lint ## The same with the slow tests.
+test-all: lint ## The same with the slow tests, and all of them with the oldest versions.
+	$(MAKE) --no-print-directory test-floors FLOORS=tests
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: $(VENV)/.installed-dev
