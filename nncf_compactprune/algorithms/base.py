@@ -186,6 +186,11 @@ class CompressionAlgorithm(ABC):
     def step(self, step: int) -> None:  # noqa: B027
         """A training step begins."""
 
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether a training loop has to ask for :meth:`loss`."""
+        return type(self).loss is not CompressionAlgorithm.loss
+
     def loss(self) -> Tensor | float:
         """What to add to the task's loss."""
         return 0.0

@@ -226,10 +226,17 @@ class ChannelPruning(CompressionAlgorithm):
         """How allocations make scores of different groups comparable."""
         return "mean"
 
+    @property
+    def adds_to_loss(self) -> bool:
+        return self._group_sparsity is not None
+
+    @property
+    def _group_sparsity(self) -> float | None:
+        """Weight of the regularisation; entries in NNCF 2.x's grammar do not know of it."""
+        return getattr(self.config.params, "group_sparsity", None)
+
     def loss(self) -> Tensor | float:
-        weight: float | None = getattr(
-            self.config.params, "group_sparsity", None
-        )  # entries in NNCF 2.x's grammar have none
+        weight = self._group_sparsity
         if weight is None or self._done:
             return 0.0
         if self._sparsity is None or self._sparsity.graph is not self.present:  # it may have shrunk

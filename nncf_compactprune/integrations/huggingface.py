@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms import CompressionAlgorithm, CompressionStage
+from nncf_compactprune.algorithms import CompressionStage
 from nncf_compactprune.config import CompressionConfig, load_config
 from nncf_compactprune.controller import create_compressed_model, refuse_to_shrink_on_the_way
 from nncf_compactprune.cut.surgery import plan_of
@@ -165,7 +165,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuses to go on where an algorithm's loss would be left out in silence."""
-        with_loss = [a.name for a in self.controller.algorithms if type(a).loss is not CompressionAlgorithm.loss]
+        with_loss = [algorithm.name for algorithm in self.controller.algorithms if algorithm.adds_to_loss]
         if with_loss and not self._asked_for_loss:
             msg = (
                 f"CompressionCallback: '{with_loss[0]}' adds to the loss, but the Trainer does not ask for it. "

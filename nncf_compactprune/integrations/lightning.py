@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms import CompressionAlgorithm
 from nncf_compactprune.config import CompressionConfig
 from nncf_compactprune.controller import create_compressed_model, refuse_to_shrink_on_the_way
 from nncf_compactprune.errors import CompactPruneError
@@ -129,7 +128,7 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
         self.controller.strip()
 
     def _with_loss(self) -> list[str]:
-        return [a.name for a in self.controller.algorithms if type(a).loss is not CompressionAlgorithm.loss]
+        return [algorithm.name for algorithm in self.controller.algorithms if algorithm.adds_to_loss]
 
     def _refuse_unfit(self, trainer: Any, pl_module: Any) -> None:
         """Masks and teachers were made where the model was, and want whole parameters."""

@@ -22,6 +22,7 @@ from nncf_compactprune.host import distributed
 from nncf_compactprune.host.distributed import averaged, require_agreement, summed
 
 
+@pytest.mark.slow
 def test_two_processes_get_what_one_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are sums in another order: weights may differ by float32 rounding, grown over the steps."""
     paths = os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -54,6 +54,7 @@ def on_a_terminal(command: list[str]) -> str:
     return b"".join(parts).decode()
 
 
+@pytest.mark.slow
 def test_terminal_gets_bars(tmp_path: Path) -> None:
     shown = on_a_terminal([sys.executable, "-c", OUTPUT, str(write_config(tmp_path))])
     for title in ("epoch 1/1", "loss", "Batch norm adaptation", "Exporting", "Measuring latency", "\x1b[?25l"):

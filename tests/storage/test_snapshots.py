@@ -201,6 +201,7 @@ def check_same(whole: Path, killed: Path) -> None:
     assert not (killed / "snapshots").exists()
 
 
+@pytest.mark.slow
 def test_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, said = write_config(tmp_path), []
     data = datasets.digits()

@@ -343,6 +343,7 @@ def test_datasets_of_some_classes() -> None:
     assert torch.equal(y, subset[0][1])
 
 
+@pytest.mark.slow
 def test_the_command_line_reports_accuracy_on_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {
         "model": f"python:{tmp_path / 'net.py'}:build",

@@ -48,6 +48,7 @@ def test_training_resuming_and_export(run: Any, tmp_path: Path) -> None:
     assert exported < 0.9 * 4 * 119_386  # bytes of the dense network's weights
 
 
+@pytest.mark.slow
 def test_accuracy_aware_training(run: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     config = json.loads((CONFIGS / "nncf2_digits_accuracy_aware.json").read_text(encoding="utf-8"))
