@@ -101,9 +101,10 @@ def moments(operation: Operation, x: Tensor, y: Tensor, weight: Tensor | None = 
         else:
             halves[chunk % 2] += product
         rows[chunk % 2] += joined.shape[1]
-    found = _centred(operation, sum(halves[1:], halves[0]) / sum(rows), sum(rows), shift.squeeze(1).double())
+    point = shift.squeeze(1).double()
+    found = _centred(operation, sum(halves[1:], halves[0]) / sum(rows), sum(rows), point)
     if len(halves) == 2 and min(rows):
-        _hold_against_each_other(found, shift.squeeze(1).double(), halves, rows, weight)
+        _hold_against_each_other(found, point, halves, rows, weight)
     return found
 
 

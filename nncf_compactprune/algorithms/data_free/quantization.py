@@ -174,9 +174,10 @@ def rounding_step(weights: Mapping[str, GridQuantizer], ridge: float, *, per_cha
         quantizer = weights.get(name)
         if quantizer is None:
             return refitted
-        scale = search_scales(refitted, found.trusted, quantizer.high, per_channel=per_channel)
+        trusted = found.trusted  # computed at every look
+        scale = search_scales(refitted, trusted, quantizer.high, per_channel=per_channel)
         quantizer.set(scale if per_channel else scale.flatten()[:1])
-        return round_in_turn(refitted, scale, found.trusted, quantizer.high, ROUNDING_RIDGE)
+        return round_in_turn(refitted, scale, trusted, quantizer.high, ROUNDING_RIDGE)
 
     return step
 
