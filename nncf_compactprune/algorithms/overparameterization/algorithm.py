@@ -5,9 +5,9 @@ The paper expands each compact layer of a pruned network into consecutive linear
 fine-tunes with similarity-preserving distillation from the dense network's layers, and merges the layers back.
 
 Deviations, as only the paper's abstract was at hand: by default the outer factors are those that give all directions of
-a step the same size, and none is stored (:mod:`.orthogonal`), as trained factors stay behind plain fine-tuning; factors
-are merged into one weight at every step instead of run one after another (same function, same gradients; ``"mode":
-"chain"`` runs them); a random part of the core that the merge cancels (``core_scale``, see :func:`.factors.factorise`);
+a step the same size, and none is stored (:mod:`.orthogonal`), as trained factors stay behind plain fine-tuning; a sum of
+parallel branches is a second form (:mod:`.branches`); factors and branches are merged into one weight at every step
+instead of run (same function, same gradients; ``"mode": "chain"`` runs factors one after another); a random part of the core that the merge cancels (``core_scale``, see :func:`.factors.factorise`);
 decay of the merged weight; distillation also from logits, and by itself; similarities of averaged-down features, and
 their mean instead of their sum over layers.
 """
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.overparameterization.branches import BranchedWeight
 from nncf_compactprune.algorithms.overparameterization.config import OverparameterizationConfig
 from nncf_compactprune.algorithms.overparameterization.distillation import Distillation, digest
 from nncf_compactprune.algorithms.overparameterization.expandable import (
@@ -32,9 +33,11 @@ from nncf_compactprune.algorithms.overparameterization.expandable import (
     select_layers,
 )
 from nncf_compactprune.algorithms.overparameterization.factor_groups import FactorGroups
+from nncf_compactprune.algorithms.overparameterization.factor_hooks import FactorizedWeight
 from nncf_compactprune.algorithms.overparameterization.factors import Geometry
 from nncf_compactprune.algorithms.overparameterization.orthogonal import OrthogonalSteps
 from nncf_compactprune.algorithms.overparameterization.reparameterization import Reparameterization, fold
+from nncf_compactprune.algorithms.overparameterization.weight_hooks import ReplacedWeight
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.decide.scopes import operations_by_parameter
@@ -91,8 +94,8 @@ class LinearOverparameterization(CompressionAlgorithm):
         if state is not None:
             self._resume(state)
         try:
-            if params.form == "factors":
-                self._expand(params.expansion)
+            if params.form in ("factors", "branches"):
+                self._expand()
             if self.config.distillation.active and teacher is not None:
                 distillation = self.config.distillation
                 self._distillation = Distillation(
@@ -156,7 +159,7 @@ class LinearOverparameterization(CompressionAlgorithm):
         if self._orthogonal is not None:
             figures["orthogonal steps"] = f"{len(self._layers)} of {self._candidates} layers"
         if self._weights is not None:
-            figures["factors"] = f"{sum(factor.numel() for _, factor in self._weights.factors):,} parameters"
+            figures[self.config.params.form] = f"{sum(factor.numel() for _, factor in self._weights.factors):,} parameters"
         if self._distillation is not None:
             figures["distillation"] = f"{self._factor:.0%} of its weight"
         figures.update({f"{kind} loss": f"{float(value):.3e}" for kind, value in self._last.items()})
@@ -186,25 +189,20 @@ class LinearOverparameterization(CompressionAlgorithm):
         plan = plan_of(self.context.model)
         return () if plan is None else plan.output_classes
 
-    def _expand(self, expansion: int) -> None:
-        """Installs the factors, and checks that the network computes what it computed."""
+    def _expand(self) -> None:
+        """Installs factors or branches, and checks that the network computes what it computed."""
         model, params, example = self.context.model, self.config.params, self.context.example_inputs
         modules = {weight: model.get_submodule(name) for weight, name in self._layers.items()}
         operations = operations_by_parameter(model, example) if params.mode == "chain" else None
         before = outputs(model, example)
 
-        def expanded(root: nn.Module, layers: Mapping[str, nn.Module], *, keep_merged: bool) -> Reparameterization:
-            return Reparameterization(
-                root,
-                layers,
-                expansion,
-                mode=params.mode,
-                core_scale=params.core_scale,
-                operations=operations,
-                keep_merged=keep_merged,
-            )
+        def hook(geometry: Geometry) -> ReplacedWeight:
+            if params.form == "branches":
+                return BranchedWeight(geometry)
+            return FactorizedWeight(geometry, params.expansion, params.mode, params.core_scale)
 
-        self._weights = expanded(model, modules, keep_merged=bool(params.weight_decay))
+        keep_merged = bool(params.weight_decay)
+        self._weights = Reparameterization(model, modules, hook, operations=operations, keep_merged=keep_merged)
         compare(before, outputs(model, example))
         idle = [name for name, hook in self._weights.hooks.items() if not hook.used]
         if idle:
@@ -214,7 +212,8 @@ class LinearOverparameterization(CompressionAlgorithm):
             raise CompactPruneError(msg)
         shadow = self._shadow
         if shadow is not None:
-            expanded(shadow, {w: shadow.get_submodule(n) for w, n in self._layers.items()}, keep_merged=False)
+            copies = {weight: shadow.get_submodule(name) for weight, name in self._layers.items()}
+            Reparameterization(shadow, copies, hook, operations=operations)
         self._adopt_optimizer()
 
     @property

@@ -12,25 +12,34 @@ from nncf_compactprune.algorithms.overparameterization.distillation import Preci
 from nncf_compactprune.algorithms.overparameterization.factor_hooks import Mode
 from nncf_compactprune.config import AlgorithmConfig, Section
 
-Form = Literal["orthogonal", "factors", "none"]
-KEYS_OF = {"orthogonal": {"step_size"}, "factors": {"expansion", "mode", "core_scale", "weight_decay"}}
+Form = Literal["orthogonal", "branches", "factors", "none"]
+#: keys that only some forms read, and which
+FORMS_OF: dict[str, tuple[Form, ...]] = {
+    "step_size": ("orthogonal",),
+    "expansion": ("factors",),
+    "mode": ("factors",),
+    "core_scale": ("factors",),
+    "weight_decay": ("factors", "branches"),
+}
 
 
 class OverparameterizationParams(Section):
     """How layers are over-parameterised while they train.
 
     :param form: ``"orthogonal"``: the outer factors that give all directions of a step the same size, anew at every
-        step (:mod:`.orthogonal`), in the SGD that ``ctrl.attach(optimizer=...)`` names; ``"factors"``: a product of
-        three, merged at the end; ``"none"``: layers stay as they are, for distillation alone. The keys below belong to
-        one of the forms.
+        step (:mod:`.orthogonal`), in the SGD that ``ctrl.attach(optimizer=...)`` names; ``"branches"``: a sum of the
+        kernel, a 1×1 convolution and the identity, each with learned channel scales (:mod:`.branches`);
+        ``"factors"``: a product of three. Both are merged at the end. ``"none"``: layers stay as they are, for
+        distillation alone. The keys below belong to some of the forms.
     :param step_size: of ``"orthogonal"``: without momentum, a step moves a weight by the learning rate times this share
         of its norm.
-    :param expansion: of ``"factors"``, as all that follow but the skips: the inner layers are r times wider.
-    :param mode: ``"merged"`` multiplies the factors and runs one layer; ``"chain"`` runs three, many times slower.
+    :param expansion: of ``"factors"``: the inner layers are r times wider.
+    :param mode: of ``"factors"``: ``"merged"`` multiplies the factors and runs one layer; ``"chain"`` runs three, many times slower.
     :param skip_first: leave the network's first layer as it is.
     :param skip_last: leave its last layer (the classifier) as it is; neither is it distilled.
-    :param core_scale: random part of the core, relative to the weight; 0: none, and then r has no effect under SGD.
-    :param weight_decay: of the merged weights, through ``ctrl.loss()``; null leaves decay to the optimizer, on factors.
+    :param core_scale: of ``"factors"``: random part of the core, relative to the weight; 0: none, and then r has no effect under SGD.
+    :param weight_decay: of the merged weights of ``"factors"`` and ``"branches"``, through ``ctrl.loss()``; null leaves
+        decay to the optimizer, on what trains.
     """
 
     form: Form = "orthogonal"
@@ -44,12 +53,10 @@ class OverparameterizationParams(Section):
 
     @model_validator(mode="after")
     def _keys_of_the_form(self) -> OverparameterizationParams:
-        for form, keys in KEYS_OF.items():
-            strange = sorted(self.model_fields_set & keys) if form != self.form else []
-            if strange:
-                msg = (
-                    f'params.{strange[0]} belongs to "form": "{form}", but the form is "{self.form}". Set one of them.'
-                )
+        for key, forms in FORMS_OF.items():
+            if key in self.model_fields_set and self.form not in forms:
+                belongs = " or ".join(f'"{form}"' for form in forms)
+                msg = f'params.{key} belongs to "form": {belongs}, but the form is "{self.form}". Remove the key, or set that form.'
                 raise ValueError(msg)
         return self
 

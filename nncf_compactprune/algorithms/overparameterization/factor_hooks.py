@@ -14,37 +14,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nncf_compactprune.algorithms.overparameterization.factors import Factors, Geometry, factorise, merge
-from nncf_compactprune.host.nncf_hooks import HookModule, without_function_mode
+from nncf_compactprune.algorithms.overparameterization.weight_hooks import ReplacedWeight
 
 Mode = Literal["merged", "chain"]
 
 
-class MergedWeights(dict[str, Tensor]):
-    """The merged weights of the last forward in training mode, by name. A copied model must not share or copy them."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MergedWeights:
-        return MergedWeights()
-
-
-class FactorizedWeight(HookModule):
+class FactorizedWeight(ReplacedWeight):
     """The hook on a layer's weight. Its parameters are ``first``, ``core`` and ``last``, see
     :mod:`nncf_compactprune.algorithms.overparameterization.factors`.
 
     :param geometry: of the weight.
     :param expansion: how many times wider the inner layers are.
     :param mode: give the layer the merged weight, or the core where other hooks run ``first`` and ``last``.
+    :param core_scale: see :func:`~nncf_compactprune.algorithms.overparameterization.factors.factorise`.
     """
 
-    def __init__(self, geometry: Geometry, expansion: int, mode: Mode = "merged") -> None:
-        super().__init__()
-        self.geometry = geometry
+    def __init__(self, geometry: Geometry, expansion: int, mode: Mode = "merged", core_scale: float = 0.0) -> None:
+        super().__init__(geometry)
         self.expansion = expansion
         self.mode = mode
-        self.used = False
-        self.trainable = True  # whether the weight itself is, once the hook is gone
+        self.core_scale = core_scale
         shapes = geometry.factor_shapes(expansion)
         self.first, self.core, self.last = (nn.Parameter(torch.zeros(shape)) for shape in shapes)
-        self.watch: tuple[str, MergedWeights] | None = None
         self.bias: list[Tensor | None] = []  # what the chain adds in the end
 
     @property
@@ -52,56 +43,31 @@ class FactorizedWeight(HookModule):
         """The three parameters."""
         return Factors(self.first, self.core, self.last)
 
-    def assign(self, weight: Tensor, generator: torch.Generator, core_scale: float) -> None:
-        """Takes over a weight exactly, with dtype and device.
-
-        :param weight: of the shape that ``geometry`` states.
-        :param generator: of the random part of the factors, on the CPU.
-        :param core_scale: see :func:`~nncf_compactprune.algorithms.overparameterization.factors.factorise`.
-        """
-        made = factorise(weight, self.geometry, self.expansion, generator, core_scale=core_scale)
+    def assign(self, weight: Tensor, generator: torch.Generator) -> None:
+        made = factorise(weight, self.geometry, self.expansion, generator, core_scale=self.core_scale)
         for parameter, value in zip(self.factors, made, strict=True):
             parameter.data = value
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """What the layer computes with; ``weight`` itself only says dtype and memory format."""
-        if not self.used:  # written once: a value that changes at every call would make torch.compile start anew
-            self.used = True
-        if torch.compiler.is_compiling():
-            return self._weight(weight)
-        # NNCF would name every operation in here, and look for hooks on it: most of the time that merging takes.
-        with without_function_mode():
-            return self._weight(weight)
-
-    def _weight(self, weight: Tensor) -> Tensor:
+    def given(self, weight: Tensor) -> Tensor:
         if self.mode == "chain":
             return self.geometry.core_weight(self.core, self.expansion).to(weight.dtype)
-        # In half precision three roundings would add up, in the weight itself.
-        with torch.autocast(weight.device.type, enabled=False):
-            merged = self.geometry.weight(merge(self.factors))
-        if self.watch is not None and self.training and torch.is_grad_enabled():
-            name, seen = self.watch
-            seen[name] = merged
-        channels_last = merged.dim() == 4 and not weight.is_contiguous()
-        kept = torch.channels_last if channels_last else torch.contiguous_format
-        return merged.to(weight.dtype).contiguous(memory_format=kept)
+        return super().given(weight)
 
-    @torch.no_grad()
-    def merged(self) -> Tensor:
-        """The weight that the factors stand for, multiplied in float64 on the CPU, in the factors' dtype."""
-        doubled = Factors(*(factor.detach().to("cpu", torch.float64) for factor in self.factors))
-        return self.geometry.weight(merge(doubled)).to(self.core)
+    def matrices(self, dtype: torch.dtype | None = None) -> Tensor:
+        if dtype is None:
+            return merge(self.factors)
+        return merge(Factors(*(factor.detach().to("cpu", dtype) for factor in self.factors)))
 
     def get_config(self) -> dict[str, Any]:
         """What :meth:`from_config` needs."""
-        geometry = {"shape": list(self.geometry.shape), "groups": self.geometry.groups}
-        return {**geometry, "transposed": self.geometry.transposed, "expansion": self.expansion, "mode": self.mode}
+        own = {"expansion": self.expansion, "mode": self.mode, "core_scale": self.core_scale}
+        return {**super().get_config(), **own}
 
     @classmethod
     def from_config(cls, state: dict[str, Any]) -> FactorizedWeight:
         """Builds the hook; the factors come from the state dict."""
         geometry = Geometry(tuple(state["shape"]), state["groups"], state["transposed"])
-        return cls(geometry, state["expansion"], state["mode"])
+        return cls(geometry, state["expansion"], state["mode"], state["core_scale"])
 
 
 class ChainPart(nn.Module):

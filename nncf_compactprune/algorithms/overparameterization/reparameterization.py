@@ -1,11 +1,11 @@
-"""Weights of a model that train as products of factors: putting the hooks on, and merging them away.
+"""Weights of a model that train as something larger: putting the hooks on, and merging them away.
 
-The factors are the parameters of a hook on the layer's weight (:mod:`.factor_hooks`).
+What trains, factors or branches, are the parameters of a hook on the layer's weight (:mod:`.weight_hooks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,10 +16,9 @@ from nncf_compactprune.algorithms.overparameterization.factor_hooks import (
     ChainOutput,
     ChainPart,
     FactorizedWeight,
-    MergedWeights,
-    Mode,
 )
 from nncf_compactprune.algorithms.overparameterization.factors import Geometry
+from nncf_compactprune.algorithms.overparameterization.weight_hooks import MergedWeights, ReplacedWeight
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.nncf_hooks import hook_input, hook_output, hook_parameter, hooks, remove_hooks
 
@@ -28,16 +27,14 @@ CHAINABLE = frozenset(f"{prefix}{n}d" for prefix in ("conv", "conv_transpose") f
 
 
 class Reparameterization:
-    """The factorised weights of one model.
+    """The replaced weights of one model.
 
     The layers' own weights stay where they are, frozen: they take no part, and hold stale values until :meth:`remove`.
 
     :param model: is wrapped for NNCF hooks (in place).
     :param layers: modules of :data:`~.factors.LAYERS` by the name of their weight.
-    :param expansion: see :class:`FactorizedWeight`.
-    :param mode: see :class:`FactorizedWeight`.
-    :param core_scale: see :func:`~nncf_compactprune.algorithms.overparameterization.factors.factorise`.
-    :param operations: for the chain: names of the NNCF operations that use each weight.
+    :param make: the hook for a weight of this geometry.
+    :param operations: for hooks in mode ``"chain"``: names of the NNCF operations that use each weight.
     :param keep_merged: keep the merged weights of every training forward in ``merged`` (for a loss on them).
     :raises CompactPruneError: a bare ``nn.Sequential``, a weight with another hook on it, or a chain where the weight
         does not go straight into a convolution or linear operation. The model is untouched.
@@ -47,29 +44,27 @@ class Reparameterization:
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
-        expansion: int,
+        make: Callable[[Geometry], ReplacedWeight],
         *,
-        mode: Mode = "merged",
-        core_scale: float = 0.0,
         operations: Mapping[str, Sequence[str]] | None = None,
         keep_merged: bool = False,
     ) -> None:
-        _check(model, layers, operations if mode == "chain" else None)
+        _check(model, layers, operations)
         self._model = model
         self.merged = MergedWeights()
-        self.hooks: dict[str, FactorizedWeight] = {}
+        self.hooks: dict[str, ReplacedWeight] = {}
         generator = torch.Generator().manual_seed(FACTOR_SEED)
         try:
             for name, module in layers.items():
-                hook = FactorizedWeight(Geometry.of(module), expansion, mode)
-                hook.assign(module.weight, generator, core_scale)  # type: ignore[arg-type]
+                hook = make(Geometry.of(module))
+                hook.assign(module.weight, generator)  # type: ignore[arg-type]
                 hook.watch = (name, self.merged) if keep_merged else None
                 hook.trainable = module.weight.requires_grad  # type: ignore[assignment]
                 hook.train(module.training)
                 self.hooks[name] = hook
                 hook_parameter(model, name, hook)
                 module.weight.requires_grad_(False)
-                if mode == "chain" and operations is not None:
+                if operations is not None and isinstance(hook, FactorizedWeight):
                     _register_chain(model, name, module, hook, operations[name])
         except BaseException:  # out of memory, above all
             fold(model, write=False)
@@ -77,15 +72,15 @@ class Reparameterization:
 
     @property
     def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trainable factors with the name of the weight they stand for."""
+        """What trains, each with the name of the weight it stands for."""
         for name, hook in self.hooks.items():
-            for factor in (hook.first, hook.core, hook.last):
+            for factor in hook.parameters():
                 yield name, factor
 
     def remove(self, *, keep_training: bool = True) -> None:
         """Takes the hooks off; the layers' own weights train again if they did before.
 
-        :param keep_training: write the products into the weights; otherwise these are what they were in the beginning.
+        :param keep_training: write the merged weights back; otherwise these are what they were in the beginning.
         """
         fold(self._model, write=keep_training)
         self.merged.clear()
@@ -93,19 +88,19 @@ class Reparameterization:
 
 @torch.no_grad()
 def fold(model: nn.Module, *, write: bool = True) -> None:
-    """Merges every factorised weight of a model (the one at hand, or a copy of it) and removes the hooks.
+    """Merges every replaced weight of a model (the one at hand, or a copy of it) and removes the hooks.
 
     :param model: the model, or a copy of it.
-    :param write: write the products into the weights; otherwise the weights stay as they are.
+    :param write: write the merged weights back; otherwise the weights stay as they are.
     """
     parameters = dict(model.named_parameters())
     for hook in hooks(model):
-        if isinstance(hook.module, FactorizedWeight):
+        if isinstance(hook.module, ReplacedWeight):
             weight = parameters[hook.operation]
             weight.requires_grad_(hook.module.trainable)
             if write:
                 weight.copy_(hook.module.merged())
-    remove_hooks(model, lambda hook: isinstance(hook, (FactorizedWeight, ChainPart)))
+    remove_hooks(model, lambda hook: isinstance(hook, (ReplacedWeight, ChainPart)))
 
 
 def _register_chain(

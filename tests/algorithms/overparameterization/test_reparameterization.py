@@ -1,4 +1,4 @@
-"""Merged = chain = the layer itself, in function and gradients, for every kind of layer."""
+"""Merged = chain or branches = the layer itself, in function and gradients, for every kind of layer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nncf.torch.function_hook import register_post_function_hook, wrap_model
 from support import oracles
 from torch import nn
 
+from nncf_compactprune.algorithms.overparameterization.branches import BranchedWeight
 from nncf_compactprune.algorithms.overparameterization.factor_hooks import FactorizedWeight
 from nncf_compactprune.algorithms.overparameterization.factors import Factors, Geometry, factorise, merge
 from nncf_compactprune.algorithms.overparameterization.reparameterization import Reparameterization, fold
@@ -62,10 +63,13 @@ def built(kind, dtype=torch.float64):
 
 
 def expand(net, *, mode="merged", expansion=3, core_scale=1.0):
-    operations = {"layer.weight": [f"layer/{OPERATIONS[type(net.layer)]}/0"]}
-    return Reparameterization(
-        net, {"layer.weight": net.layer}, expansion, mode=mode, core_scale=core_scale, operations=operations
-    )
+    """With three factors, merged or in a chain, or with branches."""
+
+    def make(geometry):
+        return BranchedWeight(geometry) if mode == "branches" else FactorizedWeight(geometry, expansion, mode, core_scale)
+
+    operations = {"layer.weight": [f"layer/{OPERATIONS[type(net.layer)]}/0"]} if mode == "chain" else None
+    return Reparameterization(net, {"layer.weight": net.layer}, make, operations=operations)
 
 
 def disturb(weights):
@@ -76,7 +80,7 @@ def disturb(weights):
             factor += 0.3 * torch.randn(factor.shape, generator=generator, dtype=factor.dtype)
 
 
-@pytest.mark.parametrize("mode", ["merged", "chain"])
+@pytest.mark.parametrize("mode", ["merged", "chain", "branches"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_start_is_exact(kind, mode):
     net, x = built(kind, torch.float32)
@@ -107,7 +111,58 @@ def test_function_and_gradients_are_those_of_the_chain_of_layers(kind, mode):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("mode", ["merged", "chain"])
+def layer_with(layer, weight, *, middle):
+    """A layer of one branch: the same but for its weight, which is 0 except at the kernel's middle if ``middle``."""
+    branch = copy.deepcopy(layer).requires_grad_(False)
+    branch.weight.zero_()
+    places = tuple(size // 2 for size in layer.weight.shape[2:]) if middle else ()
+    branch.weight[(slice(None), slice(None), *places)] = weight
+    return branch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_branches_are_the_sum_of_layers_that_run_side_by_side(kind):
+    """Each branch is run as a layer of its own, and its output scaled channel by channel."""
+    net, x = built(kind)
+    weights = expand(net, mode="branches")
+    disturb(weights)
+    hook, layer = weights.hooks["layer.weight"], net.layer
+    geometry = hook.geometry
+
+    def scaled(scale, weight, *, middle):
+        y = layer_with(layer, weight, middle=middle)(x)
+        bias = 0 if layer.bias is None else layer.bias.detach()
+        if isinstance(layer, nn.Linear):
+            return (y - bias) * scale.flatten()
+        shape = (-1, *[1] * (y.dim() - 2))
+        return (y - (bias.view(shape) if layer.bias is not None else 0)) * scale.view(shape)
+
+    with torch.no_grad():
+        expected = scaled(hook.kernel_scale, geometry.weight(hook.kernel), middle=False)
+        point = Geometry(tuple(layer.weight.shape[:2]), geometry.groups, geometry.transposed)
+        if hook.point is not None:
+            expected = expected + scaled(hook.point_scale, point.weight(hook.point[:, :, None]), middle=True)
+        if hook.identity_scale is not None:
+            eye = torch.eye(geometry.outs, dtype=torch.float64).expand(geometry.groups, -1, -1)
+            expected = expected + scaled(hook.identity_scale, point.weight(eye[:, :, None]), middle=True)
+        if layer.bias is not None:
+            expected = expected + (
+                layer.bias if isinstance(layer, nn.Linear) else layer.bias.view(-1, *[1] * (expected.dim() - 2))
+            )
+        torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-10)
+    assert (hook.point is not None) == (geometry.taps > 1)
+    assert (hook.identity_scale is not None) == (geometry.outs == geometry.ins)
+
+
+def test_every_branch_and_scale_learns():
+    net, x = built("depthwise")
+    weights = expand(net, mode="branches")
+    net(x).square().mean().backward()
+    assert len(list(weights.factors)) == 5
+    assert all(factor.grad is not None and factor.grad.abs().max() > 0 for _, factor in weights.factors)
+
+
+@pytest.mark.parametrize("mode", ["merged", "chain", "branches"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_end_is_exact_and_leaves_nothing_behind(kind, mode):
     net, x = built(kind, torch.float32)
@@ -207,7 +262,7 @@ def test_memory_format_follows_the_weight():
 
 def test_a_copy_trains_and_folds_by_itself():
     net, x = built("grouped")
-    for mode in ("merged", "chain"):
+    for mode in ("merged", "chain", "branches"):
         model = copy.deepcopy(net)
         weights = expand(model, mode=mode)
         disturb(weights)
@@ -223,12 +278,13 @@ def test_a_copy_trains_and_folds_by_itself():
         assert list(shadow.state_dict()) == list(net.state_dict())
 
 
-def test_hook_is_rebuilt_from_its_config_and_state():
+@pytest.mark.parametrize("mode", ["merged", "branches"])
+def test_hook_is_rebuilt_from_its_config_and_state(mode):
     net, _ = built("transposed grouped")
-    weights = expand(net)
+    weights = expand(net, mode=mode)
     disturb(weights)
     hook = weights.hooks["layer.weight"]
-    again = FactorizedWeight.from_config(json.loads(json.dumps(hook.get_config()))).double()
+    again = type(hook).from_config(json.loads(json.dumps(hook.get_config()))).double()
     again.load_state_dict(hook.state_dict())
     assert torch.equal(again(net.layer.weight), hook(net.layer.weight))
 
@@ -246,7 +302,7 @@ def test_given_up_expansion_leaves_the_weight_bit_for_bit():
 def test_bare_sequential_is_refused():
     net = nn.Sequential(nn.Conv2d(3, 4, 3))
     with pytest.raises(CompactPruneError, match=r"bare nn\.Sequential.*inside a module"):
-        Reparameterization(net, {"0.weight": net[0]}, 2)
+        Reparameterization(net, {"0.weight": net[0]}, BranchedWeight)
 
 
 def test_weight_with_another_hook_is_refused():
@@ -260,6 +316,9 @@ def test_chain_of_a_weight_that_goes_elsewhere_is_refused():
     net, _ = built("conv")
     with pytest.raises(CompactPruneError, match=r"'layer\.weight' goes into layer/mul/0, expected only its own layer"):
         Reparameterization(
-            net, {"layer.weight": net.layer}, 2, mode="chain", operations={"layer.weight": ["layer/mul/0"]}
+            net,
+            {"layer.weight": net.layer},
+            lambda geometry: FactorizedWeight(geometry, 2, "chain"),
+            operations={"layer.weight": ["layer/mul/0"]},
         )
     assert net.layer.weight.requires_grad
