@@ -7,8 +7,9 @@ fine-tunes with similarity-preserving distillation from the dense network's laye
 Deviations, as only the paper's abstract was at hand: by default the outer factors are those that give all directions of
 a step the same size, and none is stored (:mod:`.orthogonal`), as trained factors stay behind plain fine-tuning; a sum of
 parallel branches is a second form (:mod:`.branches`); factors and branches are merged into one weight at every step
-instead of run (same function, same gradients; ``"mode": "chain"`` runs factors one after another); a random part of the core that the merge cancels (``core_scale``, see :func:`.factors.factorise`);
-decay of the merged weight; distillation also from logits, and by itself; similarities of averaged-down features, and
+instead of run (same function, same gradients; ``"mode": "chain"`` runs factors one after another); a random part of
+the core that the merge cancels (``core_scale``, see :func:`.factors.factorise`); decay of the merged weight;
+distillation also from logits, and by itself; similarities of averaged-down features, and
 their mean instead of their sum over layers.
 """
 
@@ -159,7 +160,9 @@ class LinearOverparameterization(CompressionAlgorithm):
         if self._orthogonal is not None:
             figures["orthogonal steps"] = f"{len(self._layers)} of {self._candidates} layers"
         if self._weights is not None:
-            figures[self.config.params.form] = f"{sum(factor.numel() for _, factor in self._weights.factors):,} parameters"
+            figures[self.config.params.form] = (
+                f"{sum(factor.numel() for _, factor in self._weights.factors):,} parameters"
+            )
         if self._distillation is not None:
             figures["distillation"] = f"{self._factor:.0%} of its weight"
         figures.update({f"{kind} loss": f"{float(value):.3e}" for kind, value in self._last.items()})

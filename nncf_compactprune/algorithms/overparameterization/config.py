@@ -34,10 +34,11 @@ class OverparameterizationParams(Section):
     :param step_size: of ``"orthogonal"``: without momentum, a step moves a weight by the learning rate times this share
         of its norm.
     :param expansion: of ``"factors"``: the inner layers are r times wider.
-    :param mode: of ``"factors"``: ``"merged"`` multiplies the factors and runs one layer; ``"chain"`` runs three, many times slower.
+    :param mode: of ``"factors"``: ``"merged"`` multiplies them and runs one layer; ``"chain"`` runs three, many times slower.
     :param skip_first: leave the network's first layer as it is.
     :param skip_last: leave its last layer (the classifier) as it is; neither is it distilled.
-    :param core_scale: of ``"factors"``: random part of the core, relative to the weight; 0: none, and then r has no effect under SGD.
+    :param core_scale: of ``"factors"``: random part of the core, relative to the weight; 0: none, and then r has no effect
+        under SGD.
     :param weight_decay: of the merged weights of ``"factors"`` and ``"branches"``, through ``ctrl.loss()``; null leaves
         decay to the optimizer, on what trains.
     """
@@ -56,7 +57,10 @@ class OverparameterizationParams(Section):
         for key, forms in FORMS_OF.items():
             if key in self.model_fields_set and self.form not in forms:
                 belongs = " or ".join(f'"{form}"' for form in forms)
-                msg = f'params.{key} belongs to "form": {belongs}, but the form is "{self.form}". Remove the key, or set that form.'
+                msg = (
+                    f'params.{key} belongs to "form": {belongs}, but the form is "{self.form}". Remove the key, or '
+                    "set that form."
+                )
                 raise ValueError(msg)
         return self
 

@@ -76,7 +76,9 @@ def assert_same(left, right):
 def test_every_structure_starts_and_ends_exactly(name, form):
     model = model32(name)
     reference, x = copy.deepcopy(model), images(torch.float32)
-    ctrl, same = create_compressed_model(model, config(lop(form=form, skip_last=False, distillation={"similarity_weight": 1.0})))
+    ctrl, same = create_compressed_model(
+        model, config(lop(form=form, skip_last=False, distillation={"similarity_weight": 1.0}))
+    )
     assert same is model
     expected = reference(x).detach()
     torch.testing.assert_close(model.eval()(x), expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))

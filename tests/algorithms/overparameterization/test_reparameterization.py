@@ -66,7 +66,9 @@ def expand(net, *, mode="merged", expansion=3, core_scale=1.0):
     """With three factors, merged or in a chain, or with branches."""
 
     def make(geometry):
-        return BranchedWeight(geometry) if mode == "branches" else FactorizedWeight(geometry, expansion, mode, core_scale)
+        return (
+            BranchedWeight(geometry) if mode == "branches" else FactorizedWeight(geometry, expansion, mode, core_scale)
+        )
 
     operations = {"layer.weight": [f"layer/{OPERATIONS[type(net.layer)]}/0"]} if mode == "chain" else None
     return Reparameterization(net, {"layer.weight": net.layer}, make, operations=operations)
