@@ -9,8 +9,8 @@ a step the same size, and none is stored (:mod:`.orthogonal`), as trained factor
 parallel branches is a second form (:mod:`.branches`); factors and branches are merged into one weight at every step
 instead of run (same function, same gradients; ``"mode": "chain"`` runs factors one after another); a random part of
 the core that the merge cancels (``core_scale``, see :func:`.factors.factorise`); decay of the merged weight;
-distillation also from logits, and by itself; similarities of averaged-down features, and
-their mean instead of their sum over layers.
+distillation also from logits, and by itself; similarities of averaged-down features, and their mean
+instead of their sum over layers.
 """
 
 from __future__ import annotations

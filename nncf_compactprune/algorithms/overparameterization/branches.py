@@ -9,7 +9,8 @@ group's inputs and outputs differ in number.
 Parallel linear branches that are merged into one kernel are RepVGG's (Ding et al. 2021, arXiv 2101.03697) and Diverse
 Branch Block's (Ding et al. 2021, arXiv 2103.13425), with a BatchNorm a branch. As in OREPA (Hu et al. 2022, arXiv
 2204.00826), learned scales take the place of those, and kernels are added instead of feature maps: one convolution
-runs. Ours: the start. P is drawn at random, b and c begin at fixed values, and K is what makes the sum the trained weight.
+runs. Ours: the start. P is drawn at random, b and c begin at fixed values, and K is what makes the sum the
+trained weight.
 """
 
 from __future__ import annotations

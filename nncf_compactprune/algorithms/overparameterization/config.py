@@ -34,11 +34,12 @@ class OverparameterizationParams(Section):
     :param step_size: of ``"orthogonal"``: without momentum, a step moves a weight by the learning rate times this share
         of its norm.
     :param expansion: of ``"factors"``: the inner layers are r times wider.
-    :param mode: of ``"factors"``: ``"merged"`` multiplies them and runs one layer; ``"chain"`` runs three, many times slower.
+    :param mode: of ``"factors"``: ``"merged"`` multiplies them and runs one layer; ``"chain"`` runs three, many
+        times slower.
     :param skip_first: leave the network's first layer as it is.
     :param skip_last: leave its last layer (the classifier) as it is; neither is it distilled.
-    :param core_scale: of ``"factors"``: random part of the core, relative to the weight; 0: none, and then r has no effect
-        under SGD.
+    :param core_scale: of ``"factors"``: random part of the core, relative to the weight; 0: none, and then r has no
+        effect under SGD.
     :param weight_decay: of the merged weights of ``"factors"`` and ``"branches"``, through ``ctrl.loss()``; null leaves
         decay to the optimizer, on what trains.
     """
