@@ -5,7 +5,7 @@ The paper expands each compact layer of a pruned network into consecutive linear
 fine-tunes with similarity-preserving distillation from the dense network's layers, and merges the layers back.
 
 Deviations, as only the paper's abstract was at hand: by default the outer factors are those that give all directions of
-a step the same size, and none is stored (:mod:`.orthogonal`), as trained factors stay behind plain fine-tuning; a sum of
+a step the same size, and none is stored (:mod:`.orthogonal`), as trained factors stay behind plain training; a sum of
 parallel branches is a second form (:mod:`.branches`); factors and branches are merged into one weight at every step
 instead of run (same function, same gradients; ``"mode": "chain"`` runs factors one after another); a random part of
 the core that the merge cancels (``core_scale``, see :func:`.factors.factorise`); decay of the merged weight;
