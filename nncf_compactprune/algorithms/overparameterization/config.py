@@ -79,7 +79,8 @@ class DistillationConfig(Section):
     :param temperature: T of the logits' divergence.
     :param schedule: both weights stay, or fall to 0 in ``schedule_epochs`` epochs.
     :param schedule_epochs: for ``"linear"`` and ``"cosine"``; the teacher does not run any more after.
-    :param teacher_precision: ``"same"`` as the student, or autocast to half precision.
+    :param teacher_precision: ``"same"`` as the student; ``"auto"``, too, but bfloat16 where training is in float32 and
+        the device has instructions for it; or autocast to half precision.
     """
 
     similarity_weight: float = Field(default=30000.0, ge=0)

@@ -6,6 +6,7 @@ distils; it is no part of the student (no parameters, no state, not in copies).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from nncf_compactprune.decide.labelled import class_scores
 from nncf_compactprune.errors import DistillationError, nearest
 
-Precision = Literal["same", "bfloat16", "float16"]
+Precision = Literal["same", "auto", "bfloat16", "float16"]
 _POOLS: dict[int, Callable[..., Tensor]] = {
     4: functional.adaptive_avg_pool2d,
     5: functional.adaptive_avg_pool3d,
@@ -39,6 +40,19 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         a: Tensor = ctx.saved_tensors[0]
         return (gradient + gradient.t()) @ a
+
+
+@functools.cache
+def computes_in_bfloat16(device_type: str) -> bool:
+    """Whether a kind of device has instructions for bfloat16, so that a network runs faster in it.
+
+    :param device_type: as ``torch.device.type``.
+    """
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device_type == "cpu" and any(
+        torch.cpu.get_capabilities().get(n) for n in ("avx512_bf16", "amx_bf16", "bf16")
+    )
 
 
 def similarity(features: Tensor, size: int | None = None) -> Tensor:
@@ -126,7 +140,8 @@ class Distillation:
     :param logits: also compare class scores.
     :param classes: the teacher's classes that the student's outputs stand for; empty: all, in the same order.
     :param feature_size: see :func:`similarity`.
-    :param precision: ``"same"`` runs the teacher as the loop runs the student, others under that autocast.
+    :param precision: ``"same"`` runs the teacher as the loop runs the student; ``"auto"``, too, but in bfloat16 where
+        the loop has no autocast of its own and the device computes in bfloat16; others under that autocast.
     :raises DistillationError: a layer that the teacher does not have, or the teacher is the student itself.
     """
 
@@ -221,9 +236,13 @@ class Distillation:
             self.teacher(*args, **kwargs)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        if self._precision == "same":
+        precision = self._precision
+        if precision == "auto":
+            own = torch.is_autocast_enabled(device.type)
+            precision = "bfloat16" if not own and computes_in_bfloat16(device.type) else "same"
+        if precision == "same":
             return nullcontext()
-        return torch.autocast(device.type, dtype=getattr(torch, self._precision))
+        return torch.autocast(device.type, dtype=getattr(torch, precision))
 
     def _reduce(self, who: str, name: str) -> Callable[..., None]:
         def reduce(module: nn.Module, args: Any, output: Any) -> None:

@@ -20,6 +20,7 @@ from nncf_compactprune.algorithms.overparameterization.config import (
     OverparameterizationConfig,
     OverparameterizationParams,
 )
+from nncf_compactprune.algorithms.overparameterization.distillation import Precision
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
@@ -41,6 +42,7 @@ class RecoveryDistillation(DistillationConfig):
 
     similarity_weight: float = Field(default=1600.0, ge=0)
     layers: Literal["all", "stages"] = "stages"
+    teacher_precision: Precision = "auto"
 
 
 class RecoveryConfig(OverparameterizationConfig):

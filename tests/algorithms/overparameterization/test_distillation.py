@@ -11,6 +11,7 @@ from support import oracles
 from support.networks import images, trained
 from torch import nn
 
+from nncf_compactprune.algorithms.overparameterization import distillation as distilling
 from nncf_compactprune.algorithms.overparameterization.distillation import (
     Distillation,
     digest,
@@ -140,6 +141,22 @@ def test_teacher_in_half_precision_is_close():
         distillation.remove()
     assert losses["bfloat16"] != losses["same"]
     assert losses["bfloat16"] == pytest.approx(losses["same"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("native", "loop", "expected"),
+    [(True, None, torch.bfloat16), (False, None, torch.float32), (True, torch.float16, torch.float16)],
+)
+def test_auto_is_bfloat16_where_the_device_has_it_and_the_loop_names_no_precision(monkeypatch, native, loop, expected):
+    monkeypatch.setattr(distilling, "computes_in_bfloat16", lambda device_type: native)
+    student, teacher = pair()
+    seen = []
+    teacher.get_submodule(LAYERS[0]).register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    distillation = Distillation(student, teacher, LAYERS, precision="auto")
+    with torch.autocast("cpu", loop, enabled=loop is not None):
+        student(images(torch.float32))
+    distillation.remove()
+    assert seen == [expected]
 
 
 def test_batch_of_one_costs_nothing_and_is_told_once(monkeypatch):

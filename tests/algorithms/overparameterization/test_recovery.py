@@ -71,7 +71,7 @@ def test_the_weight_of_similarities_is_that_of_each_layer() -> None:
     found = {}
     for name, weight in (("recovery", 1600.0), ("linear_overparameterization", 1600.0 * len(x) / 128)):
         model = model32()
-        distillation = {"layers": "all", "similarity_weight": weight}
+        distillation = {"layers": "all", "similarity_weight": weight, "teacher_precision": "same"}
         entry = {"algorithm": name, "params": {"form": "none"}, "distillation": distillation}
         ctrl, _ = create_compressed_model(model, config(PRUNING, entry))
         model.train()
