@@ -106,7 +106,8 @@ def test_class_scores_of_a_part_of_the_classes_are_compared_with_the_teachers_of
         "params": {"schedule": "one_shot", "classes": kept, "round_to": 1},
         "initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 0}},
     }  # fmt: skip
-    entry = {"algorithm": "recovery", "distillation": {"similarity_weight": 0.0, "logits_weight": 1.0}}
+    distillation = {"similarity_weight": 0.0, "logits_weight": 1.0, "teacher_precision": "same"}
+    entry = {"algorithm": "recovery", "distillation": distillation}
     ctrl, _ = create_compressed_model(model, config(catro, entry), loader)
     model.train()
     for norm in model.modules():
