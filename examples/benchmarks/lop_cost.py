@@ -155,8 +155,8 @@ def table(rows: list[dict[str, Any]], threads: int) -> str:
         "",
         f"`python examples/benchmarks/lop_cost.py`. torch {version('torch')}, NNCF {version('nncf')}, CPU, "
         f"{threads} thread(s), batch {BATCH}, SGD with momentum. `recovery` has the dense network as its teacher. Time "
-        "ratios are medians of paired steps, with the smallest and largest; the machine did other work beside. Memory is "
-        "resident memory above that of the process before the network was built.",
+        "ratios are medians of paired steps, with the smallest and largest; the machine did other work beside. Memory "
+        "is resident memory above that of the process before the network was built.",
     ]
     for row in rows:
         lines += [
