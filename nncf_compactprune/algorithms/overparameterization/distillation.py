@@ -49,7 +49,7 @@ def computes_in_bfloat16(device_type: str) -> bool:
     :param device_type: as ``torch.device.type``.
     """
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device_type == "cpu" and any(
         torch.cpu.get_capabilities().get(n) for n in ("avx512_bf16", "amx_bf16", "bf16")
     )
