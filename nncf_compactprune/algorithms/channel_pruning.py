@@ -6,6 +6,7 @@ BatchNorm statistics.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ import nncf
 import numpy as np
 import numpy.typing as npt
 from nncf.common.logging import nncf_logger
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from torch import Tensor
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
@@ -24,6 +25,15 @@ from nncf_compactprune.algorithms.data_free.reconstruction import Refits
 from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, check_refit
 from nncf_compactprune.algorithms.group_sparsity import GroupSparsity
 from nncf_compactprune.algorithms.latency import LatencyResult, LatencyTarget
+from nncf_compactprune.algorithms.search import (
+    AT_ONCE,
+    MOST_TRIALS,
+    SearchConfig,
+    SearchResult,
+    combinations,
+    search,
+    shown,
+)
 from nncf_compactprune.algorithms.shrinking import Shrunk
 from nncf_compactprune.channels import ChannelGraph, Pin, ViewByNumber, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Initializer, Registered, Section
@@ -65,6 +75,9 @@ class ChannelPruningParams(Section):
         layers before they are cut (DepGraph's); null: none. It needs a schedule, or epochs before pruning starts.
     """
 
+    #: what ``initializer.search`` tries where it names nothing
+    searched: ClassVar[Mapping[str, Sequence[Any]]] = {"allocation": ["balanced", "uniform", "global"]}
+
     schedule: Annotated[str | Callable[..., float], Registered("schedules")] = "exponential"
     num_init_steps: int = Field(default=0, ge=0)
     pruning_init: float = Field(default=0.0, ge=0, lt=1)
@@ -100,13 +113,16 @@ class ChannelPruningParams(Section):
 
 
 class PruningInitializer(Initializer):
-    """What happens right after the cut, before training.
+    """What happens before training: the choice of settings, and what makes up for the cut.
 
     :param refit: ``{}`` re-fits every layer around the cut to what the dense layer gave; null: no re-fit. BatchNorm
         statistics follow it, so ``batchnorm_adaptation`` then acts only where it is written down.
+    :param search: ``{}`` tries settings of ``params`` on copies of the network, and takes the best; null: ``params`` as
+        they are.
     """
 
     refit: RefitConfig | None = None
+    search: SearchConfig | None = None
 
 
 class ChannelPruningConfig(AlgorithmConfig):
@@ -128,6 +144,40 @@ class ChannelPruningConfig(AlgorithmConfig):
             )
             raise ValueError(msg)
         return self
+
+    @model_validator(mode="after")
+    def _tries_what_there_is(self, info: ValidationInfo) -> ChannelPruningConfig:
+        settings = self.settings
+        if len(settings) > MOST_TRIALS:
+            msg = f"initializer.search.grid: {len(settings)} combinations, expected at most {MOST_TRIALS}."
+            raise ValueError(msg)
+        for one in settings:
+            try:
+                self.with_settings(one, context=info.context)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"]) or "all together"
+                msg = f"initializer.search.grid: {shown(one)}: {where}: {first['msg']}"
+                raise ValueError(msg) from error
+        return self
+
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        """What a search tries, in order; empty where there is none."""
+        search = self.initializer.search
+        return [] if search is None else combinations(search.grid or type(self.params).searched)
+
+    def with_settings(self, settings: Mapping[str, Any], *, context: Any = None) -> ChannelPruningConfig:
+        """The entry without a search, and with other settings.
+
+        :param settings: keys and values of ``params``.
+        :param context: of the validation.
+        """
+        given = {name: getattr(self.params, name) for name in self.params.model_fields_set}
+        params = type(self.params).model_validate({**given, **settings}, context=context)
+        return self.model_copy(
+            update={"params": params, "initializer": self.initializer.model_copy(update={"search": None})}
+        )
 
 
 class ChannelPruning(CompressionAlgorithm):
@@ -153,6 +203,8 @@ class ChannelPruning(CompressionAlgorithm):
         self._masks: Masks | None = None
         #: what a re-fit after the cut did; None before it, and where there is none
         self.refits: Refits | None = None
+        #: what a search for settings found; None where there is none
+        self.found: SearchResult | None = None
         self.prunable: Sequence[bool] = ()  # which groups of the graph may be cut, [groups]
         self._latency: LatencyTarget | None = None
         self._held_scores: list[Any] | None = None  # while widths are searched: computed once
@@ -337,11 +389,14 @@ class ChannelPruning(CompressionAlgorithm):
 
     def prepare(self, state: Mapping[str, Any] | None = None) -> None:
         if state is not None:
+            if state.get("search") is not None:
+                self._take_settings(SearchResult(**state["search"]))
             self._analyse(trial=not state["cut"], check=not state["cut"])
             self._restore(state)
             return
         if self._refit is not None:
             check_refit(self.context, self._refit)
+        self._choose_settings()
         if self.config.params.prunes_before_training and not self.context.hold_masks:
             self._analyse_and_prune()
         else:
@@ -467,6 +522,7 @@ class ChannelPruning(CompressionAlgorithm):
             "shrunk": None if self._done else self.shrunk.get_state(),
             "scheduled": self._scheduled,
             "params": self.config.params.model_dump(mode="json"),
+            "search": None if self.found is None else dataclasses.asdict(self.found),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -528,12 +584,29 @@ class ChannelPruning(CompressionAlgorithm):
             "parameters": f"{params:,} of {self.graph.params:,} ({params / max(self.graph.params, 1):.1%})",
             "groups pruned": f"{pruned} of {len(self.graph.groups)}",
             "pinned": len(self.graph.pinned),
+            **({} if self.found is None else {"search": str(self.found)}),
             **({} if self.latency is None else {"latency": str(self.latency)}),
             **({} if self.self_check is None else {"self-check": str(self.self_check)}),
             **({} if self.refits is None else self.refits.statistics()),
         }
 
     # -- how -----------------------------------------------------------------------------------------------------
+
+    def _choose_settings(self) -> None:
+        """By trial on copies of the model, where the entry has a search; those in NNCF 2.x's grammar do not."""
+        search_config = getattr(self.config.initializer, "search", None)
+        if search_config is None:
+            return
+
+        def cut(settings: Mapping[str, Any], context: Context) -> None:
+            type(self)(self.config.with_settings({**settings, **AT_ONCE}), context).prepare()
+
+        with self.context.timed("search"):
+            self._take_settings(search(self.context, search_config, self.config.settings, cut))
+
+    def _take_settings(self, found: SearchResult) -> None:
+        self.config = self.config.with_settings(self.config.settings[found.chosen])
+        self.found = found
 
     def _analyse_and_prune(self) -> None:
         """The cut is its own trial: groups that the network's code does not let shrink are pinned when it fails."""

@@ -10,13 +10,12 @@ global.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 from pydantic import model_validator
 from torch import Tensor
 
-from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
 from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.config import AlgorithmConfig, Registered
@@ -34,6 +33,10 @@ class FBNetParams(ChannelPruningParams):
     :param normalizer: what the allocations ``"global"`` and ``"greedy"`` divide the scores of a group by, as the scales
         of layers differ: their ``"mean"``, ``"max"`` or ``"sum"``; ``"none"``: nothing.
     """
+
+    searched: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "importance": ["l2", "geometric_median", "taylor"], "allocation": ["balanced", "uniform", "global"],
+    }  # fmt: skip
 
     importance: Annotated[str | Callable[..., Tensor], Registered("importance")] = "l2"
     normalizer: Normalizer = "mean"
@@ -63,17 +66,14 @@ class FBNetPruning(ChannelPruning):
     Config: ClassVar[type[AlgorithmConfig]] = FBNetConfig
     config: FBNetConfig
 
-    def __init__(self, config: FBNetConfig, context: Context) -> None:
-        super().__init__(config, context)
-        self._criterion: Importance = context.plugins.resolve("importance", config.params.importance)
-
     @property
     def normalizer(self) -> Normalizer:
         return self.config.params.normalizer
 
     def scores(self, graph: ChannelGraph) -> Sequence[Tensor]:
         contexts = criterion_contexts(self.context.model, graph, self.context.labelled_batches)
-        return [self._criterion(context) for context in contexts]
+        criterion: Importance = self.context.plugins.resolve("importance", self.config.params.importance)
+        return [criterion(context) for context in contexts]
 
 
 @hookimpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -144,6 +145,13 @@ class Plugins:
         names = ", ".join(repr(key) for key in sorted(known)) or "none"
         msg = f"unknown {_NOUNS[registry]} {given!r}.{nearest(given, known)} Known here: {names}."
         raise PluginError(msg)
+
+    def silent(self) -> Plugins:
+        """The same offers, without listeners: what happens with it is a trial, and no event."""
+        twin = copy.copy(self)
+        twin._manager = pluggy.PluginManager(PROJECT_NAME)
+        twin._manager.add_hookspecs(hookspecs)
+        return twin
 
     def emit(self, kind: str, /, **payload: Any) -> None:
         """Tells every plugin that something happened.

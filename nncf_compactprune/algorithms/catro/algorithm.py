@@ -60,6 +60,8 @@ class CatroParams(ChannelPruningParams):
         ``"schedule": "one_shot"``.
     """
 
+    searched: ClassVar[Mapping[str, Sequence[Any]]] = {"allocation": ["greedy", "uniform"], "damping": [0.5, 1.0]}
+
     allocation: Literal["greedy", "uniform"] = "greedy"
     form: Literal["margin", "plain"] = "margin"
     samples_per_class: int = Field(default=50, ge=1)
