@@ -228,7 +228,7 @@ def _halved(
     config: SearchConfig,
 ) -> list[Trial]:
     """All trials, best first: those of the last round, then those of the round before, and so on."""
-    alive, out = list(trials), []
+    alive, out = list(trials), list[Trial]()
     while True:
         steps = _train(alive, batches, config)
         for trial in alive:
