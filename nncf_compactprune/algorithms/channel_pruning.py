@@ -49,6 +49,8 @@ from nncf_compactprune.host.tensors import copy_in
 from nncf_compactprune.plan import PruningPlan, make_plan
 
 _Scores = TypeVar("_Scores")
+#: share of the target from which on masks of unknown origin count as all
+_NEARLY = 0.95
 
 
 class ChannelPruningParams(Section):
@@ -553,13 +555,30 @@ class ChannelPruning(CompressionAlgorithm):
 
         :param weights: a state dict of this model, from when it was masked.
         """
+        if not self._done:
+            self.adopt_channels(kept_by_masks(self.present, weights), complete=False)
+
+    def adopt_channels(self, kept: Sequence[npt.NDArray[np.bool_]], *, complete: bool | None) -> None:
+        """Masks what another run had masked, before its weights are loaded. Nothing happens where the model is cut.
+
+        :param kept: which channels of :attr:`present` stay, for every group.
+        :param complete: whether that run's schedule had arrived: nothing more is decided then. None: not known; it had
+            where all but a twentieth of the target is masked.
+        """
         if self._done:
             return
-        keep = self.shrunk.in_dense(kept_by_masks(self.present, weights))
-        plan = make_plan(self.graph, keep, algorithm=self.name)
-        if self.plan is None or plan.kept != self.plan.kept:
-            self._mask(plan, self.rate_of(plan))
+        plan = make_plan(self.graph, self.shrunk.in_dense(kept), algorithm=self.name)
+        rate = self.rate_of(plan)
+        if complete or (complete is None and rate >= _NEARLY * self.target_rate):
+            self._mask(plan, max(rate, self.target_rate))
+        elif self.plan is None or plan.kept != self.plan.kept:
+            self._mask(plan, rate)
         self._trained_masked = True
+
+    @staticmethod
+    def state_before() -> dict[str, Any]:
+        """The state of a run that has analysed its model and masked nothing, for one whose masks come later."""
+        return {"plan": None, "rate": 0.0, "cut": False, "shrunk": None, "scheduled": True}
 
     def rate_of(self, plan: PruningPlan) -> float:
         """The compression rate that a plan comes to: the share removed of the cost that is budgeted, the larger of two.

@@ -14,6 +14,7 @@ from typing import Any
 
 import nncf
 import torch
+from nncf.common.quantization.structs import QuantizationScheme as QuantizationScheme
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
 from nncf.torch.function_hook import get_hook_storage, is_wrapped, wrap_model
 from nncf.torch.model_graph_manager import get_const_node

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import nncf
@@ -113,6 +113,21 @@ class Sparsity:
         for hook in self._hooks():
             module: Any = hook.module
             module.binary_mask.copy_(stays(hook.operation, self.model.get_parameter(hook.operation)))
+
+    @torch.no_grad()
+    def take_masks(self, masks: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> None:
+        """Sets masks, fixed or learned, to those of another run. Those of unknown parameters or other sizes are left.
+
+        :param masks: by parameter, what stays: booleans of its shape.
+        :param learned: by parameter, logits of the probability to stay.
+        """
+        for hook in self._hooks():
+            module: Any = hook.module
+            is_learned = isinstance(module, RBPruningMask)
+            own = module.mask if is_learned else module.binary_mask
+            given = (learned if is_learned else masks).get(hook.operation)
+            if given is not None and given.shape == own.shape:
+                own.copy_(given)
 
     def fix(self) -> None:
         """Learned masks stay as they are from here on, without noise, and are no parameters any more."""

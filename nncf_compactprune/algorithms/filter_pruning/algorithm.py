@@ -95,6 +95,16 @@ class FilterPruning(ChannelPruning):
             steps=params.pruning_steps,
         )
 
+    def rate_of(self, plan: PruningPlan) -> float:
+        target = self.target_rate
+        if not self._counts_filters or target <= 0:
+            return super().rate_of(plan)
+        # Widths are rounded, so the level is told from how far they are on the way to those of the target.
+        any_scores = [np.zeros(group.size) for group in self.graph.groups]
+        most = float((self.graph.sizes - self.widths(target, any_scores)).sum())
+        removed = sum(group.before - group.after for group in plan.groups)
+        return target * removed / most if most else super().rate_of(plan)
+
     def problem(self, rate: float) -> AllocationProblem:
         if self._counts_filters:
             return AllocationProblem(self.graph, self.prunable, {}, self.limits)

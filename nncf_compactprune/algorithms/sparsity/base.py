@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from nncf.common.logging import nncf_logger
+from torch import Tensor
 
 from nncf_compactprune.algorithms.base import Begins, CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
@@ -54,6 +55,21 @@ class MaskedWeights(CompressionAlgorithm):
         left_out = operations_out_of_scope(model, example, config.ignored_scopes, config.target_scopes, rules)
         with evaluating(model, changes=True):
             return Sparsity(model, example, left_out, learned=self.learned)
+
+    @property
+    def masked_weights(self) -> Collection[str]:
+        """The parameters that carry a mask now."""
+        return () if self._sparsity is None else self._sparsity.masks().keys()
+
+    def adopt_masks(self, masks: Mapping[str, Tensor], learned: Mapping[str, Tensor], epoch: int) -> None:
+        """Takes over the masks of another run, before its weights are loaded.
+
+        :param masks: by parameter, which weights stay: booleans of its shape.
+        :param learned: by parameter, the logits behind masks that are learned.
+        :param epoch: the last that the run had begun; -1 where none is known.
+        """
+        if self._sparsity is not None:
+            self._sparsity.take_masks(masks, learned)
 
     def strip(self) -> None:
         if self._sparsity is not None:
@@ -124,6 +140,16 @@ class ScheduledSparsity(MaskedWeights):
                 adapt_batch_norm(self.context, samples, asked_for=True)
         else:
             self.load_state(state)
+
+    def adopt_masks(self, masks: Mapping[str, Tensor], learned: Mapping[str, Tensor], epoch: int) -> None:
+        if self._sparsity is None:
+            return
+        if epoch >= 0:
+            self._epoch = epoch
+            self.set_level(self.level_at(epoch))
+            if epoch >= self.config.params.sparsity_freeze_epoch:
+                self.freeze()
+        super().adopt_masks(masks, learned, epoch)
 
     def epoch_step(self, epoch: int) -> None:
         if self._steps_per_epoch is None and self._steps:

@@ -20,6 +20,7 @@ from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.export.formats import export_formats
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.torch_internals import tree_leaves
+from nncf_compactprune.integrations.nncf2.checkpoints import Nncf2State
 
 NO_COMPRESSION = "NoCompressionAlgorithm"
 
@@ -138,10 +139,17 @@ class CompressionController(_Controller):
 
     :param native: what does the work.
     :param evaluate: gives a model's metric, for :meth:`uncompressed_accuracy`; None where none was registered.
+    :param from_nncf2: where the run of NNCF 2.x was that this one continues, or None.
     """
 
-    def __init__(self, native: NativeController, evaluate: Callable[[nn.Module], float] | None = None) -> None:
+    def __init__(
+        self,
+        native: NativeController,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        from_nncf2: Nncf2State | None = None,
+    ) -> None:
         super().__init__(native, native.loss)
+        self.from_nncf2 = from_nncf2
         self._evaluate = evaluate
         _AT_WORK[id(native.model)] = self
 

@@ -12,14 +12,16 @@ import torch
 from nncf.common.logging import nncf_logger
 from torch import nn
 
-from nncf_compactprune.algorithms import Context
+from nncf_compactprune.algorithms import ChannelPruning, Context
 from nncf_compactprune.config import CompressionConfig
+from nncf_compactprune.controller import STATE_VERSION
 from nncf_compactprune.controller import CompressionController as NativeController
 from nncf_compactprune.controller import create_compressed_model as create_native
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.distributed import is_main_process, refuse_wrapped
 from nncf_compactprune.host.nncf_hooks import write_graph
+from nncf_compactprune.integrations.nncf2.checkpoints import Nncf2State, is_nncf2
 from nncf_compactprune.integrations.nncf2.config import NNCFConfig, compression_config
 from nncf_compactprune.integrations.nncf2.controller import CompressionController
 from nncf_compactprune.integrations.nncf2.init_args import (
@@ -54,7 +56,8 @@ def create_compressed_model(
     :param model: trained and dense, also where ``compression_state`` is given.
     :param config: the configuration. Keys of the training script's own are passed over.
     :param compression_state: what ``controller.get_compression_state()`` gave: masks are put back, a cut is made again.
-        Load the weights after. A whole state dict, which NNCF 2.x also took here, is ``resuming_state_dict``.
+        Load the weights after. That of NNCF 2.x is taken too; its masks come with the weights. A whole state dict,
+        which NNCF 2.x also took here, is ``resuming_state_dict``.
     :param dummy_forward_fn: calls the model once; what it calls it with becomes the example input. Without it, that is
         built from ``input_info``, or taken from the registered loader.
     :param wrap_inputs_fn: not needed: nothing has to be marked as an input here.
@@ -67,10 +70,14 @@ def create_compressed_model(
     :raises CompactPruneError: what cannot be compressed as asked; the model is untouched.
     """
     refuse_wrapped(model)
-    if compression_state is not None and "algorithms" not in compression_state:
+    typed = compression_config(config)
+    before: Nncf2State | None = None
+    if compression_state is not None and is_nncf2(compression_state):
+        before = Nncf2State.read(compression_state, [entry.algorithm for entry in typed.compression])
+        compression_state = _begun(before, typed)
+    elif compression_state is not None and "algorithms" not in compression_state:
         resuming_state_dict = _state_dict(compression_state, resuming_state_dict)
         compression_state = None
-    typed = compression_config(config)
     loader = _loader(config)
     example = _example_inputs(model, typed, loader, dummy_forward_fn)
     logs = Path(config.get("log_dir") or os.curdir) if dump_graphs and is_main_process() else None
@@ -87,7 +94,7 @@ def create_compressed_model(
     evaluate = None
     if isinstance(config, NNCFConfig) and config.has_extra_struct(ModelEvaluationArgs):
         evaluate = config.get_extra_struct(ModelEvaluationArgs).eval_fn
-    controller = CompressionController(native, evaluate)
+    controller = CompressionController(native, evaluate, before)
     if resuming_state_dict is not None:
         load_state(model, resuming_state_dict, is_resume=True)
     if logs is not None:
@@ -95,14 +102,21 @@ def create_compressed_model(
     return controller, model
 
 
+def _begun(before: Nncf2State, config: CompressionConfig) -> dict[str, Any]:
+    """The state of a run that is as far as one of NNCF 2.x was, and waits for its masks."""
+    kinds = [default_plugins().get_algorithm(entry.algorithm) for entry in config.compression]
+    return {
+        "version": STATE_VERSION,
+        "scheduler": {"current_epoch": before.epoch, "current_step": before.step},
+        "algorithms": [
+            {"name": kind.name, "state": kind.state_before() if issubclass(kind, ChannelPruning) else None}
+            for kind in sorted(kinds, key=lambda kind: kind.begins)
+        ],
+    }
+
+
 def _state_dict(state: Mapping[str, Any], given: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """NNCF 2.x took a state dict in place of a compression state."""
-    if "builder_state" in state or "ctrl_state" in state:
-        msg = (
-            "compression_state: was written by NNCF 2.x, and its masks cannot be replayed here. Load the checkpoint's "
-            "weights with load_state, and start the schedule anew."
-        )
-        raise CompactPruneError(msg)
     found = state.get("state_dict", state)
     if given is not None or not all(isinstance(value, torch.Tensor) for value in found.values()):
         msg = f"compression_state: expected what get_compression_state() gave, got keys {sorted(map(str, state))[:5]}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from nncf.common.logging import nncf_logger
@@ -10,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from nncf_compactprune.algorithms import ChannelPruning
+from nncf_compactprune.algorithms.sparsity.base import MaskedWeights
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.tensors import NNCF_HOOKS
-from nncf_compactprune.integrations.nncf2.controller import controller_of
+from nncf_compactprune.integrations.nncf2.checkpoints import Nncf2Masks, split
+from nncf_compactprune.integrations.nncf2.controller import CompressionController, controller_of
 
 #: what wrappers put before names: torch's for several devices, and NNCF 1.x's
 _WRAPPERS = ("module.", "nncf_module.")
-#: what NNCF 2.x's own hooks keep beside the weights
-_OF_NNCF2 = re.compile(r"(^|\.)(_nncf|external_quantizers|external_op|pre_ops|post_ops)\.")
 
 
 def load_state(
@@ -28,8 +27,9 @@ def load_state(
 ) -> int:
     """Loads weights by name, in place. Prefixes of wrappers (``module.``) do not matter, on either side.
 
-    Masks in a checkpoint of the compressed model are set too. What NNCF 2.x's own masks and quantizers kept there is
-    passed over, which is told.
+    Masks in a checkpoint of the compressed model are set too, also those that NNCF 2.x wrote. Where nothing in the
+    model takes a mask of NNCF 2.x, the weights that it masks become zero. What its quantizers kept is passed over,
+    which is told.
 
     :param model: any module, compressed, wrapped for several devices, or neither.
     :param state_dict_to_load: names to tensors.
@@ -41,12 +41,18 @@ def load_state(
         named, and the model is as it was, but for masks.
     """
     ignored = {_plain(key) for key in keys_to_ignore or ()}
-    given = {_plain(key): value for key, value in state_dict_to_load.items()}
-    foreign = [key for key in given if _OF_NNCF2.search(key)]
-    for key in (*foreign, *(ignored & set(given))):
-        given.pop(key, None)
-    _set_masks(model, given, is_resume=is_resume)
+    given, masks, foreign = split({_plain(key): value for key, value in state_dict_to_load.items()})
+    for key in ignored & set(given):
+        given.pop(key)
+    inner = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
+    controller = controller_of(inner)
+    if controller is not None:
+        _set_masks(controller, given, masks, is_resume=is_resume)
+    if masks:
+        given = masks.written(inner, given, () if controller is None else controller.started)
     own = {_plain(key): (key, value) for key, value in model.state_dict().items() if _plain(key) not in ignored}
+    if masks:  # they are set, and NNCF 2.x had no other names in common with NNCF 3's hooks
+        own = {key: value for key, value in own.items() if NNCF_HOOKS not in key}
     sized = [key for key in own if key in given and given[key].shape != own[key][1].shape]
     fitting = {own[key][0]: given[key] for key in own if key in given and key not in sized}
     problems = {
@@ -67,14 +73,20 @@ def _plain(key: str) -> str:
     return key
 
 
-def _set_masks(model: nn.Module, weights: Mapping[str, Tensor], *, is_resume: bool) -> None:
+def _set_masks(
+    controller: CompressionController, weights: Mapping[str, Tensor], masks: Nncf2Masks, *, is_resume: bool
+) -> None:
     """The masks of a checkpoint; one that is resumed has none where nothing was removed yet."""
-    inner = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
-    controller = controller_of(inner)
-    if controller is None or not (is_resume or any(NNCF_HOOKS in key for key in weights)):
-        return
-    for algorithm in controller.algorithms:
-        if isinstance(algorithm, ChannelPruning):
+    before = controller.from_nncf2
+    for algorithm in controller.started:
+        if isinstance(algorithm, MaskedWeights) and masks.weights:
+            algorithm.adopt_masks(masks.weights, masks.learned, -1 if before is None else before.epoch)
+        if not isinstance(algorithm, ChannelPruning):
+            continue
+        if masks.filters:
+            complete = None if before is None else before.complete.get(algorithm.name)
+            algorithm.adopt_channels(masks.kept(algorithm.present), complete=complete)
+        elif is_resume or any(NNCF_HOOKS in key for key in weights):
             algorithm.adopt_masks(weights)
 
 
@@ -88,8 +100,8 @@ def _tell(
 ) -> None:
     if foreign:
         nncf_logger.warning(
-            "load_state: %d tensors of NNCF 2.x's own masks and quantizers are passed over, such as %s. The weights "
-            "themselves are loaded, unmasked.",
+            "load_state: %d tensors of NNCF 2.x's own quantizers are passed over, such as %s. The weights themselves "
+            "are loaded.",
             len(foreign),
             foreign[0],
         )

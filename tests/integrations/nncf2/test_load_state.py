@@ -104,8 +104,23 @@ def test_a_cut_network_fits_only_one_that_was_cut_alike():
 
 def test_what_nncf2_kept_beside_the_weights_is_passed_over(log):
     source = noisy()
-    state = {**source.state_dict(), "features.0.0.pre_ops.0.op.binary_filter_pruning_mask": torch.ones(4)}
+    state = {**source.state_dict(), "features.0.0.pre_ops.0.op.scale": torch.ones(4)}
     target = model32()
     assert load_state(target, state, is_resume=True) == len(state) - 1
-    assert "1 tensors of NNCF 2.x's own masks" in log.text
+    assert "1 tensors of NNCF 2.x's own quantizers" in log.text
     assert torch.equal(output(source), output(target))
+
+
+def test_masks_of_a_finished_run_are_kept_where_filters_are_counted():
+    """The level is told from the filters, not from the MACs that they save."""
+    entry = {"algorithm": "filter_pruning", "params": {"pruning_target": 0.5, "pruning_steps": 1, "all_weights": True}}
+    config = NNCFConfig.from_dict({**CONFIG, "compression": entry})
+    ctrl, model = create_compressed_model(model32(), config, dump_graphs=False)
+    ctrl.scheduler.epoch_step()
+    ctrl.scheduler.epoch_step()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)  # weights by which other filters would go
+    again, other = create_compressed_model(model32(), config, dump_graphs=False)
+    load_state(other, model.state_dict(), is_resume=True)
+    assert again.compression_rate == pytest.approx(0.5)
+    torch.testing.assert_close(output(again.strip()), output(model))

@@ -130,7 +130,7 @@ def test_a_state_dict_alone_brings_masks_and_weights():
         again, resumed = compressed(**arguments)
         assert torch.equal(output(model), output(resumed))
         assert again.compression_stage() is CompressionStage.FULLY_COMPRESSED
-    with pytest.raises(CompactPruneError, match=r"was written by NNCF 2\.x"):
+    with pytest.raises(CompactPruneError, match=r"NNCF 2\.x made it by \[\], but the configuration has"):
         compressed(compression_state={"builder_state": {}, "ctrl_state": {}})
     with pytest.raises(CompactPruneError, match="expected what get_compression_state"):
         compressed(compression_state={"epoch": 3})
