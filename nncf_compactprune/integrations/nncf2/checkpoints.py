@@ -1,7 +1,7 @@
 """Checkpoints that NNCF 2.x wrote: the masks that its wrappers keep beside the weights, and its compression state.
 
-Its ``filter_pruning`` keeps a mask of a layer's filters, its sparsity algorithms one of a layer's weights, both under the
-layer's ``pre_ops``. The weights beside them are those before masking.
+Its ``filter_pruning`` keeps a mask of a layer's filters, its sparsity algorithms one of a layer's weights, both
+under the layer's ``pre_ops``. The weights beside them are those before masking.
 """
 
 from __future__ import annotations
