@@ -104,7 +104,7 @@ def create_compressed_model(
 
 def _begun(before: Nncf2State, config: CompressionConfig) -> dict[str, Any]:
     """The state of a run that is as far as one of NNCF 2.x was, and waits for its masks."""
-    kinds = [default_plugins().get_algorithm(entry.algorithm) for entry in config.compression]
+    kinds: list[Any] = [default_plugins().get_algorithm(entry.algorithm) for entry in config.compression]
     return {
         "version": STATE_VERSION,
         "scheduler": {"current_epoch": before.epoch, "current_step": before.step},
