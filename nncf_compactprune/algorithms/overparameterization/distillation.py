@@ -6,6 +6,7 @@ distils; it is no part of the student (no parameters, no state, not in copies).
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -172,6 +173,14 @@ class Distillation:
                 self._handles.append(model.get_submodule(name).register_forward_hook(tap))
             if logits:
                 self._handles.append(model.register_forward_hook(_Tap(self._keep_scores(who))))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distillation:
+        """A copied student is not taught. Outputs of the last forward stay here: autograd's tensors have no copies."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin._handles = copy.deepcopy(self._handles, memo)
+        twin._forget()
+        return twin
 
     @staticmethod
     def _check(student: nn.Module, teacher: nn.Module, layers: Sequence[str]) -> None:

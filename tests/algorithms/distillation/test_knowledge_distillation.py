@@ -13,6 +13,7 @@ from torch import nn
 
 from nncf_compactprune import create_compressed_model
 from nncf_compactprune.errors import ConfigError, DistillationError
+from nncf_compactprune.integrations import nncf2
 
 X = images(torch.float32)
 
@@ -38,6 +39,27 @@ def test_softmax_is_the_soft_cross_entropy_times_the_square_of_the_temperature()
     soft = F.softmax(teacher(X) / 4, dim=1)
     expected = -(soft * F.log_softmax(student / 4, dim=1)).sum(1).mean() * 16 * 3
     torch.testing.assert_close(ctrl.loss(), expected)
+
+
+def test_a_network_is_exported_right_after_a_training_step(tmp_path):
+    """The outputs of that step are autograd's, which has no copies."""
+    pytest.importorskip("onnx")
+    config = {
+        "input_info": {"sample_size": [2, 3, 12, 12]},
+        "compression": [
+            {"algorithm": "filter_pruning", "params": {"pruning_target": 0.5, "all_weights": True}},
+            {"algorithm": "knowledge_distillation", "type": "softmax"},
+        ],
+    }
+    ctrl, model = nncf2.create_compressed_model(plain(), config, dump_graphs=False)
+    ctrl.scheduler.epoch_step()
+    model.train()(X)
+    before = ctrl.loss()
+    small = ctrl.strip()
+    ctrl.export_model(tmp_path / "small.onnx")
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    assert not small._forward_pre_hooks
+    assert torch.equal(ctrl.loss(), before)  # training goes on
 
 
 def test_mse_compares_every_output_that_training_moves():
