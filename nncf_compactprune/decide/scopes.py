@@ -140,6 +140,23 @@ def operations_by_parameter(model: nn.Module, example_inputs: Any) -> dict[str, 
     return result
 
 
+def layers_by_operation(model: nn.Module, example_inputs: Any) -> dict[str, str]:
+    """The layer whose own weight each NNCF operation uses, of the operations that use one.
+
+    An operation's name does not say it: NNCF builds names from the modules that are called, so layers in a
+    ``ModuleList`` lose a part of theirs, and those in different lists have the same name but for its number.
+
+    :param model: the network.
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+    """
+    return {
+        operation: parameter.removesuffix(".weight")
+        for operation, parameters in _nncf_operations(model, example_inputs).items()
+        for parameter in parameters
+        if parameter.endswith(".weight")
+    }
+
+
 def names_of(model: nn.Module, example_inputs: Any) -> dict[str, Found]:
     """Every name that a scope may match, with what is behind it.
 
@@ -154,8 +171,11 @@ def names_of(model: nn.Module, example_inputs: Any) -> dict[str, Found]:
             names.setdefault(module, Found()).tensors.add(first_name)
     for operation, parameters in _nncf_operations(model, example_inputs).items():
         names[operation] = Found({own[name] for name in parameters if name in own}, {operation})
-        for module in _containers(".".join(operation.split("/")[:-2])):
-            names.setdefault(module, Found()).operations.add(operation)
+        # NNCF's name misses a ModuleList around the layer; that of the parameter does not
+        owners = {name.rpartition(".")[0] for name in parameters if name in own}
+        for module in owners or {".".join(operation.split("/")[:-2])}:
+            for container in _containers(module):
+                names.setdefault(container, Found()).operations.add(operation)
     return names
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.data_free.network import statistics
 from nncf_compactprune.cut.transaction import Transaction
+from nncf_compactprune.decide.scopes import layers_by_operation
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_hooks import nncf_graph
 from nncf_compactprune.host.tensors import children, named_modules
@@ -68,18 +69,23 @@ def find_pairs(model: nn.Module, example_inputs: Any) -> list[Pair]:
     with evaluating(model):
         graph = nncf_graph(model, example_inputs)
     modules = dict(named_modules(model))
-    nodes = [node for node in graph.get_all_nodes() if _layer(node.node_name) in modules]
-    calls = [_layer(node.node_name) for node in nodes]
+    owners = layers_by_operation(model, example_inputs)
+
+    def layer(node: Any) -> str:
+        return owners.get(node.node_name) or ".".join(node.node_name.split("/")[:-2])
+
+    nodes = [node for node in graph.get_all_nodes() if layer(node) in modules]
+    calls = [layer(node) for node in nodes]
     result = []
     for node in nodes:
-        first = _layer(node.node_name)
+        first = layer(node)
         if not _scalable(modules[first]) or calls.count(first) != 1:
             continue
         norm = clip = ""
         at = node
         while len(following := graph.get_next_nodes(at)) == 1:
             at = following[0]
-            name = _layer(at.node_name)
+            name = layer(at)
             module = modules.get(name)
             if isinstance(module, BatchNorm) and not norm and not clip and module.running_mean is not None:
                 norm = name
@@ -174,10 +180,6 @@ def precondition(log: Transaction, model: nn.Module, example_inputs: Any) -> lis
         fold_batch_norms(log, model, pairs)
         equalise(log, model, pairs)
     return pairs
-
-
-def _layer(node_name: str) -> str:
-    return ".".join(node_name.split("/")[:-2])
 
 
 def _scalable(module: nn.Module | None) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nncf_compactprune.algorithms.data_free.network import ImageNetwork
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
+from nncf_compactprune.decide.scopes import layers_by_operation
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.nncf_hooks import Hook, hook_input, hook_output
 from nncf_compactprune.host.nncf_quantization import quantizer_places
@@ -117,12 +118,13 @@ def install(
     :return: quantizers of weights by layer, and of activations. Each finds its range on what comes first.
     """
     placed = _placed_by_nncf(model, network, inputs, target_device, ignored)
+    layers = layers_by_operation(model, network.wrap(inputs.images[:1]))
     modules = dict(named_modules(model))
     weights: dict[str, GridQuantizer] = {}
     activations: list[GridQuantizer] = []
     last = list(weight_bits)[-1]
     for place in placed:
-        layer = ".".join(place.operation.split("/")[:-2])
+        layer = layers.get(place.operation, "")
         is_weight = place.before and place.port == 1 and layer in weight_bits
         if is_weight:
             hook = _weight_quantizer(modules[layer], weight_bits[layer], per_channel)

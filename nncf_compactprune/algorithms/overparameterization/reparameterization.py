@@ -126,11 +126,18 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Module], operations: Mappin
             msg = f"'{name}' has an NNCF hook already (a mask, a quantizer). Strip that one first."
             raise CompactPruneError(msg)
         used_by = [] if operations is None else operations.get(name, [])
-        scope = name.rpartition(".")[0].replace(".", "/")
-        own = {f"{scope}/{kind}" for kind in CHAINABLE}
-        if operations is not None and (not used_by or any(op.rpartition("/")[0] not in own for op in used_by)):
+        layer = name.rpartition(".")[0]
+        if operations is not None and (not used_by or not all(_is_its_own(op, layer) for op in used_by)):
             msg = (
                 f"mode \"chain\": '{name}' goes into {', '.join(used_by) or 'no operation'}, expected only its own "
                 'layer\'s convolution or linear operation. Use "merged", or leave the layer out by ignored_scopes.'
             )
             raise CompactPruneError(msg)
+
+
+def _is_its_own(operation: str, layer: str) -> bool:
+    """Whether an operation's name is that of a layer's own convolution or matrix product. Names lack what is not called
+    on the way to the layer, such as a ``ModuleList``."""
+    *path, kind, _ = operation.split("/")
+    where = ".".join(path).strip(".")
+    return kind in CHAINABLE and (not where or f".{layer}".endswith(f".{where}"))

@@ -1,0 +1,125 @@
+"""Layers in a ``ModuleList``, as detectors' necks and heads have them: NNCF's names of operations miss the list."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.data_free import randn, with_statistics_of
+from torch import nn
+
+from nncf_compactprune import create_compressed_model
+from nncf_compactprune.algorithms.data_free.preconditioning import find_pairs
+from nncf_compactprune.algorithms.data_free.quantizers import GridQuantizer
+from nncf_compactprune.decide.scopes import layers_by_operation, operations_out_of_scope
+from nncf_compactprune.host.nncf_hooks import hooks
+
+X = (4, 3, 16, 16)
+
+
+def conv_bn(i: int, o: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+
+
+class Detector(nn.Module):
+    """Two levels; a lateral layer and a head for each; class scores with a sigmoid beside boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([conv_bn(3, 12, 2), conv_bn(12, 16, 2)])
+        self.laterals = nn.ModuleList([nn.Conv2d(12, 8, 1), nn.Conv2d(16, 8, 1)])
+        self.heads = nn.ModuleList([nn.Sequential(conv_bn(8, 8), nn.Conv2d(8, 7, 1)) for _ in range(2)])
+
+    def forward(self, x):
+        levels = []
+        for stage in self.stages:
+            x = stage(x)
+            levels.append(x)
+        coarse = self.laterals[1](levels[1])
+        fine = self.laterals[0](levels[0]) + F.interpolate(coarse, scale_factor=2.0)
+        out = [head(level).flatten(2) for head, level in zip(self.heads, (fine, coarse), strict=True)]
+        scores, boxes = torch.cat(out, 2).split([3, 4], 1)
+        return scores.sigmoid(), boxes
+
+
+def detector() -> nn.Module:
+    torch.manual_seed(0)
+    model = Detector()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            # filters of unlike size: one scale for a whole weight would show
+            module.weight.data *= torch.logspace(-1, 1, len(module.weight)).view(-1, 1, 1, 1)
+    return with_statistics_of(model, randn(*X))
+
+
+def layers_of(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+
+
+def test_every_operation_belongs_to_the_layer_whose_weight_it_uses() -> None:
+    model = detector()
+    found = layers_by_operation(model, randn(*X))
+    assert layers_of(model) <= set(found.values())
+    assert len(set(found.values())) == len(found)
+    assert found["/conv2d/0"] == "laterals.1"  # the first of its list to run
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_every_weight_has_the_quantizer_of_a_weight(bits: int) -> None:
+    model, x = detector(), randn(*X)
+    dense = copy.deepcopy(model)
+    entry = {
+        "algorithm": "data_free_quantization",
+        "params": {"weight_bits": bits, "activation_bits": bits},
+        "generation": {"samples": 32, "steps": 2},
+    }
+    ctrl, model = create_compressed_model(model, {"compression": entry}, example_inputs=x[:1])
+    ctrl.strip()
+    quantizers = [hook for hook in hooks(model) if isinstance(hook.module, GridQuantizer)]
+    used = layers_by_operation(dense, x[:1])
+    scales = {used[hook.operation]: hook.module.scale.numel() for hook in quantizers if hook.module.signed}
+    assert scales == {name: dense.get_submodule(name).out_channels for name in layers_of(dense)}
+    assert not any(hook.port == 1 and not hook.module.signed for hook in quantizers if hook.operation in used)
+    for new, old in zip(model.eval()(x), dense.eval()(x), strict=True):
+        assert (new - old).norm() < (0.1 if bits == 8 else 0.4) * old.norm()
+
+
+def test_scopes_reach_operations_in_a_list() -> None:
+    model, x = detector(), randn(*X)
+    used = layers_by_operation(model, x[:1])
+    out = operations_out_of_scope(model, x[:1], ["heads.1"], None)
+    assert {used[name] for name in out if name in used} >= {"heads.1.0.0", "heads.1.1"}
+    assert not any(used.get(name, "").startswith(("heads.0", "laterals", "stages")) for name in out)
+
+
+def test_pairs_are_found_in_a_list() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([conv_bn(3, 8), conv_bn(8, 8), conv_bn(8, 8)])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    pairs = find_pairs(Chain().eval(), randn(*X))
+    assert [(pair.first, pair.second, pair.norm) for pair in pairs] == [
+        ("blocks.0.0", "blocks.1.0", "blocks.0.1"),
+        ("blocks.1.0", "blocks.2.0", "blocks.1.1"),
+    ]
+
+
+def test_a_chain_of_factors_runs_in_a_list() -> None:
+    model, x = detector(), randn(*X)
+    expected = model(x)[1].detach()
+    entry = {
+        "algorithm": "linear_overparameterization",
+        "params": {"form": "factors", "mode": "chain", "expansion": 2},
+        "distillation": {"similarity_weight": 0.0},
+    }
+    ctrl, model = create_compressed_model(model, {"compression": entry}, example_inputs=x[:1])
+    torch.testing.assert_close(model.eval()(x)[1], expected, rtol=1e-4, atol=1e-4)
+    ctrl.strip()
