@@ -27,6 +27,26 @@ from torch.ao.quantization import FakeQuantizeBase
 from nncf_compactprune.host.nncf_hooks import Hook, hooks, nncf_graph
 from nncf_compactprune.host.tensors import NNCF_HOOKS, named_modules, own_tensors
 
+#: NNCF's types of operations that sum products: what 8 bits are for
+PRODUCTS = {f"conv{way}{n}d" for way in ("", "_transpose") for n in (1, 2, 3)} | {
+    "linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "addmm", "baddbmm", "einsum", "bilinear",
+    "scaled_dot_product_attention", "multi_head_attention_forward",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Where the products of a network begin and end, by NNCF's names of operations.
+
+    :param first: the product that runs first; empty where there is none.
+    :param last: products whose results no other product reads: a classifier's last layer, a detector's of every level.
+    :param behind: operations that lead to no product, such as those that make boxes of distances.
+    """
+
+    first: str
+    last: frozenset[str]
+    behind: frozenset[str]
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -67,6 +87,30 @@ def quantize_in_place(model: nn.Module, dataset: nncf.Dataset, **options: Any) -
     if not is_wrapped(model):
         wrap_model(model)
     model._modules[NNCF_HOOKS] = get_hook_storage(quantized)
+
+
+def ends_of(model: nn.Module, example_inputs: Any) -> Ends:
+    """Finds where products begin and end. What lies behind stays in float: with 8 bits for a coordinate, boxes of a
+    640-pixel picture would round to whole steps of 2.5, and no product would be any faster.
+
+    :param model: without hooks, no bare ``nn.Sequential``.
+    :param example_inputs: a tensor, a tuple or a dict.
+    """
+    with not_compiled():
+        graph = nncf_graph(model, example_inputs)
+    leads: dict[int, bool] = {}  # whether a product comes later
+    products: list[Any] = []
+    behind: set[str] = set()
+    for node in reversed(graph.topological_sort()):
+        later = [n for n in graph.get_next_nodes(node) if leads[n.node_id] or n.node_type in PRODUCTS]
+        leads[node.node_id] = bool(later)
+        if node.node_type in PRODUCTS:
+            products.append(node)
+        elif not later and "/" in node.node_name:
+            behind.add(node.node_name)
+    last = frozenset(node.node_name for node in products if not leads[node.node_id])
+    first = min(products, key=lambda node: node.node_id).node_name if products else ""
+    return Ends(first, last, frozenset(behind))
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Any]:

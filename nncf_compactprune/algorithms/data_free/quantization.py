@@ -25,9 +25,10 @@ from nncf_compactprune.algorithms.data_free.quantizers import GridQuantizer, ins
 from nncf_compactprune.algorithms.data_free.reconstruction import LayerStep, solve, whole_or_nothing
 from nncf_compactprune.algorithms.data_free.rounding import round_in_turn, search_scales
 from nncf_compactprune.config import AlgorithmConfig, Section
-from nncf_compactprune.decide.scopes import operations_out_of_scope
+from nncf_compactprune.decide.scopes import layers_by_operation, operations_out_of_scope
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.calls import evaluating
+from nncf_compactprune.host.nncf_quantization import ends_of
 from nncf_compactprune.host.tensors import carries_hooks, named_modules
 from nncf_compactprune.host.torch_internals import TransposedConvolution
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
@@ -41,7 +42,7 @@ class QuantizationParams(Section):
 
     :param weight_bits: 4 to 8.
     :param activation_bits: 4 to 8.
-    :param edge_bits: of the model's input, of the first layer's weights, and of the last layer's, where lower bits
+    :param edge_bits: of the model's input, of the first layer's weights, and of the last layers', where lower bits
         cost most.
     :param per_channel: a scale for each output channel of a weight.
     :param equalise: fold BatchNorms, equalise channels over layers and absorb biases first. For weights with one scale
@@ -110,8 +111,12 @@ class DataFreeQuantization(CompressionAlgorithm):
         if not layers:
             msg = f"'{self.name}': {type(model).__name__} has no convolution and no linear layer."
             raise DataFreeError(msg)
-        bits = {n: params.edge_bits if n in (layers[0], layers[-1]) else params.weight_bits for n in layers}
-        ignored = self._out_of_scope()
+        with evaluating(model):
+            ends = ends_of(model, context.example_inputs)
+        owners = layers_by_operation(model, context.example_inputs)
+        edges = {owners.get(operation) for operation in (ends.first, *ends.last)}
+        bits = {n: params.edge_bits if n in edges else params.weight_bits for n in layers}
+        ignored = self._out_of_scope() | ends.behind
         with context.timed("quantization"), evaluating(model, changes=True), whole_or_nothing(model) as log:
             if params.equalise:
                 precondition(log, model, context.example_inputs)
@@ -123,6 +128,7 @@ class DataFreeQuantization(CompressionAlgorithm):
                 weight_bits=bits,
                 activation_bits=params.activation_bits,
                 edge_activations=params.edge_bits,
+                last=ends.last,
                 per_channel=params.per_channel,
                 target_device=params.target_device,
                 ignored=ignored,

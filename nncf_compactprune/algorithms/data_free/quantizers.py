@@ -100,6 +100,7 @@ def install(
     weight_bits: Mapping[str, int],
     activation_bits: int,
     edge_activations: int,
+    last: Collection[str],
     per_channel: bool,
     target_device: str,
     ignored: Collection[str] = (),
@@ -111,7 +112,8 @@ def install(
     :param inputs: what NNCF collects its statistics on; the first batches only.
     :param weight_bits: by layer name, in network order, 2 to 8.
     :param activation_bits: of what enters a layer, 2 to 8.
-    :param edge_activations: bits of the model's input, and of what enters the last layer.
+    :param edge_activations: bits of the model's input, and of what enters a last layer.
+    :param last: NNCF's names of the last layers' operations.
     :param per_channel: a scale for every output channel of a weight; else one for each weight.
     :param target_device: NNCF's name of the device whose fused operations decide the places.
     :param ignored: NNCF's names of operations that are not quantized.
@@ -122,7 +124,6 @@ def install(
     modules = dict(named_modules(model))
     weights: dict[str, GridQuantizer] = {}
     activations: list[GridQuantizer] = []
-    last = list(weight_bits)[-1]
     for place in placed:
         layer = layers.get(place.operation, "")
         is_weight = place.before and place.port == 1 and layer in weight_bits
@@ -130,7 +131,7 @@ def install(
             hook = _weight_quantizer(modules[layer], weight_bits[layer], per_channel)
             weights[layer] = hook
         else:
-            edge = "/" not in place.operation or (place.before and layer == last)
+            edge = "/" not in place.operation or (place.before and place.operation in last)
             hook = GridQuantizer(edge_activations if edge else activation_bits, signed=False)
             activations.append(hook)
         hook.pending = True

@@ -26,6 +26,7 @@ from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_hooks import hooks
 from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
 from nncf_compactprune.host.nncf_quantization import (
+    ends_of,
     is_quantizer,
     levels_of,
     quantize_in_place,
@@ -129,7 +130,9 @@ class Quantization(CompressionAlgorithm):
             msg = f"'{self.name}': the model carries NNCF hooks that are not of this list. Call nncf.strip first."
             raise QuantizationError(msg)
         samples = calibration_samples(context, self.config.samples)
-        out_of_scope = self._out_of_scope()
+        with evaluating(model):
+            behind = ends_of(model, context.example_inputs).behind
+        out_of_scope = self._out_of_scope() | behind
 
         def quantize(network: nn.Module, in_float: Collection[str]) -> None:
             options = quantize_options(self.config, len(samples), out_of_scope | set(in_float))

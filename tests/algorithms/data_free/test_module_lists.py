@@ -15,6 +15,7 @@ from nncf_compactprune.algorithms.data_free.preconditioning import find_pairs
 from nncf_compactprune.algorithms.data_free.quantizers import GridQuantizer
 from nncf_compactprune.decide.scopes import layers_by_operation, operations_out_of_scope
 from nncf_compactprune.host.nncf_hooks import hooks
+from nncf_compactprune.host.nncf_quantization import ends_of
 
 X = (4, 3, 16, 16)
 
@@ -84,6 +85,56 @@ def test_every_weight_has_the_quantizer_of_a_weight(bits: int) -> None:
     assert not any(hook.port == 1 and not hook.module.signed for hook in quantizers if hook.operation in used)
     for new, old in zip(model.eval()(x), dense.eval()(x), strict=True):
         assert (new - old).norm() < (0.1 if bits == 8 else 0.4) * old.norm()
+
+
+class Decoding(nn.Module):
+    """The detector with what deployed ones do at the end: distances become boxes in pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = detector()
+        self.register_buffer("centres", torch.arange(80.0) * 8)
+
+    def forward(self, x):
+        scores, distances = self.net(x)
+        low, high = (distances.exp() * 8).chunk(2, 1)
+        boxes = torch.cat([self.centres - low, self.centres + high], 1)
+        corners = (boxes[:, :2] + boxes[:, 2:]) / 2
+        return torch.cat([corners, boxes[:, 2:] - boxes[:, :2], scores], 1)
+
+
+@pytest.mark.parametrize("algorithm", ["data_free_quantization", "quantization"])
+def test_what_comes_behind_the_last_layers_stays_in_float(algorithm: str) -> None:
+    model, x = Decoding().eval(), randn(*X)
+    with torch.no_grad():
+        raw = model.net(x)
+    entry = {"algorithm": algorithm}
+    if algorithm == "data_free_quantization":
+        entry["generation"] = {"samples": 32, "steps": 2}
+    loader = [(x, torch.zeros(len(x)))]
+    ctrl, model = create_compressed_model(model, {"compression": entry}, loader, example_inputs=x[:1])
+    ctrl.strip()
+    quantized = {hook.operation for hook in hooks(model)}
+    assert sum("conv2d" in name for name in quantized) >= 8
+    assert not {name for name in quantized if any(kind in name for kind in ("/mul/", "/sub/", "/truediv/", "/exp/"))}
+    with torch.no_grad():
+        seen = []
+        handle = model.net.register_forward_hook(lambda module, args, out: seen.append(out))
+        out = model.eval()(x)
+        handle.remove()
+    (scores, distances), centres = seen[0], model.centres
+    low, high = (distances.exp() * 8).chunk(2, 1)
+    torch.testing.assert_close(out[:, :2], (centres - low + centres + high) / 2)  # not rounded to steps of the whole
+    assert (scores - raw[0]).abs().max() < 0.2
+
+
+def test_a_detectors_last_layers_are_all_edges() -> None:
+    model, x = Decoding().eval(), randn(*X)
+    used = layers_by_operation(model, x[:1])
+    ends = ends_of(model, x[:1])
+    assert used[ends.first] == "net.stages.0.0"
+    assert {used[name] for name in ends.last} == {"net.heads.0.1", "net.heads.1.1"}
+    assert not any(name in used for name in ends.behind)
 
 
 def test_scopes_reach_operations_in_a_list() -> None:
