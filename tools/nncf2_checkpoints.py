@@ -51,6 +51,8 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], int]] = {
     "filters_on_the_way": ("squeeze_excite", [filters(all_weights=True, pruning_steps=4)], 2),
     "filters_at_once": ("transposed", [filters(schedule="baseline", pruning_target=0.4, all_weights=True)], 2),
     "flops": ("dense_concat", [filters(pruning_target=None, pruning_flops_target=0.4, all_weights=True)], 4),
+    "shares": ("residual", [filters()], 4),
+    "shares_by_default": ("residual", [filters(prune_first_conv=None, prune_downsample_convs=None)], 4),
     "magnitude": ("plain", [MAGNITUDE], 3),
     "learned": ("squeeze_excite", [LEARNED], 2),
     "three": ("depthwise", [MAGNITUDE, filters(all_weights=True), QUANTIZATION], 4),

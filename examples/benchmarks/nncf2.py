@@ -6,12 +6,13 @@
 is the Python of an environment with NNCF 2.19 (``make .venv-nncf219/.installed``). Each training runs in a process of
 its own, on one thread (``nncf2_side.py``). Step times are paired: both sides hold a network at the same epoch and
 train in turns. Latencies are those of both files in turns. What ``nncf2.jsonl`` holds is not measured again, so a
-killed run goes on. Writes ``nncf2.md``.
+killed run goes on; ``--seeds 0`` measures step times alone. Writes ``nncf2.md``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -69,7 +70,11 @@ class Rows:
 
 def start(python: str, *arguments: Any) -> subprocess.Popen[str]:
     command = ["nice", "-n", "5", python, str(HERE / "nncf2_side.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Each NNCF compiles its own extension, and both call it by one name.
+    extensions = Path(arguments[-1]) / f"extensions_{arguments[1]}"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(extensions), "NNCF_EXTENSION_LOAD_TIMEOUT": "0"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
 def result(process: subprocess.Popen[str]) -> str:
@@ -111,11 +116,12 @@ def paired_steps(pythons: dict[str, str], config: Path, epoch: int, data: Path, 
 
 def measure(rows: Rows, pythons: dict[str, str], seeds: int, data: Path, work: Path, cases: list[str]) -> None:
     """Everything that is not there yet."""
+    for case in cases:
+        document = {"input_info": {"sample_size": [1, 3, 32, 32]}, "compression": CASES[case]}
+        (work / f"{case}.json").write_text(json.dumps(document, indent=4))
     for seed in range(seeds):
         for case in cases:
             config = work / f"{case}.json"
-            document = {"input_info": {"sample_size": [1, 3, 32, 32]}, "compression": CASES[case]}
-            config.write_text(json.dumps(document, indent=4))
             for side, python in pythons.items():
                 if rows.find(case=case, seed=seed, side=side) is None:
                     row = json.loads(result(start(python, "train", side, config, seed, data, work)))

@@ -38,7 +38,7 @@ __all__ = ["CompactPruneController", "install"]
 
 STATE = "compactprune"  # where this package's state is, in the controller's state
 SHARED_KEYS = ("input_info", "target_device", "ignored_scopes", "target_scopes", "compression_lr_multiplier")
-# They hook operations, or run a copy of the network part by part, which NNCF 2's tracing has no place for.
+# They hook operations, or run a copy of the network part by part; in an NNCFNetwork, NNCF 2's tracing takes both over.
 NOT_HERE = ("data_free_quantization", "data_free_layerwise", "data_free_sparsity")
 _names: set[str] = set()
 
@@ -87,8 +87,9 @@ class Engine:
         left_out = [e["algorithm"] for e in self.entries if e["algorithm"] in NOT_HERE]
         if left_out:
             msg = (
-                f"{left_out[0]} does not go with NNCF 2's create_compressed_model. Without {LEGACY_TRACING}=1 "
-                "nncf_compactprune.create_compressed_model runs it on NNCF 2.19."
+                f"{left_out[0]} does not go with NNCF 2's create_compressed_model: it runs parts of the network by "
+                "themselves, and NNCF 2 has wrapped them by then. Call nncf_compactprune.create_compressed_model with "
+                "this entry first, strip, and give NNCF the result with the other entries."
             )
             raise CompactPruneError(msg)
         document = {key: self._config[key] for key in SHARED_KEYS if key in self._config}

@@ -206,3 +206,27 @@ def test_everything_wrong_is_told_at_once():
             target_devise="CPU",
         )
     assert len(caught.value.problems) == 5
+
+
+def ranges(value):
+    return load({"algorithm": "quantization", "initializer": {"range": value}}).compression[0].initializer.range
+
+
+def test_ranges_as_a_list_are_taken_where_all_activations_are_alike():
+    of_activations = {"type": "percentile", "num_init_samples": 8, "params": {"min_percentile": 1}}
+    listed = [{"type": "min_max", "target_quantizer_group": "weights"}, {**of_activations}]
+    assert ranges(listed) == ranges(of_activations)
+    assert ranges([{**of_activations, "target_quantizer_group": "activations"}]) == ranges(of_activations)
+
+
+@pytest.mark.parametrize(
+    "value", [[{"type": "min_max"}, {"type": "percentile"}], [{"type": "min_max", "target_scopes": ["{re}head.*"]}], []]
+)
+def test_ranges_of_parts_are_refused(value):
+    with pytest.raises(ConfigError, match=r"initializer\.range: NNCF 3 finds the ranges of all activations in one way"):
+        ranges(value)
+
+
+def test_steps_of_ranges_are_named():
+    with pytest.raises(ConfigError, match=r"num_init_steps: counted batches in NNCF 1\.x\. Write num_init_samples"):
+        ranges({"num_init_steps": 4})

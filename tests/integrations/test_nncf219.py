@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import nncf_compactprune
 from nncf_compactprune import CompactPruneError, ConfigError, plan_of
 from nncf_compactprune.host.nncf_versions import LEGACY_TRACING, traces_by_patching
 
@@ -186,6 +187,18 @@ def test_mistakes_are_told() -> None:
     for name in ("data_free_quantization", "data_free_sparsity"):
         with pytest.raises(CompactPruneError, match=f"{name} does not go with"):
             compressed(model32(), {"algorithm": name})
+
+
+def test_data_free_pruning_goes_first_and_nncfs_quantization_after_it() -> None:
+    entry = {"algorithm": "data_free_layerwise", "budget": {"macs": 0.6}, "params": {"round_to": 1}}
+    document = {"input_info": {"sample_size": list(IMAGE)}, "compression": entry}
+    ctrl, model = nncf_compactprune.create_compressed_model(model32(), document)
+    small = ctrl.strip().eval()
+    assert weights(small) < 0.8 * weights(model32())
+    before = small(probe())
+    _, model = compressed(small, QUANTIZATION)
+    error = float((model.eval()(probe()) - before).abs().max() / before.abs().max())
+    assert 0 < error < 0.2
 
 
 def test_nncfs_own_algorithm_stays_nncfs() -> None:

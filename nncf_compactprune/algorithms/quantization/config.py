@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nncf_compactprune.config import AlgorithmConfig, Section
 from nncf_compactprune.config.sections import BatchNormAdaptation, NotYet
@@ -24,7 +25,12 @@ _OVERRIDES = (
 _PRECISION = "mixed precision is not supported: no runtime here executes it. Leave it out for 8 bits everywhere."
 _MULTIPLIER = "one learning rate serves weights and ranges. Set it in the optimizer."
 _STAGED = "weights and activations are quantized together. Use params.start_epoch."
-_SCHEDULE = "belongs to NNCF 2.x's binarisation. Use the training script's learning rate schedule."
+_SCHEDULE = "belongs to NNCF 2.x's training in stages. Use the training script's learning rate schedule."
+_STEPS = "counted batches in NNCF 1.x. Write num_init_samples: that number times the batch size."
+_RANGES = (
+    "NNCF 3 finds the ranges of all activations in one way: expected one object, or a list with one entry for "
+    "activations and no scopes. Write the entry that most layers have."
+)
 
 
 class RangeParams(Section):
@@ -49,6 +55,7 @@ class RangeInitializer(Section):
     num_init_samples: int | None = Field(default=None, ge=1)
     type: Literal["mixed_min_max", "min_max", "mean_min_max", "percentile", "mean_percentile"] | None = None
     params: RangeParams = RangeParams()
+    num_init_steps: Annotated[None, NotYet(_STEPS)] = None
 
 
 class QuantizationInitializer(Section):
@@ -61,6 +68,17 @@ class QuantizationInitializer(Section):
     range: RangeInitializer = RangeInitializer()
     batchnorm_adaptation: BatchNormAdaptation = BatchNormAdaptation(num_bn_adaptation_samples=0)
     precision: Annotated[None, NotYet(_PRECISION)] = None
+
+    @field_validator("range", mode="before")
+    @classmethod
+    def _one_way(cls, value: Any) -> Any:
+        """NNCF 2.x also took a list: entries for weights and for activations, of parts of the network."""
+        if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
+            return value
+        of_activations = [entry for entry in value if entry.get("target_quantizer_group") != "weights"]
+        if len(of_activations) != 1 or any(key.endswith("_scopes") for key in of_activations[0]):
+            raise ValueError(_RANGES)
+        return {key: one for key, one in of_activations[0].items() if key != "target_quantizer_group"}
 
 
 class Quantized(Section):

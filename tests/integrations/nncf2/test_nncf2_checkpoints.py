@@ -128,6 +128,24 @@ def test_weights_without_a_compression_state(name: str) -> None:
     torch.testing.assert_close(output(ctrl.strip()), checkpoint["output"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["shares", "shares_by_default"])
+def test_a_share_of_the_filters_is_as_many_of_the_same_layers(name: str) -> None:
+    """Fresh runs of one configuration there and here."""
+    checkpoint = read(name)
+    config = NNCFConfig.from_dict(checkpoint["config"])
+    ctrl, _ = create_compressed_model(model32(checkpoint["network"]), config, dump_graphs=False)
+    ctrl.disable_scheduler()
+    ctrl.compression_rate = 0.5
+    here = {n: p.shape[0] for n, p in ctrl.strip().named_parameters() if p.dim() == 4}
+    there = {n: p.shape[0] for n, p in checkpoint["state_dict"].items() if n in here}
+    dense = dict(there)
+    for key, mask in checkpoint["state_dict"].items():
+        layer, _, kind = key.partition(".pre_ops.")
+        if kind.endswith("filter_pruning_mask") and f"{layer}.weight" in here:
+            there[f"{layer}.weight"] = int(mask.sum())
+    assert here == there != dense
+
+
 def test_names_of_nncf_1() -> None:
     checkpoint = read("filters")
     renamed = {f"nncf_module.{k.replace('.op._', '.op.')}": v for k, v in checkpoint["state_dict"].items()}
