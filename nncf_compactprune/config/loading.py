@@ -101,7 +101,7 @@ class CompressionConfig(BaseModel):
         return by_keyword or tuple(tensor for _, tensor in named)
 
 
-def load_config(source: Source, plugins: Plugins | None = None) -> CompressionConfig:
+def load_config(source: Source, plugins: Plugins | None = None, *, warn: bool = True) -> CompressionConfig:
     """Reads and validates a configuration.
 
     Files may hold ``//`` and ``/* */`` comments and trailing commas, as NNCF 2.x allows.
@@ -109,6 +109,7 @@ def load_config(source: Source, plugins: Plugins | None = None) -> CompressionCo
     :param source: a path, the configuration as a mapping, or what
         :func:`~nncf_compactprune.config.reading.read_document` gave.
     :param plugins: where algorithms are looked up; everything installed by default.
+    :param warn: tell of older spellings; False where that was done when the file was read.
     :raises ConfigError: with all problems, each with its JSON path, in document order.
     """
     document = read_document(source)
@@ -120,7 +121,7 @@ def load_config(source: Source, plugins: Plugins | None = None) -> CompressionCo
     config = validated(CompressionConfig, {**data, "compression": entries}, (), findings)
     if config is None or findings:
         raise config_error(document.name, findings, document.data)
-    for path, message in warnings:
+    for path, message in warnings if warn else ():
         nncf_logger.warning(f"{document.name}: {render(path)}: {message}")
     config = config.model_copy(update={"compression": [_with_top_level(entry, config) for entry in config.compression]})
     config._source = document.name

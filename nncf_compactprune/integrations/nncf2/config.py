@@ -30,6 +30,8 @@ class NNCFConfig(dict[str, Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._extra_structs: dict[str, NNCFExtraConfigStruct] = {}
+        #: whether its older spellings were told when it was read
+        self.told = False
 
     @classmethod
     def from_dict(cls: type[ConfigT], nncf_dict: Mapping[str, Any]) -> ConfigT:
@@ -39,7 +41,9 @@ class NNCFConfig(dict[str, Any]):
         :raises ConfigError: with all problems.
         """
         cls.validate(nncf_dict)
-        return cls(deepcopy(dict(nncf_dict)))
+        config = cls(deepcopy(dict(nncf_dict)))
+        config.told = True
+        return config
 
     @classmethod
     def from_json(cls: type[ConfigT], path: str | os.PathLike[str]) -> ConfigT:
@@ -50,7 +54,9 @@ class NNCFConfig(dict[str, Any]):
         """
         document = read_document(path)
         compression_config(document.data, document.name)
-        return cls(document.data)
+        config = cls(document.data)
+        config.told = True
+        return config
 
     def register_extra_structs(self, struct_list: Iterable[NNCFExtraConfigStruct]) -> None:
         """Attaches live objects, such as loaders.
@@ -104,7 +110,7 @@ def compression_config(config: Mapping[str, Any], name: str = "config") -> Compr
     fields = CompressionConfig.model_fields
     document = read_document({k: value for k, value in config.items() if k in fields or _is_json(value)}, name=name)
     if "compression" in config or any(nearest(key, ["compression"]) for key in document.data):
-        return load_config(document)
+        return load_config(document, warn=not (isinstance(config, NNCFConfig) and config.told))
     return load_section(Document(name, {**document.data, "compression": []}), CompressionConfig)
 
 

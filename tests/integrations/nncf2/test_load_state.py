@@ -111,6 +111,15 @@ def test_what_nncf2_kept_beside_the_weights_is_passed_over(log):
     assert torch.equal(output(source), output(target))
 
 
+def test_an_older_spelling_is_told_once(log):
+    entry = {"algorithm": "filter_pruning", "params": {"pruning_target": 0.5, "weight_importance": "L1"}}
+    config = NNCFConfig.from_dict({**CONFIG, "compression": entry})
+    create_compressed_model(model32(), config, dump_graphs=False)
+    assert log.text.count("an older spelling") == 1
+    create_compressed_model(model32(), {**CONFIG, "compression": entry}, dump_graphs=False)
+    assert log.text.count("an older spelling") == 2
+
+
 def test_masks_of_a_finished_run_are_kept_where_filters_are_counted():
     """The level is told from the filters, not from the MACs that they save."""
     entry = {"algorithm": "filter_pruning", "params": {"pruning_target": 0.5, "pruning_steps": 1, "all_weights": True}}
