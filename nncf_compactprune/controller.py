@@ -172,6 +172,11 @@ class CompressionController:
         """What to add to the task's loss."""
         return sum((algorithm.loss() for algorithm in self.started), 0.0)
 
+    @property
+    def adding_to_loss(self) -> list[str]:
+        """Names of the algorithms that want :meth:`loss` in the task's loss; a loop that leaves it out is wrong."""
+        return [algorithm.name for algorithm in self.algorithms if algorithm.adds_to_loss]
+
     def statistics(self) -> Statistics:
         """Figures of every algorithm."""
         figures: dict[str, Mapping[str, Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from nncf_compactprune.algorithms.filter_pruning.schedules import bias_is_possible, level
@@ -21,6 +22,19 @@ def one_shot(epoch: int, *, initial: float, target: float, steps: int) -> float:
     return target
 
 
+def _until_steps(schedule: Schedule) -> Schedule:
+    """The target from epoch ``steps`` on, and where there is no way to go; what the schedule says before."""
+
+    @functools.wraps(schedule)
+    def bounded(epoch: int, *, initial: float, target: float, steps: int) -> float:
+        if epoch >= steps or initial >= target:
+            return target
+        return schedule(epoch, initial=initial, target=target, steps=steps)
+
+    return bounded
+
+
+@_until_steps
 def exponential(epoch: int, *, initial: float, target: float, steps: int) -> float:
     """Share removed after ``epoch`` of ``steps`` epochs, fast at first (NNCF's exponential ratio).
 
@@ -29,11 +43,10 @@ def exponential(epoch: int, *, initial: float, target: float, steps: int) -> flo
     :param target: share removed at epoch ``steps`` and after, in [0, 1).
     :param steps: epochs from start to target.
     """
-    if epoch >= steps or initial >= target:
-        return target
     return float(exponential_ratio_scheduler(epoch, initial_ratio=initial, target_ratio=target, target_epoch=steps))
 
 
+@_until_steps
 def polynomial(epoch: int, *, initial: float, target: float, steps: int) -> float:
     """Share removed after ``epoch`` of ``steps`` epochs, fast at first: ``target + (initial - target)·(1 - t)³`` (Zhu
     and Gupta 2017, "To prune, or not to prune", eq. 1).
@@ -46,11 +59,10 @@ def polynomial(epoch: int, *, initial: float, target: float, steps: int) -> floa
     :param target: share removed at epoch ``steps`` and after, in [0, 1).
     :param steps: epochs from start to target.
     """
-    if epoch >= steps or initial >= target:
-        return target
     return target + (initial - target) * (1 - epoch / steps) ** 3
 
 
+@_until_steps
 def multistep(epoch: int, *, initial: float, target: float, steps: int) -> float:
     """Share removed in three equal steps, with as many epochs between them: after a third and two thirds of ``steps``,
     and at ``steps``.
@@ -63,8 +75,6 @@ def multistep(epoch: int, *, initial: float, target: float, steps: int) -> float
     :param target: share removed at epoch ``steps`` and after, in [0, 1).
     :param steps: epochs from start to target.
     """
-    if epoch >= steps or initial >= target:
-        return target
     return initial + (target - initial) * (3 * epoch // steps) / 3
 
 

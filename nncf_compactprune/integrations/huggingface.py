@@ -165,7 +165,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuses to go on where an algorithm's loss would be left out in silence."""
-        with_loss = [algorithm.name for algorithm in self.controller.algorithms if algorithm.adds_to_loss]
+        with_loss = self.controller.adding_to_loss
         if with_loss and not self._asked_for_loss:
             msg = (
                 f"CompressionCallback: '{with_loss[0]}' adds to the loss, but the Trainer does not ask for it. "

@@ -91,7 +91,7 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
         if not any(module is self._model for module in pl_module.modules()):
             msg = "CompressionCallback: its model is no part of the LightningModule. Give it one that is."
             raise CompactPruneError(msg)
-        if self._with_loss() or not all(algorithm.settled for algorithm in self.controller.algorithms):
+        if self.controller.adding_to_loss or not all(algorithm.settled for algorithm in self.controller.algorithms):
             self._refuse_unfit(trainer, pl_module)
         if trainer.world_size > 1:
             refuse_to_shrink_on_the_way(self.controller, "CompressionCallback: Lightning's strategy")
@@ -112,7 +112,7 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Refuses to go on where an algorithm's loss would be left out in silence."""
-        if not self._asked_for_loss and (names := self._with_loss()):
+        if not self._asked_for_loss and (names := self.controller.adding_to_loss):
             msg = (
                 f"CompressionCallback: '{names[0]}' adds to the loss, but training_step did not ask for it. "
                 "Return loss + callback.loss() from it."
@@ -126,9 +126,6 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Cuts what is still masked; afterwards the model is compact and free of hooks."""
         self.controller.strip()
-
-    def _with_loss(self) -> list[str]:
-        return [algorithm.name for algorithm in self.controller.algorithms if algorithm.adds_to_loss]
 
     def _refuse_unfit(self, trainer: Any, pl_module: Any) -> None:
         """Masks and teachers were made where the model was, and want whole parameters."""
