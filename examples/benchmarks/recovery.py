@@ -503,6 +503,8 @@ of the images, and the labelled samples of criteria that need some ({SAMPLES_PER
   The dense networks, which are starting point and teacher, were trained on these images: it flatters all arms, and more
   those that change the weights less or follow the teacher.
 - **gain**: mean difference in test accuracy to the first arm of the table, over the seeds that both have.
+- **seconds of CPU an epoch**: up to four times as many where other work ran beside; [lop_cost.md](lop_cost.md) compares
+  step times.
 - **MACs**: what is really left. Uniform widths cannot meet a budget exactly.
 
 Training in bfloat16 (CPU autocast), evaluation in float32, unless an arm says otherwise.
