@@ -23,6 +23,7 @@ from nncf_compactprune.commands.app import app
 from nncf_compactprune.commands.console import output_console
 from nncf_compactprune.commands.overrides import Output, Overrides, Weights, replaced
 from nncf_compactprune.config import json_schema
+from nncf_compactprune.cut.depth import IN_NO_BRANCH
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import Pixels, export_model
 from nncf_compactprune.integrations.layouts import export_to_layout
@@ -238,6 +239,7 @@ def _print_inspection(inspection: Inspection, console: Console) -> None:
         groups.add_row(*(escape(cell) for cell in cells[: len(groups.columns)]))
     console.print(groups)
     console.print("Layers: how many write these channels. MACs, parameters: what halving the group alone saves.\n")
+    _print_branches(inspection, console)
     by_reason: dict[str, list[str]] = {}
     for entry in graph.pinned:
         where = f" ({entry.location})" if entry.location else ""
@@ -251,6 +253,23 @@ def _print_inspection(inspection: Inspection, console: Console) -> None:
     console.print(pinned)
     for operation, count in graph.unsupported_ops.items():
         console.print(escape(f"No rule for {operation}, met {count} times: its channels stay."), soft_wrap=True)
+
+
+def _print_branches(inspection: Inspection, console: Console) -> None:
+    branches = Table(
+        "Block", "Layers that go", title='Residual branches that may go ("min_channels": 0)', title_justify="left"
+    )
+    for branch in inspection.graph.branches:
+        branches.add_row(escape(branch.block), escape(", ".join(branch.layers)))
+    if branches.rows:
+        console.print(branches)
+        console.print()
+    by_reason: dict[str, list[str]] = {}
+    for one in inspection.groups:
+        if one.keeps_one not in ("", IN_NO_BRANCH):
+            by_reason.setdefault(one.keeps_one, []).append(one.group.name)
+    for reason, names in by_reason.items():
+        console.print(escape(f"At least one channel stays of {', '.join(names)}: {reason}."))
 
 
 if __name__ == "__main__":

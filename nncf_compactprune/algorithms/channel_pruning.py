@@ -38,6 +38,7 @@ from nncf_compactprune.algorithms.shrinking import Shrunk
 from nncf_compactprune.channels import ChannelGraph, Pin, ViewByNumber, trace
 from nncf_compactprune.config import AlgorithmConfig, Budget, Initializer, Registered, Section
 from nncf_compactprune.config.budget import KINDS, Kind
+from nncf_compactprune.cut.depth import with_branches
 from nncf_compactprune.cut.diagnosis import analyse, culprits
 from nncf_compactprune.cut.masks import Masks, drop_masks, kept_by_masks
 from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
@@ -70,8 +71,9 @@ class ChannelPruningParams(Section):
     :param round_to: widths are multiples of this; a group may also stay whole. ``"auto"``: of 8, as vector units like
         them, from 128 channels on, of 4, 2 and 1 in narrower layers; with a budget of latency, of what the device was
         measured to like.
-    :param min_channels: least channels kept in any group.
-    :param max_ratio: largest share removed from any group, in [0, 1].
+    :param min_channels: least channels kept in any group. 0: a residual branch may go as a whole, its block becomes
+        its shortcut, and the other groups keep 1 at least.
+    :param max_ratio: largest share removed from any group that keeps a channel, in [0, 1].
     :param allow_approximate: also cut channels that a LayerNorm normalises over, which is not exact.
     :param group_sparsity: weight of a regularisation in ``ctrl.loss()`` that shrinks the least channels of coupled
         layers before they are cut (DepGraph's); null: none. It needs a schedule, or epochs before pruning starts.
@@ -87,7 +89,7 @@ class ChannelPruningParams(Section):
     shrink_every: int | None = Field(default=None, ge=1)
     allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "balanced"
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    min_channels: int = Field(default=1, ge=1)
+    min_channels: int = Field(default=1, ge=0)
     max_ratio: float = Field(default=0.9, ge=0, le=1)
     allow_approximate: bool = False
     group_sparsity: Annotated[float, Field(gt=0)] | None = None
@@ -655,6 +657,8 @@ class ChannelPruning(CompressionAlgorithm):
                 plugins=self.context.plugins,
                 allow_approximate=self.config.params.allow_approximate,
             )
+            if self.limits.min_channels == 0:
+                graph = with_branches(self.context.model, graph, self.context.example_inputs, self.context.plugins)
         self._shrunk = Shrunk(graph)
         self.prunable = self._select_groups(graph)
         if check:
@@ -711,12 +715,18 @@ class ChannelPruning(CompressionAlgorithm):
         self.context.plugins.emit("pruned", plan=plan, self_check=self.self_check)
 
     def _shrink(self) -> None:
-        """Cuts what is masked, on the way. The network computes the same before and after."""
+        """Cuts what is masked, on the way. The network computes the same before and after. Branches stay and are masked
+        until the last cut: a later decision may bring them back, and none can where nothing is left."""
         plan = self.plan
-        if plan is None or self.shrunk.from_here(plan).is_identity:
+        if plan is None:
+            return
+        with_branches = self.shrunk.with_branches(plan)
+        if self.shrunk.from_here(with_branches).is_identity:
             return
         trained = self._trained_masked
-        self._cut(plan, on_the_way=True)
+        self._cut(with_branches, on_the_way=True)
+        if plan.removed:
+            self._mask(plan, self._rate)
         self._trained_masked = trained
         self.context.plugins.emit("shrunk", plan=plan, self_check=self.self_check)
 

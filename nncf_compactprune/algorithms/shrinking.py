@@ -95,6 +95,17 @@ class Shrunk:
         now = [wanted[left] for wanted, left in zip(keep, self._left, strict=True)]
         return make_plan(self.graph, now, algorithm=plan.algorithm)
 
+    def with_branches(self, plan: PruningPlan) -> PruningPlan:
+        """The same plan, but for the branches that it removes: they keep what they have.
+
+        :param plan: in the dense model's channels.
+        """
+        if not plan.removed:
+            return plan
+        keep = kept_channels(self.dense, plan)
+        wide = [wanted if wanted.any() else left for wanted, left in zip(keep, self._left, strict=True)]
+        return make_plan(self.dense, wide, algorithm=plan.algorithm)
+
     def cut(self, plan: PruningPlan) -> None:
         """The model was cut.
 

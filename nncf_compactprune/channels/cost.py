@@ -7,13 +7,15 @@ its pinned channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_matrix
 
+from nncf_compactprune.channels.branches import Branch
 from nncf_compactprune.channels.labels import LabelArray
 
 Floats = npt.NDArray[np.float64]
@@ -26,12 +28,19 @@ class Polynomial:
     :param terms: pairs of constant and label arrays (one array a factor).
     :param group_of_label: group index of each label, -1 where it is pinned, shape ``[labels]``.
     :param sizes: dense width of each group, shape ``[groups]``.
+    :param owners: module or parameter that each term belongs to, ``[terms]``.
     """
 
     def __init__(
-        self, terms: Iterable[tuple[float, Sequence[LabelArray]]], group_of_label: LabelArray, sizes: LabelArray
+        self,
+        terms: Iterable[tuple[float, Sequence[LabelArray]]],
+        group_of_label: LabelArray,
+        sizes: LabelArray,
+        owners: Sequence[str] = (),
     ) -> None:
         terms = list(terms)
+        self.owners = owners
+        self._in_branches: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []  # groups, terms
         groups = len(sizes)
         order = max([len(dims) for _, dims in terms], default=0)
         self.constants = np.array([constant for constant, _ in terms], np.float64)
@@ -39,8 +48,8 @@ class Polynomial:
         entries: list[tuple[list[int], list[int], list[float]]] = [([], [], []) for _ in range(order)]
         for row, (_, dims) in enumerate(terms):
             for factor, labels in enumerate(dims):
-                owners = group_of_label[labels]
-                counts = np.bincount(owners + 1, minlength=groups + 1)
+                of = group_of_label[labels]
+                counts = np.bincount(of + 1, minlength=groups + 1)
                 self.offsets[factor][row] = counts[0]
                 present = np.flatnonzero(counts[1:])
                 entries[factor][0].extend([row] * len(present))
@@ -59,13 +68,29 @@ class Polynomial:
 
     def __call__(self, widths: Widths) -> int:
         """The value at the given group widths, shape ``[groups]``."""
+        widths = np.asarray(widths, np.float64)
         total = self.constants.copy()
-        for factor in self.factors(np.asarray(widths, np.float64)):
+        for factor in self.factors(widths):
             total *= factor
+        for groups, terms in self._in_branches:
+            if not widths[groups].any():
+                total[terms] = 0
         return round(float(total.sum()))
 
+    def with_branches(self, branches: Mapping[Branch, Sequence[int]]) -> Polynomial:
+        """The same sum, in which all terms of a branch go with its last channel.
+
+        :param branches: with the groups that go with each.
+        """
+        result = copy.copy(self)
+        result._in_branches = [
+            (np.array(groups), np.array([at for at, name in enumerate(self.owners) if branch.owns(name)], np.int64))
+            for branch, groups in branches.items()
+        ]
+        return result
+
     def saved(self, widths: Floats, group: int, removed: int) -> float:
-        """What removing channels of one group saves, exactly.
+        """What removing channels of one group saves, exactly, where some of them stay.
 
         :param widths: of all groups before, ``[groups]``.
         :param group: its index.
@@ -101,6 +126,10 @@ class CostModel:
 
     macs: Polynomial
     params: Polynomial
+
+    def with_branches(self, branches: Mapping[Branch, Sequence[int]]) -> CostModel:
+        """See :meth:`Polynomial.with_branches`."""
+        return CostModel(self.macs.with_branches(branches), self.params.with_branches(branches))
 
     def __getitem__(self, kind: str) -> Polynomial:
         return {"macs": self.macs, "params": self.params}[kind]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from nncf_compactprune.channels.branches import Branch
 from nncf_compactprune.channels.cost import CostModel, Polynomial
 from nncf_compactprune.channels.labels import LabelArray, LabelSpace, Reason, Role, Solution
 from nncf_compactprune.channels.terms import AttributeTerm, AttributeValue, MacTerm
@@ -123,6 +124,9 @@ class ChannelGraph:
     :param tied: other names of shared parameters, to the name used here.
     :param unsupported_ops: operations without a rule, with how often they met channels.
     :param by_number: lines of code whose reshapes follow numbers of modules.
+    :param branches: residual branches that may go as a whole, with the groups that go with them; empty where that was
+        not asked for.
+    :param keep_one: why the other groups keep at least one channel, by their index.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -133,6 +137,13 @@ class ChannelGraph:
     tied: Mapping[str, str] = field(default_factory=dict)
     unsupported_ops: Mapping[str, int] = field(default_factory=dict)
     by_number: frozenset[str] = frozenset()
+    branches: Mapping[Branch, tuple[int, ...]] = field(default_factory=dict)
+    keep_one: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def in_branches(self) -> frozenset[int]:
+        """The groups that may go to no channel."""
+        return frozenset(index for groups in self.branches.values() for index in groups)
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -180,8 +191,12 @@ def build_graph(
     groups, group_of_class = _groups(space, solution, free, attributes)
     group_of_label = group_of_class[solution.component]
     sizes = np.array([group.size for group in groups], np.int64)
-    macs = Polynomial(((t.constant / batch, t.dims) for t in mac_terms), group_of_label, sizes)
-    params = Polynomial(_parameter_terms(tensors, space, group_of_label), group_of_label, sizes)
+    macs = Polynomial(
+        ((t.constant / batch, t.dims) for t in mac_terms), group_of_label, sizes, [t.module for t in mac_terms]
+    )
+    params = Polynomial(
+        _parameter_terms(tensors, space, group_of_label), group_of_label, sizes, list(tensors.parameters)
+    )
     return ChannelGraph(
         groups=tuple(groups),
         pinned=tuple(_pinned(space, solution, free)),

@@ -35,7 +35,7 @@ from nncf_compactprune.errors import FixedAttributeError, SelfCheckError, TraceE
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.host.torch_internals import TorchDispatchMode, tree_leaves, tree_map
-from nncf_compactprune.plan import PruningPlan, make_plan
+from nncf_compactprune.plan import PruningPlan, kept_channels, make_plan
 from nncf_compactprune.plugins import Plugins, default_plugins
 
 SINGLE_TOLERANCE = 1e-3
@@ -99,6 +99,9 @@ def culprits(
     :return: the pins; empty where nothing was found. A reshape gets a second chance first, with sizes that follow the
         numbers which its code reads.
     """
+    if plan.removed:  # they were tried out; what they leave must be found step by step
+        keep = [mask if mask.any() else ~mask for mask in kept_channels(graph, plan)]
+        plan = make_plan(graph, keep, algorithm=plan.algorithm)
     culprit = find_culprit(model, plan, graph, example_inputs, plugins=plugins)
     if culprit is None:  # a number that stands for something else may have been changed
         return [ViewByNumber("")] if graph.by_number - {""} else []

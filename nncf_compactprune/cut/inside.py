@@ -77,7 +77,7 @@ class _Axis:
 
 
 class Probe:
-    """Looks at every module that owns a cut tensor.
+    """Looks at every module that owns a cut tensor, and at every block that loses a branch.
 
     :param model: dense.
     :param plan: what is cut.
@@ -85,7 +85,7 @@ class Probe:
 
     def __init__(self, model: nn.Module, plan: PruningPlan) -> None:
         started = time.perf_counter()
-        self._modules: dict[str, nn.Module] = {}
+        self._model = model
         self._axes: dict[str, list[tuple[int, Tensor]]] = {}
         tensors = model_tensors(model).all()
         names = {id(tensors[name]): name for name in plan.kept}
@@ -97,7 +97,9 @@ class Probe:
                 for dim in _outputs_first(module, plan.kept[names[id(tensor)]])
             ]
             if axes:
-                self._modules[name], self._axes[name] = module, axes + _joined_groups(module, axes)
+                self._axes[name] = axes + _joined_groups(module, axes)
+        for branch in plan.removed:
+            self._axes.setdefault(branch.block, [])
         self._widths = {name: {len(kept) for _, kept in axes} for name, axes in self._axes.items()}
         self._unknown: set[str] = set()  # outputs whose channels cannot be told
         self._bare: set[str] = set()  # outputs without examples, such as computed weights: they get no noise in pairs
@@ -175,7 +177,7 @@ class Probe:
     def result(self) -> Inside:
         """What the last comparison found."""
         worst = max(self._errors, key=self._errors.__getitem__, default="")
-        unseen = tuple(name for name in self._modules if name not in self._errors)
+        unseen = tuple(name for name in self._axes if name not in self._errors)
         return Inside(self._errors.get(worst, 0.0), worst, tuple(self._errors), unseen)
 
     def _learn(self, names: set[str], name: str) -> None:
@@ -207,8 +209,8 @@ class Probe:
 
         handles: list[Any] = []
         try:
-            for name, module in self._modules.items():
-                if name not in self._unknown:
+            for name, module in named_modules(self._model):  # another one, where a block lost a branch
+                if name in self._axes and name not in self._unknown:
                     handles.append(module.register_forward_hook(hook_of(name)))
             yield
         finally:

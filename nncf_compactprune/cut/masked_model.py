@@ -29,9 +29,9 @@ def masked(model: nn.Module, plan: PruningPlan, inputs: Any, plugins: Plugins | 
     parameters = model_tensors(model).parameters
     means = means_over_kept(model, plan, inputs, plugins) if plan.approximate else []
     with for_a_while() as log:
-        for name in plan.kept:
-            if name in parameters:
-                log.set_data(parameters[name], zero_removed(parameters[name].data, plan.masked_dims(name)))
+        for name, parameter in parameters.items():
+            if (dims := plan.masked_dims(name)) and parameter.dim():
+                log.set_data(parameter, zero_removed(parameter.data, dims))
         with NormOverKept(model, plan, means) if plan.approximate else nullcontext():
             yield
 

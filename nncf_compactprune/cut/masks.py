@@ -23,7 +23,7 @@ from nncf_compactprune.host.nncf_hooks import (
     unseen_by_nncf,
     unwrap_if_empty,
 )
-from nncf_compactprune.host.tensors import copy_in
+from nncf_compactprune.host.tensors import copy_in, model_tensors
 from nncf_compactprune.plan import PruningPlan
 
 
@@ -97,6 +97,9 @@ class Masks:
             for member in group.members:
                 if not member.is_buffer:  # NNCF hooks see parameters only; zeroed consumers make buffers irrelevant
                     dims.setdefault(member.parameter, set()).add(member.dim)
+        for name, parameter in model_tensors(model).parameters.items() if graph.branches else ():
+            if parameter.dim() and any(branch.owns(name) for branch in graph.branches):
+                dims.setdefault(name, set()).add(0)  # a branch goes with its last layer's shift
         device = next(model.parameters()).device
         self._masks = {name: ChannelMask(graph.parameters[name], sorted(of)).to(device) for name, of in dims.items()}
         self._models = [model]
@@ -142,10 +145,12 @@ def kept_by_masks(graph: ChannelGraph, state: Mapping[str, Tensor]) -> list[npt.
     """
     masks = {(of, name): value.flatten().cpu().numpy() != 0 for of, name, value in state_of_hooks(state)}
     kept = []
-    for group in graph.groups:
+    for index, group in enumerate(graph.groups):
         keep = np.ones(group.size, bool)
         for member in group.members:
             mask = masks.get((member.parameter, f"mask_{member.dim}"))
+            if mask is not None and not mask.any() and index not in graph.in_branches:
+                continue  # what goes with a branch says nothing of the channels that it shares
             if mask is not None and len(mask) == graph.parameters[member.parameter][member.dim]:
                 keep &= mask[member.indices].all(axis=1)
         kept.append(keep)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nncf_compactprune.channels.branches import Branch, NoBranchError, shortcut
 from nncf_compactprune.channels.facts import facts_for
 from nncf_compactprune.cut.transaction import Transaction, transaction
-from nncf_compactprune.errors import FixedAttributeError
+from nncf_compactprune.errors import FixedAttributeError, PlanError
 from nncf_compactprune.host.marks import memos
-from nncf_compactprune.host.tensors import copy_in, model_tensors, named_modules, own_tensors
+from nncf_compactprune.host.tensors import children, copy_in, model_tensors, named_modules, own_tensors
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
 
@@ -60,7 +61,7 @@ def apply_plan(
     :param optimizer: its per-parameter state (momentum, moments) is cut alike; state of another shape is reset.
     :param ema: a module with the same parameter names, or a holder with a ``module`` attribute; cut alike.
     :param plugins: where facts of modules come from; the installed plugins by default.
-    :raises PlanError: the plan does not fit; the model is untouched.
+    :raises PlanError: the plan does not fit; the model is as before.
     :raises FixedAttributeError: a module does not let an attribute be set; the model is as before.
     """
     plan.validate(model)
@@ -87,6 +88,7 @@ def cut(
     :param ema: see :func:`apply_plan`.
     :param plugins: see :func:`apply_plan`.
     :raises FixedAttributeError: a module does not let an attribute be set; the transaction undoes what was done.
+    :raises PlanError: a block does not add the branch that goes to a shortcut; undone likewise.
     """
     shadow = None if ema is None else copy_in(ema, model)
     if shadow is not None:
@@ -119,6 +121,22 @@ def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: 
     for name, target, values in updates:
         for attribute, value in values.items():
             _set_attribute(log, name, target, attribute, value)
+    for branch in plan.removed:
+        _remove(log, model, branch)
+
+
+def _remove(log: Transaction, model: nn.Module, branch: Branch) -> None:
+    """Puts a block without the branch in the block's place."""
+    block = model.get_submodule(branch.block)
+    try:
+        rest = shortcut(block, branch.layers)
+    except NoBranchError as error:
+        msg = f"plan: removed: '{branch.block}': {error}. The model was restored. Use the plan's own model."
+        raise PlanError(msg) from error
+    for _, module in named_modules(model):
+        for name, child in children(module).items():
+            if child is block:
+                log.set_item(children(module), name, rest)
 
 
 def _set_attribute(log: Transaction, name: str, target: object, attribute: str, value: Any) -> None:
@@ -193,7 +211,13 @@ def select(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 
 
 def _cut_optimizer(log: Transaction, model: nn.Module, plan: PruningPlan, optimizer: Optimizer) -> None:
-    for name, parameter in model_tensors(model).parameters.items():
+    parameters = model_tensors(model).parameters
+    gone = {id(parameter) for name, parameter in parameters.items() if plan.goes(name)}
+    for group in optimizer.param_groups if gone else ():
+        log.set_item(group, "params", [parameter for parameter in group["params"] if id(parameter) not in gone])
+    for name, parameter in parameters.items():
+        if id(parameter) in gone and parameter in optimizer.state:
+            log.delete_item(optimizer.state, parameter)
         if name not in plan.kept or parameter not in optimizer.state:
             continue
         state = optimizer.state[parameter]

@@ -31,8 +31,8 @@ Normalizer = Literal["mean", "max", "sum", "none"]
 class Limits:
     """What bounds every group.
 
-    :param min_channels: least channels kept.
-    :param max_ratio: largest share removed, in [0, 1].
+    :param min_channels: least channels kept; 0: one, or none of a whole residual branch.
+    :param max_ratio: largest share removed of what keeps any, in [0, 1].
     :param round_to: widths are multiples of this many positions; a group that is no multiple may stay whole.
         ``"auto"``: of a sixteenth of the group's positions, brought down to a power of two between 1 and 8.
     :param vector: what was measured to be the width of the device's vectors, which ``"auto"`` then goes by: multiples
@@ -62,7 +62,7 @@ class Limits:
 
 
 def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]:
-    """Widths a group may take, ascending, the dense width last.
+    """Widths a group may take while it keeps any channel, ascending, the dense width last.
 
     A channel of a grouped or repeated group stands for several positions of its producer; ``round_to`` counts
     positions.
@@ -80,15 +80,32 @@ def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]
     return np.append(multiples, group.size)
 
 
-def least_widths(graph: ChannelGraph, prunable: Sequence[bool], limits: Limits) -> Widths:
+def least_widths(graph: ChannelGraph, prunable: Sequence[bool], limits: Limits, *, whole: bool = False) -> Widths:
     """The least that every group may keep, ``[groups]``.
 
     :param graph: the dense model's channels.
     :param prunable: which groups may be cut, ``[groups]``.
     :param limits: bounds of every group.
+    :param whole: while it keeps any channel.
     """
     groups = zip(graph.groups, prunable, strict=True)
-    return np.array([allowed_widths(g, limits)[0] if free else g.size for g, free in groups], np.float64)
+    least = np.array([allowed_widths(g, limits)[0] if free else g.size for g, free in groups], np.float64)
+    for branch in () if whole else removable_branches(graph, prunable, limits):
+        least[branch] = 0
+    return least
+
+
+def removable_branches(graph: ChannelGraph, prunable: Sequence[bool], limits: Limits) -> list[npt.NDArray[np.int64]]:
+    """Groups that may keep no channel, a branch an entry: none or all of its groups do. Groups out of scope hold their
+    branch.
+
+    :param graph: the dense model's channels.
+    :param prunable: which groups may be cut, ``[groups]``.
+    :param limits: bounds of every group.
+    """
+    if limits.min_channels > 0:
+        return []
+    return [np.array(groups) for groups in graph.branches.values() if all(prunable[group] for group in groups)]
 
 
 class CostOfWidths(Protocol):
@@ -108,6 +125,9 @@ class CostOfWidths(Protocol):
 
 class AllocationProblem:
     """The problem: groups, their allowed widths, costs and budgets.
+
+    ``allowed`` are the widths of a group while it keeps any channel; beside them, all groups of an entry of
+    ``branches`` may keep none.
 
     :param graph: the dense model's channels.
     :param prunable: which groups may be cut, shape ``[groups]``.
@@ -142,7 +162,10 @@ class AllocationProblem:
         ]
         if widest is not None:
             self.allowed = [options[options <= most] for options, most in zip(self.allowed, widest, strict=True)]
+        self.branches = removable_branches(graph, prunable, limits)
         self.floor = np.array([options[0] for options in self.allowed], np.float64)
+        for branch in self.branches:
+            self.floor[branch] = 0
         for kind, most in self.budgets.items():
             least, dense = self.costs[kind](self.floor), self.costs[kind](self.sizes)
             if least > most:
@@ -158,6 +181,16 @@ class AllocationProblem:
     def fits(self, widths: Widths) -> bool:
         """Whether all budgets hold."""
         return all(self.costs[kind](widths) <= most for kind, most in self.budgets.items())
+
+    def allows(self, widths: Widths) -> bool:
+        """Whether every group has an allowed width, or none with all of its branch.
+
+        :param widths: ``[groups]``.
+        """
+        if widths.shape != self.sizes.shape:
+            return False
+        gone = {int(group) for branch in self.branches if not widths[branch].any() for group in branch}
+        return all(g in gone or widths[g] in options for g, options in enumerate(self.allowed))
 
     def normalized(self, scores: Scores) -> list[npt.NDArray[np.float64]]:
         """Scores over their group's mean, largest or sum, or as they are: the scales of layers differ.
@@ -184,15 +217,22 @@ def _shown(kind: str, cost: int) -> str:
 
 def uniform(problem: AllocationProblem, scores: Scores) -> Widths:
     """The same share of every group: the largest share whose widths fit (bisection). What the budget still allows goes
-    to the groups that rounding has left furthest below it. Scores play no part.
+    to the groups that rounding has left furthest below it. Scores play no part. Branches go only where no share would
+    fit, those that save the most first.
 
     :param problem: allowed widths, costs and budgets.
     :param scores: not used.
     """
+    gone = np.zeros(len(problem.sizes), bool)
 
     def widths_at(share: float) -> Widths:
-        return np.array([problem.round_up(g, share * size) for g, size in enumerate(problem.sizes)], np.float64)
+        widths = np.array([problem.round_up(g, share * size) for g, size in enumerate(problem.sizes)], np.float64)
+        return np.where(gone, 0, widths)
 
+    while not problem.fits(least := widths_at(0.0)):
+        left = [branch.tolist() for branch in problem.branches if least[branch].any()]
+        missing = {kind: max(problem.costs[kind](least) - most, 1) for kind, most in problem.budgets.items()}
+        gone[max(left, key=lambda branch: _saving_of_branch(problem, missing, least, branch))] = True
     return _filled(problem, _largest(problem, widths_at, 0.0, 1.0))
 
 
@@ -200,6 +240,8 @@ def _filled(problem: AllocationProblem, widths: Widths) -> Widths:
     """One allowed width more for each group, the narrowest share first, as long as the budgets hold."""
     widths = widths.copy()
     for group in np.argsort(widths / problem.sizes, kind="stable"):
+        if not widths[group]:
+            continue
         trial = widths.copy()
         trial[group] = problem.round_up(int(group), widths[group] + 1)
         if problem.fits(trial):
@@ -208,7 +250,8 @@ def _filled(problem: AllocationProblem, widths: Widths) -> Widths:
 
 
 def global_ranking(problem: AllocationProblem, scores: Scores) -> Widths:
-    """One threshold for all channels, on normalised scores: see :meth:`AllocationProblem.normalized`.
+    """One threshold for all channels, on normalised scores: see :meth:`AllocationProblem.normalized`. A branch goes
+    where all of its channels are below it.
 
     :param problem: allowed widths, costs and budgets.
     :param scores: one score a channel for each group, ``[group.size]``; larger ones are kept.
@@ -220,9 +263,12 @@ def global_ranking(problem: AllocationProblem, scores: Scores) -> Widths:
         """Position 1 keeps everything above the lowest threshold, position 0 nothing above the highest."""
         at = round((1 - position) * len(thresholds))
         bound = thresholds[at] if at < len(thresholds) else math.inf
-        return np.array(
-            [problem.round_up(g, float(np.count_nonzero(s >= bound))) for g, s in enumerate(scaled)], np.float64
-        )
+        above = np.array([np.count_nonzero(s >= bound) for s in scaled], np.float64)
+        widths = np.array([problem.round_up(g, width) for g, width in enumerate(above)], np.float64)
+        for branch in problem.branches:
+            if not above[branch].any():
+                widths[branch] = 0
+        return widths
 
     return _largest(problem, widths_at, 0.0, 1.0)
 
@@ -267,7 +313,8 @@ def capacity_lost(problem: AllocationProblem, lost: Scores) -> list[npt.NDArray[
     A side is the input or the output of one layer. The sum over the network is −log of the product of all shares: no
     layer can make up for another that is nearly gone, and a residual stream counts as often as layers read and write
     it. Layers of equal cost, with equal channels, keep equal shares, as in :func:`uniform`. Where a side has other
-    channels besides, in other groups or pinned, these count as kept.
+    channels besides, in other groups or pinned, these count as kept. A side that keeps nothing, of a branch that goes,
+    loses what one with a single channel does: its shortcut stays.
 
     :param problem: groups and the shapes of their parameters.
     :param lost: for each group what goes with its least one, two, ... channels, ``[channels]``, rising, convex.
@@ -279,6 +326,8 @@ def capacity_lost(problem: AllocationProblem, lost: Scores) -> list[npt.NDArray[
         sides = [m.indices.size / shapes[m.parameter][m.dim] for m in group.with_role("producer", "consumer")]
         kept = 1 - np.outer(np.minimum(sides or [1.0], 1.0), share)
         result.append(-np.log(kept.clip(1e-9, 1)).sum(0))
+    for index in (int(index) for branch in problem.branches for index in branch):
+        result[index][-1] = result[index][-2]
     return result
 
 
@@ -302,68 +351,140 @@ def lazy_greedy(problem: AllocationProblem, curves: Scores) -> Widths:
     When the budget holds, steps are taken back where it allows, dearest first.
 
     :param problem: allowed widths, costs and budgets.
-    :param curves: for each group the loss at every number removed, ``[channels]``, convex, rising.
+    :param curves: for each group the loss at every number removed, ``[channels]`` or one more, convex, rising.
     :return: widths, ``[groups]``.
     """
-    widths = np.array([options[-1] for options in problem.allowed], np.float64)
-    missing = {kind: problem.costs[kind](problem.sizes) - most for kind, most in problem.budgets.items()}
-    missing = {kind: excess for kind, excess in missing.items() if excess > 0}  # the others hold whatever goes
-    level = [len(options) - 1 for options in problem.allowed]
-
-    def price(group: int) -> float:
-        options, at = problem.allowed[group], level[group]
-        if at == 0:
-            return math.inf
-        dense = int(problem.sizes[group])
-        saving = _saving(problem, missing, widths, group, int(options[at] - options[at - 1]))
-        loss = curves[group][dense - int(options[at - 1])] - curves[group][dense - int(options[at])]
-        return max(float(loss), 0.0) / saving if saving > 0 else math.inf
-
-    heap = [(price(group), group) for group in range(len(widths))]
+    descent = _Descent(problem, curves)
+    heap = [(descent.price(step), step) for step in descent.steps]
     heapq.heapify(heap)
-    while heap and not problem.fits(widths):
-        _, group = heapq.heappop(heap)
-        current = price(group)
+    while heap and not problem.fits(descent.widths):
+        _, step = heapq.heappop(heap)
+        current = descent.price(step)
         if math.isinf(current):
             continue
         if heap and current > heap[0][0]:
-            heapq.heappush(heap, (current, group))
+            heapq.heappush(heap, (current, step))
             continue
-        level[group] -= 1
-        widths[group] = problem.allowed[group][level[group]]
-        heapq.heappush(heap, (price(group), group))
-    if not problem.fits(widths):
+        for other in descent.take(step):
+            heapq.heappush(heap, (descent.price(other), other))
+    if not problem.fits(descent.widths):
         return problem.floor
-    return _given_back(problem, curves, widths, level)
+    return descent.given_back()
+
+
+class _Descent:
+    """Widths on their way down, and the steps from there. Step g takes group g to its next allowed width. Behind those
+    of all groups come the branches': one takes every channel that its groups still keep, for what these lose together.
+
+    :param problem: allowed widths, costs and budgets.
+    :param curves: see :func:`lazy_greedy`; a curve that ends before all channels says what the last ones lose, too.
+    """
+
+    def __init__(self, problem: AllocationProblem, curves: Scores) -> None:
+        self.problem = problem
+        self.widths = np.array([options[-1] for options in problem.allowed], np.float64)
+        self.steps = range(len(self.widths) + len(problem.branches))
+        missing = {kind: problem.costs[kind](problem.sizes) - most for kind, most in problem.budgets.items()}
+        self._missing = {kind: excess for kind, excess in missing.items() if excess > 0}  # others hold whatever goes
+        self._curves = curves
+        self._level = [len(options) - 1 for options in problem.allowed]
+        self._branch_of = {int(g): at for at, branch in enumerate(problem.branches) for g in branch}
+
+    def price(self, step: int) -> float:
+        """Loss over saving; inf where there is no such step, or it saves nothing."""
+        groups = self._groups(step)
+        if not self.widths[groups].all() or (step < len(self.widths) and not self._level[step]):
+            return math.inf
+        if step < len(self.widths):
+            options, at = self.problem.allowed[step], self._level[step]
+            after = [int(options[at - 1])]
+            saving = _saving(self.problem, self._missing, self.widths, step, int(options[at]) - after[0])
+        else:
+            after = [0] * len(groups)
+            saving = _saving_of_branch(self.problem, self._missing, self.widths, groups)
+        loss = sum(self._lost(g, width) - self._lost(g, self.widths[g]) for g, width in zip(groups, after, strict=True))
+        return max(loss, 0.0) / saving if saving > 0 else math.inf
+
+    def take(self, step: int) -> list[int]:
+        """Takes a step.
+
+        :return: the steps whose price it changes most.
+        """
+        if step >= len(self.widths):
+            self.widths[self._groups(step)] = 0
+            return []
+        self._level[step] -= 1
+        self.widths[step] = self.problem.allowed[step][self._level[step]]
+        branch = self._branch_of.get(step)
+        return [step] if branch is None else [step, len(self.widths) + branch]
+
+    def given_back(self) -> Widths:
+        """Undoes steps that the last one made needless, dearest first."""
+        while True:
+            best, gain = -1, 0.0
+            for step in self.steps:
+                trial = self._back(step)
+                if trial is None:
+                    continue
+                groups = self._groups(step)
+                back = sum(self._lost(g, self.widths[g]) - self._lost(g, trial[g]) for g in groups)
+                if back > gain and self.problem.fits(trial):
+                    best, gain = step, back
+            trial = self._back(best) if best >= 0 else None
+            if trial is None:
+                return self.widths
+            self.widths = trial
+            if best < len(self.widths):
+                self._level[best] += 1
+
+    def _back(self, step: int) -> Widths | None:
+        """The widths with one step undone; None where it was not taken."""
+        trial: Widths = self.widths.copy()
+        groups = self._groups(step)
+        if step >= len(trial):
+            if trial[groups].any():
+                return None
+            trial[groups] = [self.problem.allowed[g][self._level[g]] for g in groups]
+            return trial
+        options = self.problem.allowed[step]
+        if not trial[step] or self._level[step] + 1 >= len(options):
+            return None
+        trial[step] = options[self._level[step] + 1]
+        return trial
+
+    def _groups(self, step: int) -> list[int]:
+        branch = step - len(self.widths)
+        return [step] if branch < 0 else self.problem.branches[branch].tolist()
+
+    def _lost(self, group: int, width: float) -> float:
+        curve = self._curves[group]
+        return float(curve[min(int(self.problem.sizes[group]) - int(width), len(curve) - 1)])
 
 
 def _saving(problem: AllocationProblem, missing: Mapping[str, int], widths: Widths, group: int, removed: int) -> float:
     """The largest share of what a budget missed at first, among the budgets still missed, that a step saves."""
+    return _largest_share(problem, missing, widths, lambda kind: problem.costs[kind].saved(widths, group, removed))
+
+
+def _saving_of_branch(
+    problem: AllocationProblem, missing: Mapping[str, int], widths: Widths, groups: Sequence[int]
+) -> float:
+    """The same of all channels of some groups."""
+    after = widths.copy()
+    after[groups] = 0
+    costs = problem.costs
+    return _largest_share(problem, missing, widths, lambda kind: costs[kind](widths) - costs[kind](after))
+
+
+def _largest_share(
+    problem: AllocationProblem, missing: Mapping[str, int], widths: Widths, saved: Callable[[str], float]
+) -> float:
     shares = [0.0]
     for kind, first in missing.items():
         excess = problem.costs[kind](widths) - problem.budgets[kind]
         if excess > 0:
-            shares.append(min(problem.costs[kind].saved(widths, group, removed), excess) / first)
+            shares.append(min(saved(kind), excess) / first)
     return max(shares)
-
-
-def _given_back(problem: AllocationProblem, curves: Scores, widths: Widths, level: list[int]) -> Widths:
-    """Undoes steps that the last one made needless."""
-    while True:
-        best, gain = -1, 0.0
-        for group, options in enumerate(problem.allowed):
-            if level[group] + 1 >= len(options):
-                continue
-            trial = widths.copy()
-            trial[group] = options[level[group] + 1]
-            dense = int(problem.sizes[group])
-            back = float(curves[group][dense - int(widths[group])] - curves[group][dense - int(trial[group])])
-            if back > gain and problem.fits(trial):
-                best, gain = group, back
-        if best < 0:
-            return widths
-        level[best] += 1
-        widths[best] = problem.allowed[best][level[best]]
 
 
 def choose(widths: Widths, scores: Scores) -> list[npt.NDArray[np.bool_]]:
@@ -391,9 +512,7 @@ def allocate(problem: AllocationProblem, scores: Scores, allocation: Allocation)
     :raises BudgetError: the widths are not allowed ones, or exceed a budget: a mistake of the allocation.
     """
     widths = np.asarray(allocation(problem, scores), np.float64)
-    allowed = widths.shape == problem.sizes.shape and all(
-        width in options for width, options in zip(widths, problem.allowed, strict=True)
-    )
+    allowed = problem.allows(widths)
     if not allowed or not problem.fits(widths):
         fault = "exceed a budget" if allowed else "are not one allowed width for every group"
         msg = f"allocation {qualified_name(allocation)}: its widths {fault}: {widths.tolist()}. Use problem.allowed."

@@ -55,6 +55,17 @@ def children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Lets a module that takes another's place call its hooks, for as long as they are registered.
+
+    :param old: has the hooks.
+    :param new: has none.
+    """
+    for name, value in vars(old).items():
+        if isinstance(value, dict) and name.startswith(("_forward", "_backward")):
+            vars(new)[name] = value
+
+
 def computed_tensors(module: nn.Module) -> dict[str, list[Tensor]]:
     """Parameters behind each computed one, by its local name: ``torch.nn.utils.parametrize``, and the older
     ``torch.nn.utils.weight_norm``."""

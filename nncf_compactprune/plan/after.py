@@ -22,7 +22,10 @@ def kept_channels(graph: ChannelGraph, plan: PruningPlan) -> list[npt.NDArray[np
     """
     result = []
     for group in graph.groups:
-        first = group.members[0]
+        first = next((member for member in group.members if not plan.goes(member.parameter)), None)
+        if first is None:
+            result.append(np.zeros(group.size, bool))
+            continue
         positions = plan.kept.get(first.parameter, {}).get(first.dim)
         whole = np.ones(group.size, bool)
         result.append(whole if positions is None else np.isin(first.indices[:, 0], positions))

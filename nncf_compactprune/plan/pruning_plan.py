@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from nncf_compactprune.channels.branches import Branch
 from nncf_compactprune.channels.groups import ChannelGraph, fingerprint
 from nncf_compactprune.channels.terms import COUNTING_ATTRIBUTES, AttributeValue, width_of
 from nncf_compactprune.errors import PlanError
@@ -69,6 +70,7 @@ class PruningPlan:
         (``num_heads``), or a tuple of numbers (``splits``).
     :param output_classes: where the classifier was cut: the dense model's class behind each output, ascending; empty
         where it was not. Label ``output_classes[j]`` of the dense model is label j of the pruned one.
+    :param removed: residual branches that go as a whole. ``kept`` has no entry for what they own.
     """
 
     kept: Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -81,6 +83,7 @@ class PruningPlan:
     approximate: tuple[tuple[str, str], ...] = ()
     attributes: Mapping[str, Mapping[str, AttributeValue]] = field(default_factory=dict)
     output_classes: tuple[int, ...] = ()
+    removed: tuple[Branch, ...] = ()
 
     def __post_init__(self) -> None:
         frozen = {name: MappingProxyType(dict(dims)) for name, dims in self.kept.items()}
@@ -100,7 +103,14 @@ class PruningPlan:
     @property
     def is_identity(self) -> bool:
         """Whether nothing is removed."""
-        return not self.kept and not self.attributes
+        return not (self.kept or self.attributes or self.removed)
+
+    def goes(self, name: str) -> bool:
+        """Whether a module, parameter or buffer goes with a branch.
+
+        :param name: as in the dense model.
+        """
+        return any(branch.owns(name) for branch in self.removed)
 
     def indices(self, name: str, dim: int) -> Tensor:
         """Kept positions of one dimension, made once.
@@ -119,18 +129,22 @@ class PruningPlan:
         return {dim: self.indices(name, dim) for dim in self.kept.get(name, {})}
 
     def masked_dims(self, name: str) -> dict[int, Tensor]:
-        """What a mask of one parameter zeroes: everything that goes, but for the direction of a weight-normalised
-        weight where its magnitude goes too (a zero direction has no norm; its zero magnitude is enough)."""
+        """What a mask of one parameter leaves: it zeroes everything that goes, but for the direction of a
+        weight-normalised weight where its magnitude goes too (a zero direction has no norm; its zero magnitude is
+        enough)."""
         stem, _, leaf = name.rpartition(".")
         magnitude = {"original1": "original0", "weight_v": "weight_g"}.get(leaf)
+        if self.goes(name):
+            return {} if magnitude else {0: torch.zeros(0, dtype=torch.int64)}
         beside = self.kept.get(f"{stem}.{magnitude}", {}) if magnitude else {}
         return {dim: positions for dim, positions in self.selection(name).items() if dim not in beside}
 
     def shapes(self, dense: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-        """Shapes after the cut."""
+        """Shapes after the cut, of what is left."""
         return {
             name: tuple(len(self.kept[name][d]) if d in self.kept.get(name, {}) else n for d, n in enumerate(shape))
             for name, shape in dense.items()
+            if not self.goes(name)
         }
 
     def validate(self, model: nn.Module) -> None:
@@ -148,6 +162,7 @@ class PruningPlan:
             for dim in dims:
                 _validate_positions(name, shapes[name], dim, self.indices(name, dim).numpy())
         _validate_attributes(model, self.attributes)
+        self._validate_branches(model)
         self._validate_classes(shapes)
         if fingerprint(shapes) != self.fingerprint:
             msg = (
@@ -188,6 +203,22 @@ class PruningPlan:
             if finding:
                 msg = f"plan: {type(module).__name__} '{name}': {finding}. The plan does not fit together."
                 raise PlanError(msg)
+
+    def _validate_branches(self, model: nn.Module) -> None:
+        """What goes with a branch is in the model, and is not cut besides. Whether its block adds it to a shortcut
+        shows when the block is taken apart."""
+        names = {*model_tensors(model).all(), *(name for name, _ in named_modules(model))} if self.removed else set()
+        for branch in self.removed:
+            missing = [name for name in (branch.block, *branch.parts) if name not in names]
+            if missing or not branch.layers or not branch.block:
+                msg = (
+                    f"plan: removed: '{shown((missing or [str(branch)])[0])}' does not exist in {type(model).__name__}."
+                )
+                raise PlanError(msg)
+        both = [name for name in (*self.kept, *self.attributes) if self.goes(name)]
+        if both:
+            msg = f"plan: '{shown(both[0])}' is cut, and goes with its branch as well. The plan was altered."
+            raise PlanError(msg)
 
     def _validate_classes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """The classes of a cut classifier are the rows that some weight keeps."""
@@ -230,7 +261,7 @@ class PruningPlan:
         """
         if self.is_identity or later.is_identity:  # an identity may not know its MACs
             return later if self.is_identity else self
-        kept = {name: dict(dims) for name, dims in self.kept.items()}
+        kept = {name: dict(dims) for name, dims in self.kept.items() if not later.goes(name)}
         for name, dims in later.kept.items():
             for dim, positions in dims.items():
                 base = kept.setdefault(name, {}).get(dim)
@@ -247,8 +278,10 @@ class PruningPlan:
             attributes={
                 name: {**self.attributes.get(name, {}), **later.attributes.get(name, {})}
                 for name in dict.fromkeys((*self.attributes, *later.attributes))
+                if not later.goes(name)
             },
             output_classes=self._classes_after(later),
+            removed=(*self.removed, *later.removed),
         )
 
     def _classes_after(self, later: PruningPlan) -> tuple[int, ...]:
@@ -274,6 +307,8 @@ class PruningPlan:
         }
         if self.output_classes:
             document["output_classes"] = list(self.output_classes)
+        if self.removed:
+            document["removed"] = [{"block": one.block, "layers": list(one.layers)} for one in self.removed]
         return json.dumps(document, separators=(",", ":"))
 
     @classmethod
@@ -287,17 +322,20 @@ class PruningPlan:
         fields = read_plan(text)
         before, after = (Cost(**fields.pop(when)) for when in ("before", "after"))
         groups = tuple(GroupChange(**group) for group in fields.pop("groups"))
-        return cls(before=before, after=after, groups=groups, **fields)
+        removed = tuple(Branch(**branch) for branch in fields.pop("removed"))
+        return cls(before=before, after=after, groups=groups, removed=removed, **fields)
 
 
 def _joined(first: Sequence[GroupChange], second: Sequence[GroupChange]) -> tuple[GroupChange, ...]:
     """Widths before the first and after the second plan.
 
     Groups are matched by name and by the width between the plans. A cut can join channels of several groups into one,
-    or take them apart; such a group is stated as the second plan found it.
+    or take them apart; such a group is stated as the second plan found it. What the first plan left nothing of is not
+    known to the second.
     """
     dense = {(group.name, group.after): group.before for group in first}
-    return tuple(GroupChange(g.name, dense.get((g.name, g.before), g.before), g.after) for g in second)
+    found = tuple(GroupChange(g.name, dense.get((g.name, g.before), g.before), g.after) for g in second)
+    return (*found, *(group for group in first if not group.after))
 
 
 def _validate_positions(name: str, shape: Sequence[int], dim: int, positions: npt.NDArray[np.int64]) -> None:
@@ -353,22 +391,31 @@ def make_plan(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]], *, alg
     """Turns decisions per group into a plan.
 
     :param graph: the dense model's channels.
-    :param keep: for each group which channels stay, shape ``[group.size]``; at least one of each.
+    :param keep: for each group which channels stay, shape ``[group.size]``; at least one of each, but for the groups of
+        a residual branch, of which all may keep none.
     :param algorithm: the name of who decided, for the plan's readers.
-    :raises PlanError: a group loses every channel, or shapes do not match.
+    :raises PlanError: a group loses every channel and may not, or shapes do not match.
     """
+    branches = {
+        branch: groups for branch, groups in graph.branches.items() if not any(keep[group].any() for group in groups)
+    }
+    may_go = {group for groups in branches.values() for group in groups}
+    with_branch = {name for name in graph.parameters if any(branch.owns(name) for branch in branches)}
     removed: dict[tuple[str, int], list[npt.NDArray[np.int64]]] = {}
     widths = []
-    for group, mask in zip(graph.groups, keep, strict=True):
-        if mask.shape != (group.size,) or not mask.any():
+    for index, (group, mask) in enumerate(zip(graph.groups, keep, strict=True)):
+        if mask.shape != (group.size,) or not (mask.any() or index in may_go):
             msg = (
                 f"group '{group.name}': expected {group.size} decisions with at least one channel kept, got "
-                f"{mask.size} with {int(mask.sum())} kept. Keep at least one channel of every group."
+                f"{mask.size} with {int(mask.sum())} kept. Keep at least one channel of every group, or none of all "
+                "groups of a residual branch that may go."
             )
             raise PlanError(msg)
         widths.append(int(mask.sum()))
         if not mask.all():
             for member in group.members:
+                if member.parameter in with_branch:
+                    continue
                 removed.setdefault((member.parameter, member.dim), []).append(member.indices[~mask].ravel())
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
     indices = {}
@@ -390,7 +437,12 @@ def make_plan(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]], *, alg
         approximate=tuple(
             (g.name, g.approximate) for g, w in zip(graph.groups, widths, strict=True) if g.approximate and w < g.size
         ),
-        attributes=_attributes(graph, keep),
+        attributes={
+            module: values
+            for module, values in _attributes(graph, keep).items()
+            if not any(branch.owns(module) for branch in branches)
+        },
+        removed=tuple(branches),
     )
     plan._indices.update(indices)  # type: ignore[attr-defined]  # they are at hand
     return plan

@@ -37,15 +37,17 @@ def read_plan(text: str | bytes) -> dict[str, Any]:
 
     :return: ``before`` and ``after`` as ``{"macs", "params"}``, ``groups`` as ``{"name", "before", "after"}``,
         ``pinned`` and ``approximate`` as tuples, ``attributes`` as module to attribute to a number or a tuple of
-        numbers, ``kept`` as name to dimension to positions, ``output_classes`` as a tuple.
+        numbers, ``kept`` as name to dimension to positions, ``output_classes`` as a tuple, ``removed`` as
+        ``{"block", "layers"}``.
     :raises PlanError: not JSON, not a plan, another version, a field of another type, a name given twice.
     """
     document = _parsed(text)
     if isinstance(document, dict):
         _same(document.get("format"), "format", PLAN_FORMAT)
         _same(document.get("version"), "version", PLAN_VERSION)
-    has_classes = isinstance(document, dict) and "output_classes" in document  # only plans that cut a classifier
-    fields = _object(document, "document", (*_FIELDS, "output_classes") if has_classes else _FIELDS)
+    # Only plans that cut a classifier, or a branch as a whole, have these.
+    more = [name for name in ("output_classes", "removed") if isinstance(document, dict) and name in document]
+    fields = _object(document, "document", (*_FIELDS, *more))
     before, after = _cost(fields["before"], "before"), _cost(fields["after"], "after")
     for what in ("macs", "params"):
         _at_most(after[what], f"after.{what}", before[what])
@@ -64,7 +66,8 @@ def read_plan(text: str | bytes) -> dict[str, Any]:
             }
             for name, values in _names(fields["attributes"], "attributes").items()
         },
-        "output_classes": _classes(fields["output_classes"]) if has_classes else (),
+        "output_classes": _classes(fields["output_classes"]) if "output_classes" in more else (),
+        "removed": _each(fields["removed"], "removed", _branch) if "removed" in more else (),
     }
 
 
@@ -179,6 +182,11 @@ def _group(value: Any, where: str) -> dict[str, Any]:
     _text(entry["name"], f"{where}.name")
     _at_most(_count(entry["after"], f"{where}.after"), f"{where}.after", _count(entry["before"], f"{where}.before"))
     return entry
+
+
+def _branch(value: Any, where: str) -> dict[str, Any]:
+    entry = _object(value, where, ("block", "layers"))
+    return {"block": _text(entry["block"], where), "layers": _each(entry["layers"], where, _text)}
 
 
 def _pinned(value: Any, where: str) -> tuple[Any, ...]:

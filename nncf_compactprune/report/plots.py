@@ -66,7 +66,7 @@ def plot_widths(groups: Sequence[GroupWidth], path: str | PathLike[str], *, titl
     axes.barh(rows, after, height=0.72, color=_KEPT)
     widest = max(before)
     for row, (dense, kept) in enumerate(zip(before, after, strict=True)):
-        text = f"{dense}" if kept == dense else f"{kept} of {dense}"
+        text = f"{dense}" if kept == dense else f"{kept} of {dense}" if kept else f"{dense}, removed with their branch"
         axes.text(dense + widest * 0.01, row, text, va="center", fontsize=8, color=_TEXT)
     axes.set_yticks(rows, [_shortened(group.name) for group in groups], fontsize=8)
     axes.set_ylim(len(groups) - 0.4, -0.6)

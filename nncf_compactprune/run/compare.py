@@ -196,7 +196,8 @@ def _write_markdown(run: Run, comparison: Comparison, compressed: Compressed, pi
         *([f"![Channel widths]({WIDTHS_PICTURE})", ""] if WIDTHS_PICTURE in pictures else []),
         "| group | dense | pruned |",
         "| --- | ---: | ---: |",
-        *(f"| `{group.name}` | {group.before} | {group.after} |" for group in plan.groups),
+        *(f"| `{group.name}` | {group.before} | {group.after or 'removed'} |" for group in plan.groups),
+        *(f"\nBlock `{one.block}` is its shortcut: {', '.join(one.layers)} went." for one in plan.removed),
     ]
     if plan.pinned:
         lines += ["", "## Not prunable", ""]

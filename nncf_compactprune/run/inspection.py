@@ -8,8 +8,9 @@ from os import PathLike
 from typing import Any
 
 from nncf_compactprune.algorithms import ChannelPruningConfig
-from nncf_compactprune.channels import ChannelGraph, ChannelGroup
+from nncf_compactprune.channels import Branch, ChannelGraph, ChannelGroup
 from nncf_compactprune.config import CompressionConfig, load_config
+from nncf_compactprune.cut.depth import with_branches
 from nncf_compactprune.cut.diagnosis import analyse
 from nncf_compactprune.decide.scopes import prunable_groups
 from nncf_compactprune.errors import ResolveError
@@ -26,12 +27,16 @@ class InspectedGroup:
     :param macs_saved: share of the model's MACs that halving it alone saves, in [0, 1].
     :param params_saved: the same of its parameters.
     :param in_scope: whether the config's scopes leave it to prune.
+    :param branch: the residual branch that it may go with (``"min_channels": 0``), None where there is none.
+    :param keeps_one: why there is none.
     """
 
     group: ChannelGroup
     macs_saved: float
     params_saved: float
     in_scope: bool
+    branch: Branch | None
+    keeps_one: str
 
     @property
     def producers(self) -> tuple[str, ...]:
@@ -71,6 +76,8 @@ class Inspection:
                     "params_saved_by_halving": one.params_saved,
                     "in_scope": one.in_scope,
                     "approximate": one.group.approximate,
+                    "goes_with": None if one.branch is None else one.branch.block,
+                    "keeps_one": one.keeps_one,
                     "slices": [
                         {"parameter": member.parameter, "dim": member.dim, "role": member.role}
                         for member in one.group.members
@@ -104,6 +111,7 @@ def inspect_model(
     entries = [] if settings is None else settings.compression
     approximate = any(isinstance(entry, ChannelPruningConfig) and entry.params.allow_approximate for entry in entries)
     graph = analyse(resolved.model, resolved.example_inputs, plugins=plugins, allow_approximate=approximate)
+    graph = with_branches(resolved.model, graph, resolved.example_inputs, plugins)
     in_scope = [True] * len(graph.groups)
     for entry in entries:
         allowed = prunable_groups(
@@ -143,4 +151,5 @@ def _halved(graph: ChannelGraph, index: int, in_scope: bool) -> InspectedGroup:
         graph.cost[kind].saved(sizes, index, group.size // 2) / max(dense, 1)
         for kind, dense in (("macs", graph.macs), ("params", graph.params))
     )
-    return InspectedGroup(group, macs, params, in_scope)
+    branch = next((branch for branch, groups in graph.branches.items() if index in groups), None)
+    return InspectedGroup(group, macs, params, in_scope, branch, graph.keep_one.get(index, ""))

@@ -111,7 +111,7 @@ def stored_names(
     unknown, wrong = [], []
     for key in file.keys():  # noqa: SIM118 - not a dict
         name = tied.get(key, key)
-        if name not in tensors or name in stored:
+        if name not in shapes or name in stored:
             unknown.append(f"'{shown(key)}'")
             continue
         stored[name] = key
@@ -120,7 +120,7 @@ def stored_names(
         expected = (SAFETENSORS_NAMES[tensors[name].dtype], shapes[name])
         if found != expected:
             wrong.append(f"'{key}' (expected {_described(*expected)}, got {_described(*found)})")
-    missing = [f"'{name}'" for name in tensors if name not in stored]
+    missing = [f"'{name}'" for name in shapes if name not in stored]
     findings = {"missing": missing if strict else [], "unknown": unknown if strict else [], "other": wrong}
     if any(findings.values()):
         words = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in findings.items() if names)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.networks import images, trained
 
 from nncf_compactprune.channels import trace
+from nncf_compactprune.cut.depth import with_branches
 from nncf_compactprune.decide.budgets import (
     AllocationProblem,
     Limits,
@@ -21,8 +24,10 @@ from nncf_compactprune.decide.budgets import (
     compactprune_allocations,
 )
 from nncf_compactprune.errors import BudgetError
+from nncf_compactprune.run.networks.digits_net import digits_net
 
 ALLOCATIONS = compactprune_allocations()
+ANY_DEPTH = Limits(min_channels=0, max_ratio=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +224,59 @@ def test_choice_follows_a_permutation_of_the_scores(graph, order):
 def test_a_wrong_allocation_is_refused(graph, wrong, words):
     with pytest.raises(BudgetError, match=rf"test_budget:<lambda>: .*{words}|{words}"):
         allocate(problem(graph, macs=0.5), random_scores(graph), wrong)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    torch.manual_seed(0)
+    model, x = digits_net().eval(), torch.randn(1, 1, 16, 16)
+    return with_branches(model, trace(model, x), x)
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS)
+@pytest.mark.parametrize("share", [0.5, 0.05, 0.02])
+def test_branches_go_whole_or_stay(deep, method, share):
+    p = problem(deep, macs=share, limits=ANY_DEPTH)
+    widths = ALLOCATIONS[method](p, random_scores(deep))
+    assert p.fits(widths)
+    assert p.allows(widths)
+    for index, width in enumerate(widths):
+        assert width >= np.ceil(0.1 * deep.groups[index].size) or (width == 0 and index in deep.in_branches)
+    if share == 0.02:  # below what widths alone can do
+        assert not widths.all()
+        with pytest.raises(BudgetError, match="min_channels=1"):
+            problem(deep, macs=share, limits=Limits(max_ratio=0.9))
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS)
+def test_without_being_asked_no_branch_goes(deep, method):
+    graph = dataclasses.replace(deep, branches={}, keep_one={})
+    scores = random_scores(deep)
+    limits = Limits(max_ratio=0.9)
+    with_them = ALLOCATIONS[method](problem(deep, macs=0.1, limits=limits), scores)
+    np.testing.assert_array_equal(with_them, ALLOCATIONS[method](problem(graph, macs=0.1, limits=limits), scores))
+    assert with_them.all()
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS)
+def test_depth_alone_takes_no_branch_too_many(deep, method):
+    p = problem(deep, macs=0.7, limits=Limits(min_channels=0, max_ratio=0))
+    widths = ALLOCATIONS[method](p, random_scores(deep))
+    assert p.allows(widths)
+    gone = [groups for groups in deep.branches.values() if not widths[list(groups)].any()]
+    assert gone
+    for groups in gone:
+        trial = widths.copy()
+        trial[list(groups)] = deep.sizes[list(groups)]
+        assert deep.cost.macs(trial) > 0.7 * deep.macs
+
+
+def test_a_branch_out_of_scope_stays(deep):
+    groups = next(groups for groups in deep.branches.values() if len(groups) > 1)
+    prunable = [index != groups[0] for index in range(len(deep.groups))]
+    p = problem(deep, macs=0.5, limits=ANY_DEPTH, prunable=prunable)
+    assert len(p.branches) == len(deep.branches) - 1
+    widths = p.floor.copy()
+    widths[list(groups)] = 0
+    assert p.allows(p.floor)
+    assert not p.allows(widths)

@@ -121,7 +121,9 @@ class Catro(ChannelPruning):
         losses = self.shrunk.curves([curve.convex for curve in curves])
         widths = (uniform if self.config.params.allocation == "uniform" else lazy_greedy)(problem, losses)
         removed = (self.present.sizes - widths).astype(int)
-        return self.shrunk.in_dense([curve.kept[gone] for curve, gone in zip(curves, removed, strict=True)])
+        # The row of all channels is missing: a branch that goes takes its last one along.
+        rows = [np.append(curve.kept, np.zeros_like(curve.kept[:1]), axis=0) for curve in curves]
+        return self.shrunk.in_dense([kept[gone] for kept, gone in zip(rows, removed, strict=True)])
 
     def _curves(self) -> list[RemovalCurve]:
         """What every group loses at every width, all on one scale."""

@@ -6,7 +6,7 @@ What counts is what an operation really gets, not what the attributes of a modul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,6 +225,16 @@ class Layers:
 
     found: tuple[str, ...]
     left: dict[str, str]
+
+    def among(self, names: Container[str]) -> Layers:
+        """Those that another model has as well.
+
+        :param names: of its layers.
+        """
+        return Layers(
+            tuple(name for name in self.found if name in names),
+            {name: why for name, why in self.left.items() if name in names or name.rpartition(".")[0] in names},
+        )
 
 
 def refittable(model: nn.Module, example_inputs: Any) -> Layers:

@@ -141,7 +141,8 @@ class Reconstruction:
     """One pass over a compressed model that re-fits every layer it comes to.
 
     :param dense: the reference, in eval mode.
-    :param compressed: changed in place, in eval mode; the same modules under the same names, channels cut or not.
+    :param compressed: changed in place, in eval mode; the same modules under the same names, channels cut or not; some
+        may be gone.
     :param inputs: what both run on.
     :param network: how to run them.
     :param kept: parameter name to dimension to kept positions, of what was cut; empty where nothing was.
@@ -169,7 +170,7 @@ class Reconstruction:
         """
         modules = dict(named_modules(self.compressed))
         first = self.inputs.images[:1]
-        layers = refittable(self.dense, self.network.wrap(first))
+        layers = refittable(self.dense, self.network.wrap(first)).among(modules)
         self.left = layers.left
         warn_of_left(self.left)
         once = called_once(self.dense, self.network, first)

@@ -3,7 +3,7 @@
 A layer with ``O`` outputs and ``I`` inputs takes ``a + b·O + c·I + d·O·I``, with no coefficient below zero: something
 for being called, for what it writes, for what it reads, and for what it multiplies. Devices work in vectors, so ``O``
 and ``I`` count as rounded up to whole vectors, of the width that fits the measurements best. What runs between two
-layers (activations, additions, pooling) counts with the layer before it.
+layers (activations, additions, pooling) counts with the layer before it. Layers of a branch that is gone take nothing.
 
 Where a device does not say what layers take, the whole network takes ``a + b·MACs + c·parameters``.
 """
@@ -62,6 +62,7 @@ class TimeModel:
         self._modules: list[str] = []
         self._slopes: Floats = np.zeros((0, len(self._sizes)))
         self._offsets: Floats = np.zeros(0)
+        self._in_branches: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []  # groups, layers
         self._dense_times: dict[int, float] = {}
         self._coefficients: Floats = np.zeros((0, 4))
         self._exponent = 1.0
@@ -81,6 +82,10 @@ class TimeModel:
         sides = [self._dim(dim) for dim in (0, 1)]
         self._slopes = np.concatenate([slopes for slopes, _ in sides])  # outputs, then inputs
         self._offsets = np.concatenate([offsets for _, offsets in sides])
+        self._in_branches = [
+            (np.array(groups), np.array([row for row, name in enumerate(self._modules) if branch.owns(name)], np.int64))
+            for branch, groups in self._graph.branches.items()
+        ]
         times = np.array([self._shares(one) for one in known])
         fits = {vector: self._fitted_layers(known, times, vector) for vector in VECTORS}
         best = min(VECTORS, key=lambda vector: fits[vector][1])
@@ -139,9 +144,14 @@ class TimeModel:
         return slopes, dense - slopes @ self._sizes
 
     def _features(self, widths: Floats, vector: int) -> Floats:
-        """``[layers, 4]``: 1, outputs, inputs and their product, relative to the dense layer."""
+        """``[layers, 4]``: 1, outputs, inputs and their product, relative to the dense layer; zeros of a layer that is
+        gone."""
         outputs, inputs = self._sides(widths, vector)
-        return np.stack([np.ones_like(outputs), outputs, inputs, outputs * inputs], axis=1)
+        features = np.stack([np.ones_like(outputs), outputs, inputs, outputs * inputs], axis=1)
+        for groups, layers in self._in_branches:
+            if not widths[groups].any():
+                features[layers] = 0
+        return features
 
     def _sides(self, widths: Floats, vector: int) -> Sequence[Floats]:
         """Outputs and inputs of every layer, ``[layers]`` each, relative to the dense layer."""
@@ -174,9 +184,7 @@ class TimeModel:
     def _time(self, widths: Floats, vector: int) -> float:
         if not self._modules:
             return float(self._coefficients @ self._whole(widths))
-        called, written, read, multiplied = self._coefficients.T
-        outputs, inputs = self._sides(widths, vector)
-        return float(called.sum() + written @ outputs + read @ inputs + multiplied @ (outputs * inputs))
+        return float((self._coefficients * self._features(widths, vector)).sum())
 
     def _ratio(self, widths: Floats) -> float:
         return max(self._relative(widths, self.vector), 1e-6)

@@ -14,7 +14,7 @@ from nncf_compactprune.algorithms.latency.candidates import Candidates
 from nncf_compactprune.algorithms.latency.model import Measured, TimeModel
 from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.config import Budget
-from nncf_compactprune.decide.budgets import Limits, least_widths
+from nncf_compactprune.decide.budgets import Limits, least_widths, removable_branches
 from nncf_compactprune.errors import BudgetError
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.serving.meter import MeterOptions
@@ -23,6 +23,7 @@ TOLERANCE = 0.05
 """How far, relative, the measured time may be from what was asked for."""
 _CLOSE = (0.97, 1.01)  # of what was asked for, where the search ends
 _SAMPLES = 3  # networks of random widths that the model learns from, beside the dense and the smallest
+_STAYS = 0.7  # of the branches that may go, in these networks
 _ROUNDS = 7  # most candidates that are measured
 _LESSONS = 2  # after so many of them the model learns
 _CHOICES = 3  # networks that are chosen and measured anew, at most
@@ -118,9 +119,13 @@ class LatencyTarget:
                 "loosen the floors."
             )
             raise BudgetError(msg)
-        random = np.random.default_rng(0)
+        random, whole = np.random.default_rng(0), least_widths(graph, prunable, limits, whole=True)
+        branches = removable_branches(graph, prunable, limits)
         for _ in range(_SAMPLES):
-            self._measure(np.round(least + random.random(len(least)) * (graph.sizes - least)))
+            widths = np.round(whole + random.random(len(whole)) * (graph.sizes - whole))
+            for branch in branches:
+                widths[branch] *= random.random() < _STAYS
+            self._measure(widths)
         self._learn(smallest)
         #: how many channels the device takes at once, as far as that shows: fixed here, as widths are multiples of it
         self.vector = self.model.vector
