@@ -302,7 +302,6 @@ class CompressionController(_Controller):
             model,
             example,
             path,
-            precisions=("fp32",),
             input_names=input_names or [f"input.{at}" for at in range(len(inputs))],
             output_names=output_names or [f"output.{at}" for at in range(len(outputs))],
             plugins=small.plugins,

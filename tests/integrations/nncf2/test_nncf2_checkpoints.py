@@ -166,6 +166,20 @@ def test_quantizers_begin_anew(log: pytest.LogCaptureFixture) -> None:
     assert 0 < error < 0.05  # of eight bits
 
 
+@pytest.mark.parametrize(("format_", "suffix"), [(None, ".onnx"), ("openvino", ".xml")])
+def test_a_quantized_network_is_exported_where_it_was_asked_for(
+    tmp_path: Path, format_: str | None, suffix: str
+) -> None:
+    pytest.importorskip("onnx")
+    checkpoint = read("quantization")
+    config = register_default_init_args(NNCFConfig.from_dict(checkpoint["config"]), labelled_batches())
+    ctrl, _ = create_compressed_model(model32(checkpoint["network"]), config, dump_graphs=False)
+    with not_compiled():
+        (file,) = ctrl.export_model(tmp_path / "model", format_)
+    assert file.path == tmp_path / f"model{suffix}"
+    assert file.precision == "int8"
+
+
 def test_a_state_of_quantization_alone_is_refused_and_the_remedy_works() -> None:
     checkpoint = read("quantization")
     with pytest.raises(CompactPruneError, match=r"tied to its graph.*load_state\(model, state_dict\)"):
