@@ -85,7 +85,13 @@ def test_networks_that_split_by_their_own_numbers_have_no_floor(name, attribute)
 
 
 @pytest.mark.parametrize(
-    ("library", "name"), [("timm", "test_vit"), ("timm", "test_resnet"), ("timm", "mixnet_s"), ("transformers", "Swin")]
+    ("library", "name"),
+    [
+        ("timm", "test_vit"),
+        ("timm", "test_resnet"),
+        pytest.param("timm", "mixnet_s", marks=pytest.mark.slow),
+        ("transformers", "Swin"),
+    ],
 )
 def test_exports_with_fewer_heads_and_channels(library, name, tmp_path):
     model, x, _ = pruned(library, name)
