@@ -49,8 +49,8 @@ class Trial:
     :param criterion: ``"catro"`` or a magnitude criterion of ``fbnet_pruning``.
     :param recipe: a key of :data:`RECIPES`.
     :param lr: at the start of a cosine over all steps, which ends at 0.
-    :param start: what makes up for the cut before training: ``"batch_norm"`` statistics re-estimated, or a ``"refit"`` of
-        every layer, each on 500 training pictures.
+    :param start: what makes up for the cut before training: ``"batch_norm"`` statistics re-estimated, or a
+        ``"refit"`` of every layer, each on 500 training pictures.
     """
 
     budget: float
@@ -231,7 +231,7 @@ def table(rows: Annotated[Path, typer.Option(help="where rows are kept")] = ROWS
         "# MobileNetV1-0.75 cut to ten of its thousand classes", "",
         "Written by `imagenette.py table`. Pruned at once, then fine-tuned on 3,600 pictures. The dense network, not "
         "trained on, tells 98.2 % of the 1,500 validation pictures apart among the ten classes.", "",
-        "| kept by | before training | recipe | MACs | parameters | right after the cut | held out | validation pictures |",
+        "| kept by | before training | recipe | MACs | parameters | after the cut | held out | validation pictures |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in read:
