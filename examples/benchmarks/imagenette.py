@@ -72,7 +72,7 @@ class Trial:
 
 
 def queue() -> list[Trial]:
-    refitted = [Trial(0.3, criterion, "recovery", epochs=8, lr=0.0075, start="refit") for criterion in ("catro", "l2")]
+    refitted = [Trial(0.3, criterion, "recovery", epochs=5, lr=0.002, start="refit") for criterion in ("catro", "l2")]
     return refitted + [
         Trial(0.3, criterion, recipe) for recipe in ("recovery", "plain") for criterion in ("catro", "l2")
     ]
