@@ -26,7 +26,8 @@ from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
 ADVICE = (
     "recovery: the dense network teaches through ctrl.loss(). Start from SGD with momentum 0.9, a learning rate of "
-    "0.015 for batches of 128 (in proportion for others), a cosine to 0 by step, and 10 epochs or more."
+    "0.015 for batches of 128 (in proportion for others), a cosine to 0 by step, and 10 epochs or more. Where the loss "
+    "rises in the first steps, as with depthwise layers that were re-fitted, take a quarter of that rate."
 )
 
 
