@@ -34,6 +34,7 @@ from nncf_compactprune.algorithms.data_free import Generation, ImageNetwork, Rec
 from nncf_compactprune.algorithms.data_free.operations import refittable
 from nncf_compactprune.algorithms.data_free.quantizers import install
 from nncf_compactprune.cut.surgery import plan_of
+from nncf_compactprune.decide.scopes import layers_by_operation
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_quantization import ends_of
 from nncf_compactprune.plan import PruningPlan
@@ -230,7 +231,8 @@ def nearest(bench: Bench, bits: tuple[int, int], *, correct: bool) -> nn.Module:
     with evaluating(model, changes=True):
         install(
             model, network, inputs, weight_bits=weight_bits, activation_bits=bits[1], edge_activations=8,
-            last=ends_of(model, bench.example).last, per_channel=True, target_device="CPU",
+            owners=layers_by_operation(model, bench.example), last=ends_of(model, bench.example).last,
+            per_channel=True, target_device="CPU",
         )  # fmt: skip
     if correct:
         return bench.corrected(dense, model)

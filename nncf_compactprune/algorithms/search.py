@@ -21,13 +21,13 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.base import Context
+from nncf_compactprune.algorithms.batch_norm import first_batches
 from nncf_compactprune.config import Section
 from nncf_compactprune.config.registered import qualified_name
 from nncf_compactprune.decide.labelled import checked_labels, class_scores
 from nncf_compactprune.errors import CompactPruneError, DataError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.distributed import summed
-from nncf_compactprune.host.torch_internals import tree_leaves
 
 MOST_TRIALS = 64
 FEW = 2_000  # images that the trials' criteria and adaptation look at
@@ -166,8 +166,8 @@ def search(
     started = time.perf_counter()
     with torch.random.fork_rng():
         batches = iter(context.labelled_batches())
-        judges = taken(batches, config.num_samples)
-        few = taken(batches, FEW)
+        judges = first_batches(batches, config.num_samples)
+        few = first_batches(batches, FEW)
         if not few:
             msg = (
                 f"initializer.search: the training loader ends within the {config.num_samples:,} images that judge, "
@@ -186,21 +186,6 @@ def search(
     lines = [f"  {row['accuracy']:6.1%} after {row['steps']} steps: {shown(row['settings'])}" for row in result.rows]
     nncf_logger.info("Search: settings tried, best first, accuracy on %d images:\n%s", images, "\n".join(lines))
     return result
-
-
-def taken(batches: Iterator[tuple[Any, Any]], samples: int) -> list[tuple[Any, Any]]:
-    """The next batches with so many examples in all, or what is left.
-
-    :param batches: inputs and labels.
-    :param samples: how many, at least.
-    """
-    held = []
-    for inputs, labels in batches:
-        held.append((inputs, labels))
-        samples -= next((len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()), 1)
-        if samples <= 0:
-            break
-    return held
 
 
 def _begun(

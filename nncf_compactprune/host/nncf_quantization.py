@@ -24,6 +24,7 @@ from nncf.torch.quantization.reference import torch_executor
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase
 
+from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_hooks import Hook, hooks, nncf_graph
 from nncf_compactprune.host.tensors import NNCF_HOOKS, named_modules, own_tensors
 
@@ -96,7 +97,7 @@ def ends_of(model: nn.Module, example_inputs: Any) -> Ends:
     :param model: without hooks, no bare ``nn.Sequential``.
     :param example_inputs: a tensor, a tuple or a dict.
     """
-    with not_compiled():
+    with not_compiled(), evaluating(model):
         graph = nncf_graph(model, example_inputs)
     leads: dict[int, bool] = {}  # whether a product comes later
     products: list[Any] = []

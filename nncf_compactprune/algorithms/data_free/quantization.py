@@ -111,8 +111,7 @@ class DataFreeQuantization(CompressionAlgorithm):
         if not layers:
             msg = f"'{self.name}': {type(model).__name__} has no convolution and no linear layer."
             raise DataFreeError(msg)
-        with evaluating(model):
-            ends = ends_of(model, context.example_inputs)
+        ends = ends_of(model, context.example_inputs)
         owners = layers_by_operation(model, context.example_inputs)
         edges = {owners.get(operation) for operation in (ends.first, *ends.last)}
         bits = {n: params.edge_bits if n in edges else params.weight_bits for n in layers}
@@ -128,6 +127,7 @@ class DataFreeQuantization(CompressionAlgorithm):
                 weight_bits=bits,
                 activation_bits=params.activation_bits,
                 edge_activations=params.edge_bits,
+                owners=owners,
                 last=ends.last,
                 per_channel=params.per_channel,
                 target_device=params.target_device,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from nncf_compactprune.algorithms.data_free.network import ImageNetwork
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
-from nncf_compactprune.decide.scopes import layers_by_operation
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.nncf_hooks import Hook, hook_input, hook_output
 from nncf_compactprune.host.nncf_quantization import quantizer_places
@@ -100,6 +99,7 @@ def install(
     weight_bits: Mapping[str, int],
     activation_bits: int,
     edge_activations: int,
+    owners: Mapping[str, str],
     last: Collection[str],
     per_channel: bool,
     target_device: str,
@@ -113,6 +113,8 @@ def install(
     :param weight_bits: by layer name, in network order, 2 to 8.
     :param activation_bits: of what enters a layer, 2 to 8.
     :param edge_activations: bits of the model's input, and of what enters a last layer.
+    :param owners: the layer of each of NNCF's operations,
+        :func:`~nncf_compactprune.decide.scopes.layers_by_operation`.
     :param last: NNCF's names of the last layers' operations.
     :param per_channel: a scale for every output channel of a weight; else one for each weight.
     :param target_device: NNCF's name of the device whose fused operations decide the places.
@@ -120,12 +122,11 @@ def install(
     :return: quantizers of weights by layer, and of activations. Each finds its range on what comes first.
     """
     placed = _placed_by_nncf(model, network, inputs, target_device, ignored)
-    layers = layers_by_operation(model, network.wrap(inputs.images[:1]))
     modules = dict(named_modules(model))
     weights: dict[str, GridQuantizer] = {}
     activations: list[GridQuantizer] = []
     for place in placed:
-        layer = layers.get(place.operation, "")
+        layer = owners.get(place.operation, "")
         is_weight = place.before and place.port == 1 and layer in weight_bits
         if is_weight:
             hook = _weight_quantizer(modules[layer], weight_bits[layer], per_channel)
