@@ -23,6 +23,8 @@ _REGISTRATION = "torch.onnx._internal.exporter._registration"
 _OPERATION = re.compile(r"op='(?P<dotted>\w+\.\w+)|(?P<colons>[a-z_]\w*::\w+)|torch\.ops\.(?P<torch>\w+\.\w+)")
 # torch.export's, for a branch or a number that depends on the input's values
 _READS_VALUES = {"GuardOnDataDependentSymNode", "UserError", "Unsupported"}
+# torch.export's, for a size that is a constant to the network
+_SIZES = "user-specified ranges and inferred ranges"
 _QUOTED_LINES = 20
 _TELLING = 4  # letters of a name that tell it from others
 
@@ -70,7 +72,7 @@ def exporting(whose: str, ready: Prepared) -> Iterator[None]:
             raise refusal(whose, reads) from error
         lines = list(dict.fromkeys(line.rstrip() for line in kept.getvalue().splitlines() if line.strip()))
         said = "".join(f"\n    {line}" for line in lines[-_QUOTED_LINES:])
-        msg = f"{whose}: {conversion_reason(error)}.{_place(error, ready)}{f' It said:{said}' if said else ''}"
+        msg = f"{whose}: {conversion_reason(error)}.{_place(error, ready)}{_sizes(error, ready)}{f' It said:{said}' if said else ''}"
         raise ExportError(msg) from error
 
 
@@ -93,6 +95,13 @@ def _operation_line(error: BaseException) -> str | None:
         found = next((line for line in lines if _OPERATION.search(line)), found)
         current = current.__cause__
     return found
+
+
+def _sizes(error: BaseException, ready: Prepared) -> str:
+    """What to do where a network makes a size its own that was to stay open; empty for any other error."""
+    if not ready.dynamic_batch or _SIZES not in str(error):
+        return ""
+    return " The network fixes a size that was to stay open. Ask for one batch size: batch=1, in a config \"batch\": 1 under \"export\"."
 
 
 def _place(error: BaseException, ready: Prepared) -> str:

@@ -99,7 +99,7 @@ def _traced(ready: Prepared) -> onnx.ModelProto:
     if opset is not None and opset < OLDEST_QUANTIZED_OPSET and is_quantized(ready.flat.model):
         msg = f"opset: a quantized model needs {OLDEST_QUANTIZED_OPSET} or more, got {opset}."
         raise ExportError(msg)
-    with exporting("torch's ONNX exporter failed", ready), warnings.catch_warnings():
+    with exporting("torch's ONNX exporter failed", ready), ready.after_a_run(), warnings.catch_warnings():
         # torch's own deprecation, raised while its exporter copies its own tree specs.
         warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.`", FutureWarning)
         # That the inputs share one batch is what is wanted.

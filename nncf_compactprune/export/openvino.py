@@ -108,7 +108,7 @@ class OpenVinoFormat(ExportFormat):
 def _converted(ready: Prepared) -> Any:
     """Traces the model into an ``openvino.Model`` with our names and only the batch dim open."""
     whose = "OpenVINO could not convert the model"
-    with exporting(whose, ready), warnings.catch_warnings(record=True) as said:
+    with exporting(whose, ready), ready.after_a_run(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", TracerWarning)
         # torch's advice to OpenVINO, whose converter traces.
         warnings.filterwarnings("ignore", "`torch.jit.[a-z_]+` is deprecated", DeprecationWarning)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.options import ExportOptions
 from nncf_compactprune.host.calls import evaluating, unmarked
-from nncf_compactprune.host.marks import Writes
+from nncf_compactprune.host.marks import Marks, Writes
 from nncf_compactprune.host.nncf_hooks import hooks
 
 Array = npt.NDArray[Any]
@@ -167,6 +167,22 @@ class Prepared:
         if self.options.dynamic_size and tensor.dim() == 4:
             found |= {2: "height", 3: "width"}
         return found
+
+    @contextmanager
+    def after_a_run(self) -> Iterator[None]:
+        """The model as its first run on ``trace_inputs`` leaves it; afterwards as it was.
+
+        A network may keep what it computed for the shape of its last input, such as a detector its anchors. Computed
+        while it is traced, that differs from run to run, and the model would keep the tracer's fake tensors.
+        """
+        marks, writes = Marks(self.flat.model), Writes()
+        writes.memory = marks.memory
+        try:
+            with torch.no_grad(), writes:
+                self.flat(*(tensor.clone() for tensor in self.trace_inputs.tensors))
+            yield
+        finally:
+            marks.undo()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nncf_compactprune.errors import ExportError, StorageError
 from nncf_compactprune.export import (
     ExportedFile,
+    ExportOptions,
     export_model,
     measure_latency,
     verify_export,
@@ -399,6 +400,29 @@ def test_wrong_options_are_explained(
 ) -> None:
     with pytest.raises(ExportError, match=message):
         export_model(net, image, tmp_path / where, **options)
+
+
+class Anchored(Net):
+    """Keeps a grid for the last input's shape, as detectors keep their anchors."""
+
+    grid: Tensor | None = None
+    shape: torch.Size | None = None
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.shape != image.shape:
+            self.shape, self.grid = image.shape, torch.arange(5.0) / image.shape[-1]
+        assert self.grid is not None
+        return super().forward(image) + self.grid
+
+
+def test_what_a_network_keeps_for_a_shape_does_not_stop_an_export(image: Tensor, tmp_path: Path) -> None:
+    net = Anchored()
+    files = export_model(net, image, tmp_path, formats=["onnx", "openvino"], options=ExportOptions(batch=1))
+    assert {file.format for file in files} == {"onnx", "openvino"}
+    assert net.grid is None
+    export_model(net, image, tmp_path / "open.xml")
+    with pytest.raises(ExportError, match=r"fixes a size that was to stay open. Ask for one batch size: batch=1"):
+        export_model(net, image, tmp_path / "open.onnx")
 
 
 def test_a_file_name_chooses_the_format_and_one_precision_keeps_the_name(
