@@ -123,6 +123,11 @@ def tokens(length: int = 64) -> Tensor:
     return torch.randint(3, 1000, (1, length))
 
 
+def all_of(length: int) -> Tensor:
+    """An attention mask. Without it transformers looks for packed sequences, by an operation OpenVINO does not have."""
+    return torch.ones(1, length, dtype=torch.int64)
+
+
 def transformers_networks() -> None:
     import transformers as hf
 
@@ -130,7 +135,7 @@ def transformers_networks() -> None:
         NETWORKS[name] = Task(task, "transformers", build)
 
     def text(name: str, build: Callable[[], nn.Module]) -> None:
-        network(name, "text", lambda: (build(), {"input_ids": tokens()}))
+        network(name, "text", lambda: (build(), {"input_ids": tokens(), "attention_mask": all_of(64)}))
 
     def image(name: str, task: str, build: Callable[[], nn.Module], size: int = 128) -> None:
         network(name, task, lambda: (build(), {"pixel_values": pixels(size)}))
@@ -152,7 +157,8 @@ def transformers_networks() -> None:
     network("T5", "text", lambda: (
         hf.T5ForConditionalGeneration(hf.T5Config(
             vocab_size=1000, d_model=192, d_kv=32, d_ff=768, num_layers=3, num_heads=6, decoder_start_token_id=0)),
-        {"input_ids": tokens(), "decoder_input_ids": tokens(16)}))  # fmt: skip
+        {"input_ids": tokens(), "decoder_input_ids": tokens(16),
+         "decoder_attention_mask": all_of(16)}))  # fmt: skip
 
     both = {"d_model": 192, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 6,
             "decoder_attention_heads": 6, "encoder_ffn_dim": 768, "decoder_ffn_dim": 768}  # fmt: skip
@@ -160,7 +166,8 @@ def transformers_networks() -> None:
         hf.WhisperForConditionalGeneration(hf.WhisperConfig(
             num_mel_bins=80, max_source_positions=100, max_target_positions=64, decoder_start_token_id=1, **WORDS,
             **both)),
-        {"input_features": torch.randn(1, 80, 200), "decoder_input_ids": tokens(16)}))  # fmt: skip
+        {"input_features": torch.randn(1, 80, 200), "decoder_input_ids": tokens(16),
+         "decoder_attention_mask": all_of(16)}))  # fmt: skip
     network("Wav2Vec2", "speech", lambda: (
         hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(
             vocab_size=32, conv_dim=(128,) * 4, conv_kernel=(10, 3, 3, 3), conv_stride=(5, 2, 2, 2),

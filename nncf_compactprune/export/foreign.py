@@ -92,7 +92,9 @@ def _operation_line(error: BaseException) -> str | None:
     current: BaseException | None = error
     while current is not None:
         lines = (line.strip().removeprefix("-- ").rstrip(".") for line in str(current).splitlines())
-        found = next((line for line in lines if _OPERATION.search(line)), found)
+        named = [line for line in lines if _OPERATION.search(line)]
+        # A constant only follows from the operation that could not take it.
+        found = next((line for line in named if "prim::" not in line), next(iter(named), found))
         current = current.__cause__
     return found
 
@@ -101,7 +103,10 @@ def _sizes(error: BaseException, ready: Prepared) -> str:
     """What to do where a network makes a size its own that was to stay open; empty for any other error."""
     if not ready.dynamic_batch or _SIZES not in str(error):
         return ""
-    return " The network fixes a size that was to stay open. Ask for one batch size: batch=1, in a config \"batch\": 1 under \"export\"."
+    return (
+        " The network fixes a size that was to stay open. Ask for one batch size: batch=1, in a config "
+        '"batch": 1 under "export".'
+    )
 
 
 def _place(error: BaseException, ready: Prepared) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.options import ExportOptions
 from nncf_compactprune.host.calls import evaluating, unmarked
+from nncf_compactprune.host.huggingface import set_for_files
 from nncf_compactprune.host.marks import Marks, Writes
 from nncf_compactprune.host.nncf_hooks import hooks
 
@@ -317,7 +318,7 @@ def evaluation_on_cpu(model: nn.Module) -> Iterator[nn.Module]:
     on_cpu = copy.deepcopy(model).to("cpu") if elsewhere else model
     buffers = [(buffer, buffer.detach().clone()) for buffer in on_cpu.buffers()]
     try:
-        with evaluating(on_cpu, mode=Writes()):  # not entered: exporters do not run under a dispatch mode
+        with set_for_files(on_cpu), evaluating(on_cpu, mode=Writes()):  # not entered: exporters do not run under a dispatch mode
             yield on_cpu
     finally:
         for buffer, before in buffers:

@@ -46,3 +46,27 @@ def tied(model: Any, tie: Callable[[Any], object]) -> Iterator[None]:
         weight = model.get_parameter(name)
         apart = nn.Parameter(torch.empty_like(weight), requires_grad=weight.requires_grad)
         setattr(model.get_submodule(owner), leaf, apart)
+
+
+#: settings of transformers' configs that no file can follow, and what takes their place: keys and values of the past,
+#: which a file that takes none has no use for, and a mixture's experts in turns, whose sizes depend on the values
+_IN_FILES = (("use_cache", True, False), ("_experts_implementation", "grouped_mm", "batched_mm"))
+
+
+@contextmanager
+def set_for_files(model: nn.Module) -> Iterator[None]:
+    """In the body, a model of transformers computes what it does, in the way that a file can hold."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    changed = [
+        (config, *setting)
+        for config in configs.values()
+        for setting in _IN_FILES
+        if getattr(config, setting[0], None) == setting[1]
+    ]
+    for config, key, _, value in changed:
+        setattr(config, key, value)
+    try:
+        yield
+    finally:
+        for config, key, value, _ in changed:
+            setattr(config, key, value)

@@ -1,0 +1,45 @@
+"""Language models of transformers become files: caches are off, and experts side by side, while these are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nncf_compactprune import ExportError, export_model
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # tracers read every attribute
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 16, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def language_model(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    options = SIZES | ({"num_local_experts": 3, "num_experts_per_tok": 2} if kind == "Mixtral" else {})
+    config = getattr(transformers, f"{kind}Config")(**options)
+    return transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+TOKENS = {"input_ids": torch.tensor([[3, 7, 9, 11, 4, 2]]), "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mixtral"])
+def test_a_language_model_becomes_files_and_keeps_its_settings(kind: str, tmp_path: Path) -> None:
+    model = language_model(kind)
+    before = model.config.to_dict()
+    files = export_model(model, TOKENS, tmp_path, formats=["onnx", "openvino"], dynamic_batch=False)
+    assert {file.format for file in files} == {"onnx", "openvino"}
+    assert model.config.to_dict() == before
+    assert model(**TOKENS).past_key_values is not None
+
+
+def test_the_operation_that_openvino_lacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"No conversion rule found for operations: aten::diff"):
+        export_model(language_model("Llama"), {"input_ids": TOKENS["input_ids"]}, tmp_path / "model.xml")
