@@ -15,13 +15,13 @@ export NNCF_EXTENSION_LOAD_TIMEOUT := 0
 # the demo took 20 to 90 s that way, and 5 to 12 s with threads that sleep.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-main test-floors test-nncf219 test-all lint docs docs-serve bench bench-deps dist clean
+.PHONY: demo test test-main test-floors test-nncf219 test-optimum test-all lint docs docs-serve bench bench-deps dist clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed ## Trains, prunes, fine-tunes and exports a network for handwritten digits: a few minutes.
 	$(BIN)/nncf-compactprune run configs/digits_fbnet.json
 
-test: lint test-floors test-nncf219 test-main ## The checks every change must pass.
+test: lint test-floors test-nncf219 test-optimum test-main ## The checks every change must pass.
 
 test-main: $(VENV)/.installed-dev ## The tests, with the versions of constraints.txt.
 	$(BIN)/python -m pytest -n 2
@@ -43,6 +43,15 @@ test-nncf219: ## The tests of what NNCF 2.19 does with this package; skipped, wi
 			tests/integrations/test_nncf219.py; \
 	else \
 		echo "test-nncf219: SKIPPED. NNCF 2.19.0 could not be installed into $(VENV)-nncf219; see above."; \
+	fi
+
+# The other environment's Python saves folders that an older transformers loads here, and loads what is saved here.
+test-optimum: ## The tests of what optimum-intel does with our folders; skipped, with a line, where it cannot be installed.
+	@if $(MAKE) --no-print-directory $(VENV)-optimum/.installed; then \
+		COMPACTPRUNE_PYTHON=$(abspath $(BIN))/python $(VENV)-optimum/bin/python -m pytest -o filterwarnings=default \
+			-p no:cacheprovider tests/integrations/test_optimum.py; \
+	else \
+		echo "test-optimum: SKIPPED. optimum-intel could not be installed into $(VENV)-optimum; see above."; \
 	fi
 
 test-all: lint ## The same with the slow tests, and all of them with the oldest versions.
@@ -74,7 +83,7 @@ bench-deps: $(VENV)/.installed-dev ## What only the benchmarks need, for those t
 	$(PIP) --no-deps torch-pruning
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-nncf219 .venv-bench build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-nncf219 $(VENV)-optimum .venv-bench build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -88,14 +97,21 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) huggingface_hub pyyaml pillow
 	touch $@
 
-# NNCF 2.19 and what it alone needs; everything else is $(VENV)'s, which stands behind.
-$(VENV)-nncf219/.installed: $(VENV)/.installed-dev
-	$(PYTHON) -m venv $(VENV)-nncf219
+# What each of the two alone needs; everything else is $(VENV)'s, which stands behind.
+define an_environment_before
+	$(PYTHON) -m venv $(1)
 	behind=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
-		own=$$($(VENV)-nncf219/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+		own=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
 		echo "import site; site.addsitedir('$$behind')" > "$$own/behind.pth"
-	$(VENV)-nncf219/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
-		$$(sed -n '/^torch==/p' constraints.txt) nncf==2.19.0
+	$(1)/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) $$(sed -n '/^torch==/p' constraints.txt) $(2)
+endef
+
+$(VENV)-nncf219/.installed: $(VENV)/.installed-dev
+	$(call an_environment_before,$(VENV)-nncf219,nncf==2.19.0)
+	touch $@
+
+$(VENV)-optimum/.installed: $(VENV)/.installed-dev
+	$(call an_environment_before,$(VENV)-optimum,optimum-intel)
 	touch $@
 
 $(VENV)-floors/.installed: pyproject.toml constraints-floors.txt

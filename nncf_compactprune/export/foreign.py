@@ -72,7 +72,8 @@ def exporting(whose: str, ready: Prepared) -> Iterator[None]:
             raise refusal(whose, reads) from error
         lines = list(dict.fromkeys(line.rstrip() for line in kept.getvalue().splitlines() if line.strip()))
         said = "".join(f"\n    {line}" for line in lines[-_QUOTED_LINES:])
-        msg = f"{whose}: {conversion_reason(error)}.{_place(error, ready)}{_sizes(error, ready)}{f' It said:{said}' if said else ''}"
+        place = _place(error, ready) + _sizes(error, ready)
+        msg = f"{whose}: {conversion_reason(error)}.{place}{f' It said:{said}' if said else ''}"
         raise ExportError(msg) from error
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import openvino
+import torch
+from nncf.common.logging import nncf_logger
 from openvino._offline_transformations import compress_quantize_weights_transformation
 from torch import nn
 
@@ -112,7 +114,7 @@ def _converted(ready: Prepared) -> Any:
         warnings.simplefilter("always", TracerWarning)
         # torch's advice to OpenVINO, whose converter traces.
         warnings.filterwarnings("ignore", "`torch.jit.[a-z_]+` is deprecated", DeprecationWarning)
-        converted = openvino.convert_model(ready.flat, example_input=ready.trace_inputs.tensors)
+        converted = _traced_or_exported(ready)
     refuse_frozen_reads(whose, ready, said)
     for one in said:
         if not issubclass(one.category, TracerWarning):
@@ -142,6 +144,26 @@ def _converted(ready: Prepared) -> Any:
         friendly = node.get_friendly_name()
         # Layers keep the names they have in the model, for NNCF's ignored scopes.
         node.set_friendly_name(friendly.replace("__module.model.", "__module.", 1).replace("self.model.", "self.", 1))
+    return converted
+
+
+def _traced_or_exported(ready: Prepared) -> Any:
+    """OpenVINO's model from a trace, whose nodes keep the names of layers; else from torch's exported program, which
+    takes some of what a trace does not.
+
+    :raises Exception: the tracer's, where both fail.
+    """
+    tensors = ready.trace_inputs.tensors
+    try:
+        return openvino.convert_model(ready.flat, example_input=tensors)
+    except Exception as of_trace:
+        shapes = tuple(dict.fromkeys(ready.open_dims(tensor), torch.export.Dim.DYNAMIC) for tensor in tensors)
+        try:
+            program = torch.export.export(ready.flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+            converted = openvino.convert_model(program)
+        except Exception:
+            raise of_trace from of_trace.__cause__
+    nncf_logger.info("OpenVINO took torch's exported program, as it could not trace the model. Nodes have other names.")
     return converted
 
 

@@ -318,7 +318,10 @@ def evaluation_on_cpu(model: nn.Module) -> Iterator[nn.Module]:
     on_cpu = copy.deepcopy(model).to("cpu") if elsewhere else model
     buffers = [(buffer, buffer.detach().clone()) for buffer in on_cpu.buffers()]
     try:
-        with set_for_files(on_cpu), evaluating(on_cpu, mode=Writes()):  # not entered: exporters do not run under a dispatch mode
+        with (
+            set_for_files(on_cpu),
+            evaluating(on_cpu, mode=Writes()),
+        ):  # not entered: exporters do not run under a dispatch mode
             yield on_cpu
     finally:
         for buffer, before in buffers:

@@ -48,6 +48,25 @@ def tied(model: Any, tie: Callable[[Any], object]) -> Iterator[None]:
         setattr(model.get_submodule(owner), leaf, apart)
 
 
+def names_in_files(model: nn.Module) -> dict[str, str]:
+    """What ``save_pretrained`` calls parameters and buffers, where it is not what the model calls them.
+
+    :param model: a ``PreTrainedModel``. Empty for those of versions before 5, which had no second names.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {}
+    names = list(model.state_dict())
+    numbers = {name: torch.tensor(float(number)) for number, name in enumerate(names)}
+    try:
+        saved = revert_weight_conversion(model, numbers)
+    except Exception:  # tensors that are taken apart or put together have no second name
+        return {}
+    found = {names[int(number)]: file for file, number in saved.items() if number.dim() == 0}
+    return {name: file for name, file in found.items() if file != name}
+
+
 #: settings of transformers' configs that no file can follow, and what takes their place: keys and values of the past,
 #: which a file that takes none has no use for, and a mixture's experts in turns, whose sizes depend on the values
 _IN_FILES = (("use_cache", True, False), ("_experts_implementation", "grouped_mm", "batched_mm"))

@@ -9,7 +9,8 @@ A ``config.json`` has one width for all layers, a pruned network one for each. S
   dense network.
 - ``config.compactprune["dense"]`` keeps the dense values of what was rewritten, so that the dense network can be built
   from the same file. ``["plain"]`` says whether the rewritten config alone already builds the pruned network: then
-  plain ``from_pretrained`` loads it too.
+  plain ``from_pretrained`` loads it too. ``["names"]`` says what the weights file calls the parameters that the plan
+  cuts, where that differs, so that other versions of transformers find them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.huggingface import tied
 from nncf_compactprune.host.packages import require_package
 from nncf_compactprune.host.tensors import NNCF_HOOKS, model_tensors, named_modules
+from nncf_compactprune.integrations.renamed_layers import as_named_here, names_to_save
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.storage.checkpoint import CONFIG_FILE
 from nncf_compactprune.storage.plan_file import PLAN_FILE, plan_digest
@@ -83,9 +85,10 @@ def load_pruned_hf(
     except (OSError, ValueError, KeyError, TypeError) as error:
         msg = f"{path}: transformers cannot read it ({error}). Copy it again from where the model was saved."
         raise CompactPruneError(msg) from error
-    plan = _read_plan(folder / PLAN_FILE, _said(config, path)["plan_sha256"])
+    said = _said(config, path)
+    plan = _read_plan(folder / PLAN_FILE, said["plan_sha256"])
     kind = model_class or _named_class(transformers, config, path)
-    model = _from_pretrained(kind, plan, folder, dense_config(config), **options)
+    model = _from_pretrained(kind, plan, folder, dense_config(config), said.get("names", {}), **options)
     model.config = config
     return model  # type: ignore[no-any-return]
 
@@ -101,13 +104,15 @@ def fill(model: nn.Module, directory: str | PathLike[str]) -> None:
     :raises CompactPruneError: the checkpoint does not hold this model's weights.
     """
     config: Any = model.config
-    loaded = _from_pretrained(type(model), plan_of(model), Path(directory), dense_config(config), dtype=model.dtype)
+    loaded = _from_pretrained(type(model), plan_of(model), Path(directory), dense_config(config), {}, dtype=model.dtype)
     model.load_state_dict(loaded.state_dict(), strict=False)  # the masks, if any, follow from the compression's state
 
 
-def _from_pretrained(kind: Any, plan: PruningPlan | None, folder: Path, config: Any, **options: Any) -> Any:
+def _from_pretrained(
+    kind: Any, plan: PruningPlan | None, folder: Path, config: Any, names: Mapping[str, str], **options: Any
+) -> Any:
     try:
-        model, info = _cut_when_built(kind, plan).from_pretrained(
+        model, info = _cut_when_built(kind, plan, names).from_pretrained(
             folder, config=config, output_loading_info=True, **options
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -124,7 +129,7 @@ def _from_pretrained(kind: Any, plan: PruningPlan | None, folder: Path, config: 
     return model
 
 
-def _cut_when_built(kind: Any, plan: PruningPlan | None) -> Any:
+def _cut_when_built(kind: Any, plan: PruningPlan | None, names: Mapping[str, str]) -> Any:
     """A subclass whose networks are cut before ``from_pretrained`` fills them: transformers then does the rest, with
     its old names, its shards and its dtypes. The masks in a masked model's file are passed over."""
 
@@ -135,7 +140,7 @@ def _cut_when_built(kind: Any, plan: PruningPlan | None) -> Any:
         if plan is not None:
             # On the CPU for the plan's own indices; the network is built on the meta device.
             with torch.device("cpu"), tied(self, tie):
-                apply_plan(self, plan)
+                apply_plan(self, as_named_here(plan, names, self))
 
     passed_over = [*(kind._keys_to_ignore_on_load_unexpected or ()), re.escape(NNCF_HOOKS)]
     members = {"__init__": build, "__module__": kind.__module__, "_keys_to_ignore_on_load_unexpected": passed_over}
@@ -166,6 +171,8 @@ def describe(model: nn.Module) -> None:
         "dense": {name: getattr(dense, name) for name in fields},
         "plain": _builds(type(model), dense, fields, model, plan),
     }
+    if names := names_to_save(model, plan):
+        said["names"] = names
     for name, value in (earlier.get("dense", {}) | fields | {CONFIG_ATTRIBUTE: said}).items():
         setattr(config, name, value)
 

@@ -108,3 +108,5 @@ def test_a_cause_keeps_its_line_beside_the_operation() -> None:
     assert conversion_reason(inner) == "RuntimeError: sizes do not fit"
     checks = RuntimeError("Check 'false' failed at src/x.cpp:1:\nFrontEnd API failed\n-- No rule for: aten::istft\n")
     assert re.fullmatch("RuntimeError: No rule for: aten::istft", conversion_reason(checks))
+    follows = RuntimeError("Check 'false' failed\n-- prim::Constant with a message:\n-- No rule for: aten::istft\n")
+    assert conversion_reason(follows) == "RuntimeError: No rule for: aten::istft"

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from nncf_compactprune import ExportError, export_model
+from nncf_compactprune import export_model
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # tracers read every attribute
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # tracers read every attribute
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -40,6 +42,9 @@ def test_a_language_model_becomes_files_and_keeps_its_settings(kind: str, tmp_pa
     assert model(**TOKENS).past_key_values is not None
 
 
-def test_the_operation_that_openvino_lacks_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"No conversion rule found for operations: aten::diff"):
-        export_model(language_model("Llama"), {"input_ids": TOKENS["input_ids"]}, tmp_path / "model.xml")
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_what_openvino_cannot_trace_comes_as_an_exported_program(tmp_path: Path, dynamic_batch: bool) -> None:
+    """Without an attention mask transformers looks for packed sequences, by an operation that OpenVINO lacks."""
+    tokens = {"input_ids": TOKENS["input_ids"]}
+    (file,) = export_model(language_model("Llama"), tokens, tmp_path / "model.xml", dynamic_batch=dynamic_batch)
+    assert file.verification.batch_sizes == ((1, 3) if dynamic_batch else (1,))
