@@ -6,9 +6,11 @@ hundred modules that alone would cost as much as the analysis.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.host.torch_internals import UninitializedBuffer, UninitializedParameter
@@ -145,4 +147,17 @@ def carries_channels(tensor: Tensor) -> bool:
         tensor.is_floating_point()
         and not isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
         and tensor.dim() > 0
+    )
+
+
+@functools.cache
+def computes_in_bfloat16(device_type: str) -> bool:
+    """Whether a kind of device has instructions for bfloat16, so that a network runs faster in it.
+
+    :param device_type: as ``torch.device.type``.
+    """
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device_type == "cpu" and any(
+        torch.cpu.get_capabilities().get(n) for n in ("avx512_bf16", "amx_bf16", "bf16")
     )

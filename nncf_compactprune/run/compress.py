@@ -124,6 +124,7 @@ def _fine_tune(run: Run, dataset: ResolvedDataset, controller: CompressionContro
         optimizer,
         epochs=config.epochs,
         lr_schedule=config.lr_schedule,
+        autocast=config.autocast,
         controller=controller,
         on_epoch=lambda record: run.tell(record, "pruned", config.epochs, controller.compression_rate),
         snapshots=run.snapshots,

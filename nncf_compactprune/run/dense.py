@@ -43,6 +43,7 @@ def _pretrain(run: Run, dataset: ResolvedDataset) -> None:
         config.optimizer.build(run.model),
         epochs=config.pretrain_epochs,
         lr_schedule=config.lr_schedule,
+        autocast=config.autocast,
         on_epoch=lambda record: run.tell(record, "dense", config.pretrain_epochs),
         snapshots=run.snapshots,
         phase=DENSE,

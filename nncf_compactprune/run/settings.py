@@ -16,6 +16,7 @@ from nncf_compactprune.config import CompressionConfig, Section, load_config, lo
 from nncf_compactprune.config.reading import Document
 from nncf_compactprune.errors import nearest
 from nncf_compactprune.plugins import Plugins, default_plugins
+from nncf_compactprune.run.training import Autocast
 
 DEFAULT_MOMENTUM = 0.9
 
@@ -104,6 +105,8 @@ class RunConfig(Section):
         budgets stay shares of the dense one.
     :param pretrain_epochs: epochs of dense training first; ignored where weights are given.
     :param lr_schedule: how the learning rate falls, by epoch: ``"cosine"`` or ``"constant"``.
+    :param autocast: ``"bfloat16"`` trains in mixed precision, on channels-last images, about twice as fast where the
+        device has instructions for it; ``"auto"`` does so only there; null trains in float32.
     :param seed: of weights, batches and augmentation.
     :param output_dir: where everything is written.
     """
@@ -121,6 +124,7 @@ class RunConfig(Section):
     pretrain_epochs: int = Field(default=0, ge=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: Literal["cosine", "constant"] = "cosine"
+    autocast: Autocast | None = None
     seed: int = Field(default=0, ge=0)
     export: ExportConfig = ExportConfig()
     output_dir: str = "runs/compactprune"

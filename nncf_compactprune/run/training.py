@@ -15,11 +15,13 @@ from torch import nn
 
 from nncf_compactprune.decide.labelled import class_scores as class_scores  # also for those who import it from here
 from nncf_compactprune.host.calls import evaluating
+from nncf_compactprune.host.tensors import computes_in_bfloat16
 from nncf_compactprune.run.progress import tracked
 from nncf_compactprune.storage.snapshots import Snapshot, Snapshots
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Autocast = Literal["bfloat16", "auto"]
 
 
 class Scheduler(Protocol):
@@ -68,6 +70,7 @@ def train_epoch(
     *,
     criterion: Criterion = nn.functional.cross_entropy,
     controller: Controller | None = None,
+    autocast: Autocast | None = None,
     title: str = "Training",
 ) -> tuple[float, float]:
     """Trains for one pass over the batches.
@@ -77,10 +80,13 @@ def train_epoch(
     :param optimizer: over the model's parameters.
     :param criterion: scores and labels to the mean loss.
     :param controller: a compression controller; its scheduler is stepped and its loss added, as in NNCF's samples.
+    :param autocast: ``"bfloat16"`` runs layers in it, on channels-last images; ``"auto"`` where the device has
+        instructions for it. Weights, loss and optimizer stay in float32.
     :param title: what the progress bar is called, where one is shown.
     :return: mean loss per image and top-1 in [0, 1].
     """
     device = _device(model)
+    mixed = autocast == "bfloat16" or (autocast == "auto" and computes_in_bfloat16(device.type))
     model.train()
     loss_sum, correct, images = 0.0, 0, 0
     with tracked(batches, title, lambda: f"loss {loss_sum / max(images, 1):.4f}") as shown:
@@ -88,7 +94,11 @@ def train_epoch(
             inputs, labels = inputs.to(device), labels.to(device)
             if controller is not None:
                 controller.scheduler.step()
-            scores = class_scores(model(inputs))
+            if mixed and inputs.dim() == 4:
+                inputs = inputs.to(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+                scores = class_scores(model(inputs))
+            scores = scores.float() if mixed else scores
             loss = criterion(scores, labels)
             if controller is not None:
                 loss = loss + controller.loss()
@@ -127,6 +137,7 @@ def fit(
     lr_schedule: Literal["cosine", "constant"] = "cosine",
     criterion: Criterion = nn.functional.cross_entropy,
     controller: Controller | None = None,
+    autocast: Autocast | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
     snapshots: Snapshots | None = None,
     phase: int = 0,
@@ -141,6 +152,7 @@ def fit(
     :param lr_schedule: ``cosine`` falls from the optimizer's learning rate towards zero over the epochs.
     :param criterion: scores and labels to the mean loss.
     :param controller: a compression controller, stepped as in NNCF's samples.
+    :param autocast: see :func:`train_epoch`.
     :param on_epoch: called with each epoch's record.
     :param snapshots: where every epoch leaves a snapshot of the run.
     :param phase: which part of the run this is, for the snapshots.
@@ -160,7 +172,9 @@ def fit(
         if controller is not None:
             controller.scheduler.epoch_step()
         title = f"  epoch {epoch}/{epochs}"
-        loss, accuracy = train_epoch(model, batches, optimizer, criterion=criterion, controller=controller, title=title)
+        loss, accuracy = train_epoch(
+            model, batches, optimizer, criterion=criterion, controller=controller, autocast=autocast, title=title
+        )
         if schedule is not None:
             schedule.step()
         records.append(EpochRecord(epoch, loss, accuracy, lr, time.perf_counter() - start))

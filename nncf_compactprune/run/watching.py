@@ -120,7 +120,8 @@ def train_watching(
 
     def train(ctrl: CompressionController, trained: nn.Module, *, epoch: int, optimizer: Optimizer, **_: Any) -> float:
         start, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        loss, accuracy = train_epoch(trained, batches, optimizer, controller=ctrl, title=f"  epoch {epoch + 1}")
+        title, autocast = f"  epoch {epoch + 1}", run.config.autocast
+        loss, accuracy = train_epoch(trained, batches, optimizer, controller=ctrl, autocast=autocast, title=title)
         epochs.record = EpochRecord(epoch + 1, loss, accuracy, lr, time.perf_counter() - start)
         return loss
 

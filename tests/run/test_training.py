@@ -86,6 +86,25 @@ def test_cosine_schedule_falls_from_the_given_rate(batches: Batches) -> None:
     assert [record.lr for record in records] == [0.5, 0.5, 0.5]
 
 
+def test_autocast_runs_layers_in_bfloat16_and_trains_weights_in_float32() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
+    batches = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 2)]
+    seen: list[tuple[torch.dtype, bool]] = []
+
+    def look(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen.append((output.dtype, args[0].is_contiguous(memory_format=torch.channels_last)))
+
+    model[0].register_forward_hook(look)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = model[0].weight.detach().clone()
+    for autocast in (None, "bfloat16"):
+        fit(model, batches, optimizer, epochs=1, autocast=autocast)  # type: ignore[arg-type]
+    assert seen == [(torch.float32, False), (torch.bfloat16, True)]
+    assert model[0].weight.dtype == torch.float32
+    assert not torch.equal(model[0].weight, before)
+
+
 def test_controller_is_stepped_as_in_nncf_samples_and_its_loss_is_added(batches: Batches) -> None:
     model = nn.Linear(4, 2)
     controller = RecordingController(model)

@@ -7,7 +7,6 @@ distils; it is no part of the student (no parameters, no state, not in copies).
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nncf_compactprune.decide.labelled import class_scores
 from nncf_compactprune.errors import DistillationError, nearest
+from nncf_compactprune.host.tensors import computes_in_bfloat16
 
 Precision = Literal["same", "auto", "bfloat16", "float16"]
 _POOLS: dict[int, Callable[..., Tensor]] = {
@@ -41,19 +41,6 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         a: Tensor = ctx.saved_tensors[0]
         return (gradient + gradient.t()) @ a
-
-
-@functools.cache
-def computes_in_bfloat16(device_type: str) -> bool:
-    """Whether a kind of device has instructions for bfloat16, so that a network runs faster in it.
-
-    :param device_type: as ``torch.device.type``.
-    """
-    if device_type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device_type == "cpu" and any(
-        torch.cpu.get_capabilities().get(n) for n in ("avx512_bf16", "amx_bf16", "bf16")
-    )
 
 
 def similarity(features: Tensor, size: int | None = None) -> Tensor:

@@ -66,6 +66,7 @@ def sibling_point(
             run.optimizer.build(model),
             epochs=sibling.epochs,
             lr_schedule=run.lr_schedule,
+            autocast=run.autocast,
             on_epoch=told,
             snapshots=snapshots,
             resume=found,
