@@ -681,7 +681,10 @@ class ChannelPruning(CompressionAlgorithm):
         reasons = sorted({f"'{p.name}' ({p.size} channels): {p.reason}" for p in graph.pinned})
         shown = "\n  ".join(reasons[:10] + ([f"and {len(reasons) - 10} more"] if len(reasons) > 10 else []))
         scoped = f"All {len(graph.groups)} groups are left out by {self.left_out_by}. " if graph.groups else ""
+        consent = any(one.kind == "approximate" for one in graph.pinned)
+        hint = '\nWith "allow_approximate": true channels that are normalised over may go, too.' if consent else ""
         msg = f"nothing can be pruned in {type(self.context.model).__name__}. {scoped}Pinned:\n  {shown or 'nothing'}"
+        msg += hint
         raise NothingPrunableError(msg)
 
     def _agreed(self, rate: float) -> PruningPlan:

@@ -170,11 +170,17 @@ class AllocationProblem:
             least, dense = self.costs[kind](self.floor), self.costs[kind](self.sizes)
             if least > most:
                 shown = partial(_shown, kind)
+                offered = sum(one.size for one in graph.pinned if one.kind == "approximate")
+                consent = (
+                    f' {offered} more channels go with "allow_approximate": true, which changes what normalisations '
+                    "over channels compute."
+                )
                 msg = (
                     f"budget: {kind} of at most {shown(most)} ({most / max(dense, 1):.1%} of {shown(dense)}) cannot be "
                     f"reached: with min_channels={limits.min_channels}, max_ratio={limits.max_ratio}, "
                     f"round_to={limits.round_to} and {sum(map(bool, prunable))} of {len(self.allowed)} groups prunable "
                     f"the least is {shown(least)} ({least / max(dense, 1):.1%}). Raise the budget or loosen the floors."
+                    f"{consent if offered else ''}"
                 )
                 raise BudgetError(msg)
 
