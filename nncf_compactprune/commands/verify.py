@@ -76,7 +76,7 @@ def checks_table(checks: Sequence[ServedCheck]) -> Table:
         "Batches",
         Column("Error\n(limit)", no_wrap=True),
         Column("Same\nclass", no_wrap=True),
-        Column("Accuracy\n(torch's)", no_wrap=True),
+        Column("Accuracy\n(the other's)", no_wrap=True),
         Column("Widths", no_wrap=True),
         Column("", no_wrap=True),
     )

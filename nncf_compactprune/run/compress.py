@@ -29,6 +29,7 @@ from nncf_compactprune.run.state import FINE_TUNING, Network, Run
 from nncf_compactprune.run.training import fit
 from nncf_compactprune.run.watching import Watched, train_watching
 from nncf_compactprune.storage.checkpoint import save_pruned
+from nncf_compactprune.storage.plan_file import PLAN_FILE
 from nncf_compactprune.storage.writing import write_whole
 
 PRETRAINED = "pretrained"
@@ -89,6 +90,7 @@ def compress(run: Run, dense: Network) -> Compressed:
     plan = plan_of(model) or _plan_of_whole(run, dense.model)
     if carries_hooks(model):
         run.say("No checkpoint is written: it cannot hold a quantized network. The exported files can")
+        write_whole(run.directory / PLAN_FILE, plan.to_json().encode() + b"\n")
     else:
         save_pruned(model, run.directory, config=run.settings.document)
         _save_pretrained(run, model)

@@ -30,6 +30,33 @@ class ServedBatch:
     labels: Tensor | None
 
 
+@dataclass(frozen=True)
+class RealInputs:
+    """What a file is served where its torch model is not at hand, as a quantized one's is not after its run.
+
+    :param samples: ``[n, ...]``, of a file of one input.
+    :param labels: ``[n]``, their classes.
+    :param batch_size: of the requests, beside those of one sample.
+    """
+
+    samples: Tensor
+    labels: Tensor
+    batch_size: int = 32
+
+    def requests(self, fixed: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Samples and their labels, which are None where other batches hold these samples.
+
+        :param fixed: the only batch size that the file takes; None: single samples first, then larger batches.
+        """
+        if fixed is None and self.batch_size > 1:
+            yield from ((one[None], None) for one in self.samples[:SINGLES])
+        size = fixed or self.batch_size
+        for start in range(0, len(self.samples), size):
+            chunk = self.samples[start : start + size]
+            if len(chunk) == size or fixed is None:
+                yield chunk, self.labels[start : start + size]
+
+
 class TorchSide:
     """A torch model on real inputs.
 
@@ -90,14 +117,9 @@ class TorchSide:
             sizes = [fixed] if fixed is not None else [1, max(2, self.inputs.batch_size)]
             yield from ((self.inputs.with_batch(size), None) for size in sizes)
             return
-        if fixed is None and self.batch_size > 1:
-            yield from ((self._called_with(one[None]), None) for one in self.samples[:SINGLES])
-        size = fixed or self.batch_size
-        for start in range(0, len(self.samples), size):
-            chunk = self.samples[start : start + size]
-            if len(chunk) == size or fixed is None:
-                labels = None if self.labels is None else self.labels[start : start + size]
-                yield self._called_with(chunk), labels
+        labels = torch.zeros(len(self.samples)) if self.labels is None else self.labels
+        for chunk, known in RealInputs(self.samples, labels, self.batch_size).requests(fixed):
+            yield self._called_with(chunk), None if self.labels is None else known
 
     def _called_with(self, samples: Tensor) -> ModelInputs:
         example = self.example_inputs

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from torch import Tensor
 
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.formats import in_file_order
-from nncf_compactprune.export.prepared import Array, FlatModel, evaluation_on_cpu, reason_of
+from nncf_compactprune.export.prepared import Array, FlatModel, ModelInputs, evaluation_on_cpu, reason_of
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.serving.departure import between, from_torch, module_values, relative_error
 from nncf_compactprune.serving.noise import noise_for
 from nncf_compactprune.serving.open import open_server
-from nncf_compactprune.serving.reference import ServedBatch, TorchSide
+from nncf_compactprune.serving.reference import RealInputs, ServedBatch, TorchSide
 from nncf_compactprune.serving.server import Server, Serving
 
 SERVED_TOLERANCES = {"f32": 1e-4, "f16": 2e-2, "bf16": 5e-2, "int8": 1e-1}
@@ -76,6 +77,7 @@ def verify_served(
     torch_side: TorchSide | None,
     serving: Serving = Serving(),  # noqa: B008  # frozen
     *,
+    real: RealInputs | None = None,
     tolerance: float | None = None,
     max_drop: float = MAX_DROP,
     plugins: Plugins | None = None,
@@ -84,8 +86,9 @@ def verify_served(
 
     :param path: the file.
     :param torch_side: the network that it was exported from, on inputs; None compares the file with itself in float32,
-        on noise.
+        on ``real`` inputs or noise.
     :param serving: how; by default as an ordinary user serves it.
+    :param real: images and labels where there is no torch network.
     :param tolerance: largest accepted error relative to the largest output; default: by arithmetic.
     :param max_drop: largest accepted loss of accuracy against torch, in [0, 1].
     :param plugins: where formats come from; the installed plugins by default.
@@ -99,7 +102,7 @@ def verify_served(
         problems += wrong
         batches = torch_side.batches(server.fixed_batch)
     else:
-        batches = _own_batches(path, server, plugins)
+        batches = _own_batches(path, server, real, plugins)
     compared = _Compared(torch_side)
     try:
         for batch in batches:
@@ -110,12 +113,13 @@ def verify_served(
     if torch_side is not None and server.precision != "f32" and not server.quantized and not problems:
         problems += _wrong_in_f32(path, serving, torch_side, batches, plugins)
     labelled = compared.labelled > 0
+    whose = "torch's" if torch_side is not None else "in f32 it"
     limit = tolerance if tolerance is not None else _limit(server, labelled)
     if limit is not None and not compared.error <= limit:
         problems.append(_departs(path, server, torch_side, batches[0], compared, limit, plugins))
     if labelled and compared.torch_correct - compared.correct > max_drop * compared.labelled:
         problems.append(
-            f"accuracy {compared.accuracy:.2%} as served, torch's is {compared.torch_accuracy:.2%} on the same "
+            f"accuracy {compared.accuracy:.2%} as served, {whose} is {compared.torch_accuracy:.2%} on the same "
             f"{compared.labelled} samples. A loss of {100 * max_drop:g} % of the samples is accepted."
         )
     return ServedCheck(
@@ -168,9 +172,9 @@ class _Compared:
             if not error <= self.error:
                 self.error, self.where = error, f"output {position}, batch {batch.inputs.batch_size}"
         self.samples += batch.inputs.batch_size
-        if batch.labels is not None and self._side is not None:
-            labels = batch.labels.numpy()
-            ours, theirs = (self._first(one[self._side.scores_at]) for one in (outputs, batch.outputs))
+        if batch.labels is not None:
+            labels, at = batch.labels.numpy(), 0 if self._side is None else self._side.scores_at
+            ours, theirs = (self._first(one[at]) for one in (outputs, batch.outputs))
             self.labelled += len(labels)
             self.agreeing += int((ours == theirs).sum())
             self.correct += int((ours == labels).sum())
@@ -267,12 +271,18 @@ def _departs(
     return f"{said} It begins at {found}." if found else f"{said} Every single operation stays below it."
 
 
-def _own_batches(path: Path, server: Server, plugins: Plugins | None) -> list[ServedBatch]:
-    """Noise, and what the file itself makes of it in float32."""
+def _own_batches(path: Path, server: Server, real: RealInputs | None, plugins: Plugins | None) -> list[ServedBatch]:
+    """Real inputs or noise, and what the file itself makes of them in float32."""
     exact = open_server(path, Serving(precision=None if path.suffix == ".onnx" else "f32"), plugins=plugins)
+    requests: list[tuple[ModelInputs, Tensor | None]]
+    if real is not None and len(server.input_names) == 1:
+        names = server.input_names
+        requests = [(ModelInputs(names, (one,), False, {}), known) for one, known in real.requests(server.fixed_batch)]
+    else:
+        sizes = [server.fixed_batch] if server.fixed_batch else [1, 2]
+        requests = [(noise_for(server, size), None) for size in sizes]
     batches = []
-    for size in [server.fixed_batch] if server.fixed_batch else [1, 2]:
-        inputs = noise_for(server, size)
+    for inputs, labels in requests:
         named = dict(zip(inputs.names, inputs.arrays(), strict=True))
-        batches.append(ServedBatch(inputs, tuple(exact.run(in_file_order(path, exact.input_names, named))), None))
+        batches.append(ServedBatch(inputs, tuple(exact.run(in_file_order(path, exact.input_names, named))), labels))
     return batches

@@ -18,7 +18,7 @@ from nncf_compactprune import prune
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export import export_model
 from nncf_compactprune.serving import Serving, open_server
-from nncf_compactprune.serving.reference import TorchSide
+from nncf_compactprune.serving.reference import RealInputs, TorchSide
 from nncf_compactprune.serving.verify import verify_served
 
 EXACT = Serving(precision="f32")
@@ -53,6 +53,20 @@ def test_file_is_compared_on_samples_in_two_batch_sizes(name: str, files: Path, 
     assert check.accuracy == pytest.approx(0.9, abs=0.051)  # bfloat16 may decide one sample otherwise
     layers = len(torch_side.widths())
     assert check.widths == (layers, layers)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.xml"])
+def test_without_torch_a_file_is_compared_with_itself_on_real_inputs(
+    name: str, files: Path, torch_side: TorchSide
+) -> None:
+    assert torch_side.samples is not None
+    assert torch_side.labels is not None
+    real = RealInputs(torch_side.samples, torch_side.labels, batch_size=8)
+    check = verify_served(files / name, None, real=real)
+    assert check.passed, check.problems
+    assert (check.compared_with, check.samples, check.batch_sizes) == ("itself in f32", 20, (1, 4, 8))
+    assert check.torch_accuracy == 0.9
+    assert check.accuracy == pytest.approx(0.9, abs=0.051)
 
 
 def test_ir_is_served_in_what_openvino_chooses(files: Path, torch_side: TorchSide) -> None:
