@@ -19,6 +19,7 @@ users can name without reading the network's code left to it.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import warnings
 from collections.abc import Iterable
@@ -86,7 +87,7 @@ def exported(model: torch.nn.Module, x: Any, name: str, file: str) -> str:
     try:
         export_model(model, x, FILES / name.replace(" ", "_") / file, dynamic_batch=False)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"[:300]
+        return f"{type(error).__name__}: {error}".replace(f"{FILES}{os.sep}", "")[:300]
     return ""
 
 

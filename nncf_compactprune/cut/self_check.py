@@ -21,8 +21,9 @@ from nncf_compactprune.cut.transaction import Transaction, for_a_while, transact
 from nncf_compactprune.cut.trials import Trial, trials
 from nncf_compactprune.errors import SelfCheckError
 from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.marks import written_arguments
 from nncf_compactprune.host.tensors import model_tensors
-from nncf_compactprune.host.torch_internals import tree_leaves, tree_map
+from nncf_compactprune.host.torch_internals import TorchDispatchMode, tree_leaves, tree_map
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
 
@@ -237,12 +238,29 @@ def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
 
 @contextmanager
 def in_double(model: nn.Module) -> Iterator[None]:
-    """The model in double precision; its own tensors are back afterwards, bit for bit."""
+    """The model in double precision, with what its code makes in single; its tensors are back afterwards, bit for bit."""
     with for_a_while() as log:
         for _, tensor in model_tensors(model).named():
             if tensor.is_floating_point():
                 log.set_data(tensor, tensor.data.double())
-        yield
+        with _NothingSingle():
+            yield
+
+
+class _NothingSingle(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Code that asks for float32 (a grid of positions, ``.float()``) gets float64, and where an operation meets both, as
+    with a constant of the code, the float32 one is converted."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        kinds = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        if {torch.float32, torch.float64} <= kinds and not written_arguments(func):
+            args, kwargs = tree_map(to_double, args), tree_map(to_double, kwargs)
+        return func(*args, **kwargs)
 
 
 def to_double(leaf: Any) -> Any:

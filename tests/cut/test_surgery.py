@@ -14,7 +14,7 @@ from torch import nn
 from nncf_compactprune import PruningPlan, apply_plan, create_compressed_model
 from nncf_compactprune.channels import trace
 from nncf_compactprune.cut.masks import Masks
-from nncf_compactprune.cut.self_check import prune_in_place
+from nncf_compactprune.cut.self_check import in_double, prune_in_place
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import PlanError, SelfCheckError
 from nncf_compactprune.host.tensors import model_tensors
@@ -142,6 +142,33 @@ def test_channels_last_stays_channels_last():
     prune_in_place(model, random_plan(model, x), x)
     weight = model.features[2][0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Positions(nn.Module):
+    """Its code makes single precision: a grid, a constant, and a conversion."""
+
+    scale = torch.full((3, 8), 0.5)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x):
+        grid = torch.arange(x.shape[-1], dtype=torch.float32).expand(x.shape[0], 1, 1, -1)
+        seen = self.conv(x.float() + grid).float().mean((2, 3))
+        return seen @ self.scale.T
+
+
+def test_code_that_makes_single_precision_runs_in_double():
+    model, x = Positions().eval(), torch.randn(2, 3, 6, 6)
+    expected, weight = model(x), model.conv.weight.detach().clone()
+    with in_double(model):
+        found = model(x.double())
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected)
+    assert not torch.equal(found, expected.double())
+    assert torch.equal(model.conv.weight, weight)
+    assert model.scale.dtype == torch.float32
 
 
 def test_half_precision_models_are_checked_in_double():
