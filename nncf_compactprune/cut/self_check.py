@@ -238,7 +238,7 @@ def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
 
 @contextmanager
 def in_double(model: nn.Module) -> Iterator[None]:
-    """The model in double precision, with what its code makes in single; its tensors are back afterwards, bit for bit."""
+    """The model in double precision, and what its code makes, too; its tensors are back afterwards, bit for bit."""
     with for_a_while() as log:
         for _, tensor in model_tensors(model).named():
             if tensor.is_floating_point():
@@ -248,7 +248,7 @@ def in_double(model: nn.Module) -> Iterator[None]:
 
 
 class _NothingSingle(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Code that asks for float32 (a grid of positions, ``.float()``) gets float64, and where an operation meets both, as
+    """Code that asks for float32 (a grid of positions, ``.float()``) gets float64; where an operation meets both, as
     with a constant of the code, the float32 one is converted."""
 
     supports_higher_order_operators = True

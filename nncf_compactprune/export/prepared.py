@@ -25,6 +25,7 @@ from nncf_compactprune.host.calls import evaluating, unmarked
 from nncf_compactprune.host.huggingface import set_for_files
 from nncf_compactprune.host.marks import Marks, Writes
 from nncf_compactprune.host.nncf_hooks import hooks
+from nncf_compactprune.host.nncf_quantization import belongs_into_files
 
 Array = npt.NDArray[Any]
 
@@ -271,7 +272,8 @@ def refuse_hooks(model: nn.Module, *, stripped_quantizers: bool) -> None:
         found = {hook.key: hook.module for hook in hooks(module)}
         quantizers = {key for key, hook in found.items() if isinstance(hook, torch.ao.quantization.FakeQuantizeBase)}
         everywhere = {key for key in quantizers if getattr(found[key], "exports_to_onnx", False)}
-        left = [key for key in found if key not in (quantizers if stripped_quantizers else everywhere)]
+        taken = quantizers if stripped_quantizers else everywhere
+        left = [key for key, hook in found.items() if key not in taken and not belongs_into_files(hook)]
         if not left:
             continue
         kinds = ", ".join(sorted({type(found[key]).__name__ for key in left}))

@@ -20,6 +20,7 @@ from nncf.torch.function_hook import get_hook_storage, is_wrapped, wrap_model
 from nncf.torch.model_graph_manager import get_const_node
 from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
 from nncf.torch.quantization.layers import BaseQuantizer as BaseQuantizer
+from nncf.torch.quantization.layers import SQMultiply
 from nncf.torch.quantization.reference import torch_executor
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase
@@ -63,6 +64,12 @@ class Levels:
     scale: Tensor
     zero_point: Tensor
     axis: int
+
+
+def belongs_into_files(module: nn.Module) -> bool:
+    """Whether a hook of NNCF is part of what a quantized network computes, other than its quantizers: SmoothQuant's
+    factors before a layer, whose weight holds their inverse."""
+    return isinstance(module, SQMultiply)
 
 
 def is_quantizer(module: nn.Module) -> bool:
@@ -220,7 +227,10 @@ def _weight(model: nn.Module, graph: Any, hook: Hook) -> nn.Parameter | None:
     """The parameter that a quantizer sees, None for activations."""
     name = hook.operation
     if hook.before:
-        constant = get_const_node(graph.get_node_by_name(hook.operation), hook.port, graph)
+        try:
+            constant = get_const_node(graph.get_node_by_name(hook.operation), hook.port, graph)
+        except nncf.InternalError:  # an activation, as the inputs of attention's products are
+            return None
         if constant is None:
             return None
         name = constant.layer_attributes.name

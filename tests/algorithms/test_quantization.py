@@ -11,6 +11,7 @@ import openvino
 import pytest
 import torch
 import torch.nn.functional as F
+from nncf.torch.quantization.layers import SQMultiply
 from support.networks import Classifier, ResidualBlock, conv_bn
 from torch import Tensor, nn
 
@@ -107,6 +108,39 @@ def test_pruned_then_quantized_files_hold_int8_and_run_as_int8(tmp_path) -> None
     precisions = [precision for kind, precision in layers_in(files["openvino"].path) if kind == "Convolution"]
     assert precisions
     assert all("8" in precision for precision in precisions)
+
+
+class Attention(nn.Module):
+    """A patch embedding, one block of attention, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 32, 4, 4)
+        self.norm, self.qkv, self.proj = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.mlp = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).reshape(x.shape[0], 16, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(seen.transpose(1, 2).reshape(x.shape[0], 16, 32))
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+def test_a_pruned_transformer_is_quantized_with_its_smoothing(tmp_path) -> None:
+    torch.manual_seed(0)
+    ctrl, model = compress(
+        Attention().eval(), {**PRUNE, "budget": {"macs": 0.8}}, entry(params={"model_type": "transformer"})
+    )
+    model = ctrl.strip()
+    assert any(isinstance(hook.module, SQMultiply) for hook in hooks(model))
+    (onnx_file,) = export_model(model, X, tmp_path, formats=["onnx"])
+    # OpenVINO computes int8 attention of such a small network otherwise than torch, NNCF's own networks included.
+    (ir_file,) = export_model(model, X, tmp_path, formats=["openvino"], tolerance=1.0)
+    assert (onnx_file.precision, ir_file.precision) == ("int8", "int8")
+    products = [kind for kind, precision in layers_in(tmp_path / "model_int8.xml") if precision in ("u8", "i8")]
+    assert products
 
 
 def stored_bytes(path) -> int:
