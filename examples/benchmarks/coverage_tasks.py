@@ -184,8 +184,8 @@ def report(rows: list[dict[str, Any]]) -> str:
         failures += [
             "",
             "rtdetr-l and D-FINE choose among nearly equal scores of random weights: rounding decides. torchvision's "
-            "detectors take lists of images, and its own operations were not there to be exported. OpenVINO itself dies "
-            "on two dense language models in bfloat16.",
+            "detectors take lists of images, and its own operations were not there to be exported. OpenVINO itself "
+            "dies on two dense language models in bfloat16.",
         ]
     for title, entries in (("What did not work, and why", failures), ("Why Torch-Pruning ends", endings)):
         lines += ["", f"## {title}", "", *entries] if entries else []
