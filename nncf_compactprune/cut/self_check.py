@@ -243,7 +243,7 @@ def in_double(model: nn.Module) -> Iterator[None]:
         for _, tensor in model_tensors(model).named():
             if tensor.is_floating_point():
                 log.set_data(tensor, tensor.data.double())
-        with _NothingSingle():
+        with _NothingSingle():  # type: ignore[no-untyped-call]
             yield
 
 
