@@ -75,7 +75,8 @@ _IN_FILES = (("use_cache", True, False), ("_experts_implementation", "grouped_mm
 @contextmanager
 def set_for_files(model: nn.Module) -> Iterator[None]:
     """In the body, a model of transformers computes what it does, in the way that a file can hold."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in found if config is not None}
     changed = [
         (config, *setting)
         for config in configs.values()
