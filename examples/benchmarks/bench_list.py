@@ -69,8 +69,8 @@ BENCHMARKS = (
         ("coverage_tasks.md",),
         peer="ultralytics",
         behind=(
-            "Where OpenVINO computes in bfloat16, small networks gain little from half of the MACs: YOLOs of the nano size "
-            "nothing. See `round_to`, and budgets of latency.",
+            "Where OpenVINO computes in bfloat16, small networks gain little from half of the MACs, YOLOs of the nano "
+            "size nothing. See `round_to`, and budgets of latency.",
         ),
     ),
     Benchmark(
@@ -276,9 +276,9 @@ BENCHMARKS = (
         ("round_to.md",),
         peer="ultralytics",
         behind=(
-            "With the default `round_to`, YOLOv8n at half of its MACs takes 1.14 times as long as the dense network where "
-            "OpenVINO computes in bfloat16. With multiples of 32 it takes 0.81; accuracy was not measured, so the default "
-            "is as it was.",
+            "With the default `round_to`, YOLOv8n at half of its MACs takes 1.14 times as long as the dense network "
+            "where OpenVINO computes in bfloat16. With multiples of 32 it takes 0.81. What that costs in accuracy was "
+            "not measured, so the default is as it was.",
         ),
     ),
     Benchmark(
