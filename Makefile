@@ -111,7 +111,7 @@ $(VENV)-nncf219/.installed: $(VENV)/.installed-dev
 	touch $@
 
 $(VENV)-optimum/.installed: $(VENV)/.installed-dev
-	$(call an_environment_before,$(VENV)-optimum,optimum-intel)
+	$(call an_environment_before,$(VENV)-optimum,optimum-intel==2.2.0)
 	touch $@
 
 $(VENV)-floors/.installed: pyproject.toml constraints-floors.txt

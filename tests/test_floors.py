@@ -16,7 +16,7 @@ def test_every_floor_is_tested() -> None:
     tested = dict(line.split("==") for line in lines if "==" in line)
     # The oldest NNCF has an environment of its own; constraints-floors.txt holds the oldest NNCF 3.
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    own = re.search(r" nncf==([0-9.]+)", makefile)
+    own = re.search(r"\bnncf==([0-9.]+)", makefile)
     assert own is not None
     tested["nncf"] = own[1]
     assert len(floors) == listed[1].count('"') // 2, "a dependency without a floor"

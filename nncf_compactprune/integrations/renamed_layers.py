@@ -15,7 +15,11 @@ from nncf_compactprune.plan import PruningPlan
 
 
 def names_to_save(model: nn.Module, plan: PruningPlan) -> dict[str, str]:
-    """What else a file calls the parameters that a plan cuts, for :func:`as_named_here`."""
+    """What else a file calls the parameters that a plan cuts, for :func:`as_named_here`.
+
+    :param model: the pruned network.
+    :param plan: its plan.
+    """
     names = names_in_files(model)
     return {name: names[name] for name in plan.kept if name in names}
 
