@@ -89,7 +89,7 @@ def exported(model: torch.nn.Module, x: Any, name: str, file: str) -> str:
     try:
         export_model(model, x, folder_of(name) / file, dynamic_batch=False)
     except Exception as error:
-        return f"{type(error).__name__}: {error}".replace(f"{FILES}{os.sep}{name}{os.sep}", "")[:300]
+        return f"{type(error).__name__}: {error}".replace(f"{folder_of(name)}{os.sep}", "")[:300]
     return ""
 
 

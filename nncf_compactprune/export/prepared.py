@@ -23,7 +23,7 @@ from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.options import ExportOptions
 from nncf_compactprune.host.calls import evaluating, unmarked
 from nncf_compactprune.host.huggingface import set_for_files
-from nncf_compactprune.host.marks import Marks, Writes
+from nncf_compactprune.host.marks import Writes
 from nncf_compactprune.host.nncf_hooks import hooks
 from nncf_compactprune.host.nncf_quantization import belongs_into_files
 
@@ -177,14 +177,11 @@ class Prepared:
         A network may keep what it computed for the shape of its last input, such as a detector its anchors. Computed
         while it is traced, that differs from run to run, and the model would keep the tracer's fake tensors.
         """
-        marks, writes = Marks(self.flat.model), Writes()
-        writes.memory = marks.memory
-        try:
+        writes = Writes()
+        with unmarked(self.flat.model, mode=writes):
             with torch.no_grad(), writes:
                 self.flat(*(tensor.clone() for tensor in self.trace_inputs.tensors))
             yield
-        finally:
-            marks.undo()
 
 
 @contextmanager
@@ -320,10 +317,8 @@ def evaluation_on_cpu(model: nn.Module) -> Iterator[nn.Module]:
     on_cpu = copy.deepcopy(model).to("cpu") if elsewhere else model
     buffers = [(buffer, buffer.detach().clone()) for buffer in on_cpu.buffers()]
     try:
-        with (
-            set_for_files(on_cpu),
-            evaluating(on_cpu, mode=Writes()),
-        ):  # not entered: exporters do not run under a dispatch mode
+        # The mode is not entered: exporters do not run under a dispatch mode.
+        with set_for_files(on_cpu), evaluating(on_cpu, mode=Writes()):
             yield on_cpu
     finally:
         for buffer, before in buffers:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import ExportError, ResolveError
 from nncf_compactprune.export.formats import export_formats, format_of
 from nncf_compactprune.plan import PruningPlan
@@ -149,9 +148,7 @@ def network_of(file: Path, run: Path) -> str:
 def _known_of(run: Path, samples: int, batch_size: int, say: Callable[[str], None], plugins: Plugins | None) -> _Known:
     settings = read_settings(run / CONFIG_FILE, plugins=plugins)
     models = dict(_networks(run, settings, plugins))
-    pruned = models.get("pruned")
-    plan = None if pruned is None else plan_of(pruned.model)
-    classes: Sequence[int] = () if plan is None else plan.output_classes
+    classes = PruningPlan.from_json((run / PLAN_FILE).read_bytes()).output_classes
     images = labels = None
     dataset = None
     if settings.run.dataset is not None:
@@ -172,13 +169,11 @@ def _known_of(run: Path, samples: int, batch_size: int, say: Callable[[str], Non
             batch_size,
             classes if name == "dense" else (),
         )
-    if dataset is None or pruned is not None or "dense" not in models:
+    if images is None or "pruned" in models:
         return _Known(sides)
-    classes = PruningPlan.from_json((run / PLAN_FILE).read_bytes()).output_classes
-    known = normalised_for(models["dense"], only_classes(dataset, classes) if classes else dataset)
     summary = run / SUMMARY_FILE
     accuracy = json.loads(summary.read_bytes())["pruned"]["accuracy"] if summary.is_file() else None
-    return _Known(sides, RealInputs(*even_samples(known, samples), batch_size), accuracy)
+    return _Known(sides, RealInputs(images, labels, batch_size), accuracy)
 
 
 def _networks(run: Path, settings: Settings, plugins: Plugins | None) -> list[tuple[str, ResolvedModel]]:

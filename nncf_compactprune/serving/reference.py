@@ -35,16 +35,16 @@ class RealInputs:
     """What a file is served where its torch model is not at hand, as a quantized one's is not after its run.
 
     :param samples: ``[n, ...]``, of a file of one input.
-    :param labels: ``[n]``, their classes.
+    :param labels: ``[n]``, their classes, or None.
     :param batch_size: of the requests, beside those of one sample.
     """
 
     samples: Tensor
-    labels: Tensor
+    labels: Tensor | None
     batch_size: int = 32
 
     def requests(self, fixed: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Samples and their labels, which are None where other batches hold these samples.
+        """Samples and their labels, which are None without labels or where other batches hold these samples.
 
         :param fixed: the only batch size that the file takes; None: single samples first, then larger batches.
         """
@@ -54,7 +54,7 @@ class RealInputs:
         for start in range(0, len(self.samples), size):
             chunk = self.samples[start : start + size]
             if len(chunk) == size or fixed is None:
-                yield chunk, self.labels[start : start + size]
+                yield chunk, None if self.labels is None else self.labels[start : start + size]
 
 
 class TorchSide:
@@ -117,9 +117,8 @@ class TorchSide:
             sizes = [fixed] if fixed is not None else [1, max(2, self.inputs.batch_size)]
             yield from ((self.inputs.with_batch(size), None) for size in sizes)
             return
-        labels = torch.zeros(len(self.samples)) if self.labels is None else self.labels
-        for chunk, known in RealInputs(self.samples, labels, self.batch_size).requests(fixed):
-            yield self._called_with(chunk), None if self.labels is None else known
+        for chunk, labels in RealInputs(self.samples, self.labels, self.batch_size).requests(fixed):
+            yield self._called_with(chunk), labels
 
     def _called_with(self, samples: Tensor) -> ModelInputs:
         example = self.example_inputs
