@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -28,12 +29,15 @@ class OptimizerConfig(Section):
     :param lr: learning rate at the start of the schedule.
     :param momentum: of ``sgd``; null means 0.9.
     :param weight_decay: as torch applies it.
+    :param max_grad_norm: where the norm of all gradients together is longer, they are scaled down to it before a step;
+        null: never. The first gradients after a deep cut can be a hundred times those of a trained network.
     """
 
     type: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(default=0.05, gt=0)
     momentum: float | None = Field(default=None, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _momentum_is_for_sgd(self) -> OptimizerConfig:
@@ -44,13 +48,22 @@ class OptimizerConfig(Section):
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Returns the optimizer over the model's trainable parameters."""
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = self._of([parameter for parameter in model.parameters() if parameter.requires_grad])
+        if self.max_grad_norm is not None:
+            optimizer.register_step_pre_hook(partial(_clip, self.max_grad_norm))
+        return optimizer
+
+    def _of(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         if self.type == "sgd":
             momentum = DEFAULT_MOMENTUM if self.momentum is None else self.momentum
             return torch.optim.SGD(parameters, self.lr, momentum, weight_decay=self.weight_decay)
-        if self.type == "adam":
-            return torch.optim.Adam(parameters, self.lr, weight_decay=self.weight_decay)
-        return torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
+        kind = torch.optim.Adam if self.type == "adam" else torch.optim.AdamW
+        return kind(parameters, self.lr, weight_decay=self.weight_decay)
+
+
+def _clip(norm: float, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A hook before a step: parameters that joined later are seen, too."""
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
 
 
 class ExportConfig(Section):
@@ -98,7 +111,7 @@ class RunConfig(Section):
     :param dataset: ``digits``, ``cifar10:PATH``, ``imagefolder:DIR``, ``python:module:function``, or a plugin's; null
         needs ``weights``, ``input_info`` and no epochs: nothing is trained and no accuracy measured.
     :param dataset_options: the dataset's own options: ``mean`` and ``std`` of ``cifar10`` and ``imagefolder``,
-        ``train_samples`` and ``test_samples`` of ``cifar10``, ``image_size`` of ``imagefolder``.
+        ``train_samples`` and ``test_samples`` of ``cifar10``, ``image_size`` and ``smallest_crop`` of ``imagefolder``.
     :param batch_size: images a step.
     :param epochs: fine-tuning epochs, while and after pruning.
     :param warm_start: directory of a finished run of the same dense network, whose pruned network is pruned further;

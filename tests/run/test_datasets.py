@@ -99,6 +99,22 @@ def test_augmentation_keeps_shape_and_range_and_follows_its_generator(augment: d
     assert not torch.equal(first, other)
 
 
+def test_crops_keep_the_share_of_the_area_that_is_asked_for() -> None:
+    """On a ramp, the widest difference of a crop is its side."""
+    ramp = torch.linspace(0, 1, 65).expand(200, 1, 65, 65)
+    sides = {}
+    for smallest in (0.35, 0.8):
+        crops = resized_crop_and_flip(ramp, torch.Generator().manual_seed(0), smallest)
+        sides[smallest] = float((crops.amax((1, 2, 3)) - crops.amin((1, 2, 3))).min())
+    assert sides == {0.35: pytest.approx(0.35**0.5, abs=0.03), 0.8: pytest.approx(0.8**0.5, abs=0.03)}
+
+
+@pytest.mark.parametrize("smallest", [0, 1.5])
+def test_a_crop_that_cannot_be_is_refused(smallest: float, plugins: Plugins, tmp_path: Path) -> None:
+    with pytest.raises(ResolveError, match=f"smallest_crop: a share of .* up to 1; got {smallest}"):
+        resolve_dataset(f"imagefolder:{tmp_path}", {"smallest_crop": smallest}, plugins)
+
+
 def test_crop_and_flip_only_moves_pixels() -> None:
     """Every result is one of the 9 x 9 crops of the padded image or the mirror of one."""
     image = torch.rand(1, 2, 5, 5)

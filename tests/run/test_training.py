@@ -157,6 +157,19 @@ def test_optimizer_is_built_as_configured(
     assert optimizer.param_groups[0]["params"] == [model.weight]
 
 
+def test_long_gradients_of_all_weights_together_are_scaled_down_to_the_norm() -> None:
+    model = nn.Linear(2, 2)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = OptimizerConfig(lr=1.0, momentum=0.0, weight_decay=0.0, max_grad_norm=0.5).build(model)
+    for gradient, length in ((30.0, 0.5), (0.01, 0.01 * 6**0.5)):
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            parameter.data.copy_(value)
+            parameter.grad = torch.full_like(value, gradient)
+        optimizer.step()
+        moved = [p.detach() - value for p, value in zip(model.parameters(), before, strict=True)]
+        assert torch.cat([step.flatten() for step in moved]).norm() == pytest.approx(length, rel=1e-4)
+
+
 def test_momentum_of_adam_is_refused() -> None:
     with pytest.raises(ValidationError, match="'momentum' belongs to sgd, not to adam"):
         OptimizerConfig(type="adam", momentum=0.9)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+SMALLEST_CROP = 0.35  # of an image's area
+
 
 def jitter(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Turns by up to 0.2 rad, scales by up to 10 % and shifts by up to an eighth of the half width.
@@ -39,15 +41,18 @@ def crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Ten
     return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def resized_crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Cuts squares of 35 to 100 % of the area, resizes them back and mirrors half of the images.
+def resized_crop_and_flip(
+    images: torch.Tensor, generator: torch.Generator, smallest: float = SMALLEST_CROP
+) -> torch.Tensor:
+    """Cuts squares of a share of the area, drawn up to all of it, resizes them back and mirrors half of the images.
 
     :param images: ``[n, c, h, w]``.
     :param generator: of the CPU.
+    :param smallest: least share of the area, in (0, 1].
     :return: new images, same shape.
     """
     n = len(images)
-    scale = (0.35 + 0.65 * torch.rand(n, generator=generator)).sqrt()
+    scale = (smallest + (1 - smallest) * torch.rand(n, generator=generator)).sqrt()
     shift = (torch.rand(n, 2, generator=generator) * 2 - 1) * (1 - scale[:, None])
     mirrored = torch.rand(n, generator=generator) < 0.5
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
