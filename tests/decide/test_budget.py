@@ -109,7 +109,8 @@ def test_automatic_rounding_leaves_narrow_groups_every_width_and_wide_ones_vecto
         assert group.size < 128
         steps = set(np.diff(allowed_widths(group, Limits(round_to="auto"))[:-1]))
         assert steps <= {max(1, group.size // 16)}
-    wide = trace(nn.Sequential(nn.Conv2d(3, 256, 1), nn.Conv2d(256, 192, 1), nn.Conv2d(192, 2, 1)), torch.randn(2, 3, 4, 4))
+    layers = nn.Conv2d(3, 256, 1), nn.Conv2d(256, 192, 1), nn.Conv2d(192, 2, 1)
+    wide = trace(nn.Sequential(*layers), torch.randn(2, 3, 4, 4))
     assert [set(np.diff(allowed_widths(g, Limits(round_to="auto")))) for g in wide.groups[:2]] == [{32}, {16}]
     widths = ALLOCATIONS["uniform"](problem(graph, macs=0.5, limits=Limits(round_to="auto")), random_scores(graph))
     assert graph.cost.macs(widths) <= 0.5 * graph.macs
