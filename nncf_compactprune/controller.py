@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nncf.common.logging import nncf_logger
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class Scheduler:
         self.current_epoch = self.current_epoch + 1 if next_epoch is None else next_epoch
         for algorithm in self._controller.begun:
             algorithm.epoch_step(self.current_epoch)
+        self._controller.tell_of_waiting()
 
     def step(self, next_step: int | None = None) -> None:
         """Begins the next training step, or ``next_step`` (counted from 0)."""
@@ -100,6 +102,7 @@ class CompressionController:
         self.algorithms = tuple(sorted(algorithms, key=lambda algorithm: algorithm.begins))
         self.scheduler = Scheduler(self)
         self._begun = 0
+        self._told = False
         for algorithm in self.algorithms:
             algorithm.capture()
 
@@ -111,6 +114,19 @@ class CompressionController:
         while self._begun < len(self.algorithms) and all(a.settled for a in self.started):
             self.algorithms[self._begun].prepare(None if states is None else states[self._begun])
             self._begun += 1
+
+    def tell_of_waiting(self) -> None:
+        """Says once that algorithms wait for a cut which only :meth:`strip` will bring."""
+        holding = [a.name for a in self.started if not a.settled and a.stage() is CompressionStage.FULLY_COMPRESSED]
+        waiting = [a.name for a in self.algorithms[self._begun :]]
+        if self._told or not holding or not waiting or self._context.optimizer is not None:
+            return
+        self._told = True
+        nncf_logger.warning(
+            f"{', '.join(waiting)} waits for the cut of '{holding[0]}', which comes at strip() only, as no optimizer is "
+            "known. Call ctrl.attach(optimizer=...) before the training: the network is then cut when its schedule "
+            "ends, and what waits takes part in the training."
+        )
 
     @property
     def begun(self) -> Iterator[CompressionAlgorithm]:

@@ -18,6 +18,8 @@ from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plugins import Plugins
 
+MASKED_WEIGHTS = "masked weights"
+"""Key of :attr:`Context.shared`: true while an algorithm of the list masks single weights, until it is stripped."""
 TARGET_KEYS = ("labels", "label", "target", "targets")
 
 

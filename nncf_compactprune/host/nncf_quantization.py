@@ -27,6 +27,7 @@ from torch.ao.quantization import FakeQuantizeBase
 
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_hooks import Hook, hooks, nncf_graph
+from nncf_compactprune.host.nncf_sparsity import is_mask
 from nncf_compactprune.host.tensors import NNCF_HOOKS, named_modules, own_tensors
 
 #: NNCF's types of operations that sum products: what 8 bits are for
@@ -78,9 +79,10 @@ def is_quantizer(module: nn.Module) -> bool:
 
 
 def quantize_in_place(model: nn.Module, dataset: nncf.Dataset, **options: Any) -> None:
-    """``nncf.quantize``, which returns a copy, on the model itself: parameters keep their identity.
+    """``nncf.quantize``, which returns a copy, on the model itself: parameters and hooks keep their identity.
 
-    :param model: carries no hooks; as it was when NNCF fails.
+    :param model: carries no hooks but masks of single weights, in front of which no quantizer comes; as it was when
+        NNCF fails.
     :param dataset: for NNCF's statistics.
     :param options: of ``nncf.quantize``.
     """
@@ -94,7 +96,11 @@ def quantize_in_place(model: nn.Module, dataset: nncf.Dataset, **options: Any) -
                 tensor.copy_(new[key])  # biases are corrected, weights may be smoothed
     if not is_wrapped(model):
         wrap_model(model)
-    model._modules[NNCF_HOOKS] = get_hook_storage(quantized)
+    masks = list(hooks(model))
+    storage = get_hook_storage(quantized)
+    for mask in masks:  # learned ones are parameters, which an optimizer holds
+        storage.set_submodule(mask.key, mask.module)
+    model._modules[NNCF_HOOKS] = storage
 
 
 def ends_of(model: nn.Module, example_inputs: Any) -> Ends:
@@ -122,15 +128,19 @@ def ends_of(model: nn.Module, example_inputs: Any) -> Ends:
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Any]:
-    """The hooks of a model as JSON-able data, for :func:`restore_quantizers`."""
+    """The hooks of a model but its masks as JSON-able data, for :func:`restore_quantizers`."""
+    masks = {hook.key for hook in hooks(model) if is_mask(hook.module)}
     state: dict[str, Any] = nncf.torch.get_config(model)
-    return state
+    return {
+        key: [command for command in commands if masks.isdisjoint(command["hook_names_in_model"])]
+        for key, commands in state.items()
+    }
 
 
 def restore_quantizers(model: nn.Module, state: dict[str, Any]) -> None:
     """Puts quantizers where they were; their ranges come with the weights.
 
-    :param model: without hooks, changed in place.
+    :param model: without hooks but masks, changed in place.
     :param state: what :func:`quantizer_state` gave.
     """
     nncf.torch.load_from_config(model, state)

@@ -17,9 +17,14 @@ from torch import Tensor, nn
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.nncf_hooks import Hook, hook_parameter, hooks, remove_hooks
 
-__all__ = ["RBLoss", "Sparsity", "multi_step_ratio_scheduler"]
+__all__ = ["RBLoss", "Sparsity", "is_mask", "multi_step_ratio_scheduler"]
 
 _MASKS = (UnstructuredPruningMask, RBPruningMask)
+
+
+def is_mask(module: nn.Module) -> bool:
+    """Whether a hook is a mask of ``nncf.prune``, on single weights."""
+    return isinstance(module, _MASKS)
 
 
 class Sparsity:

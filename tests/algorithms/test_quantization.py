@@ -6,12 +6,14 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 
+import nncf
 import onnx
 import openvino
 import pytest
 import torch
 import torch.nn.functional as F
-from nncf.torch.quantization.layers import SQMultiply
+from nncf.torch.function_hook.pruning.rb.modules import RBPruningMask
+from nncf.torch.quantization.layers import BaseQuantizer, SQMultiply
 from support.networks import Classifier, ResidualBlock, conv_bn
 from torch import Tensor, nn
 
@@ -190,6 +192,61 @@ def test_ranges_and_weights_train_with_the_quantizers_in_and_a_run_goes_on(tmp_p
     assert distance(trained, model) < 1e-3  # a level may be rounded the other way
     assert distance(model, resumed) == 0
     assert all(f.verification.max_rel_error < 0.1 for f in export_model(model, X, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["magnitude_sparsity", "rb_sparsity"])
+def test_single_weights_are_masked_and_quantized_in_the_same_training(kind: str, tmp_path) -> None:
+    params = {"schedule": "multistep", "multistep_steps": [1], "multistep_sparsity_levels": [0.2, 0.6]}
+    sparsity = {"algorithm": kind, "params": params}
+    _, plain = compress(network(), entry())
+    model = network()
+    ctrl, _ = compress(model, entry(), sparsity)
+    assert len(ranges(model)) == len(ranges(plain))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(2):
+        before = ranges(model)
+        train(model, ctrl, optimizer)
+        assert all(not torch.equal(before[name], value) for name, value in ranges(model).items())
+    learned = [p for hook in hooks(model) if isinstance(hook.module, RBPruningMask) for p in hook.module.parameters()]
+    held = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert all(id(mask) in held for mask in learned)
+    assert bool(learned) == (kind == "rb_sparsity")
+
+    state = json.loads(json.dumps(ctrl.get_compression_state()))
+    _, resumed = compress(network(), entry(), sparsity, compression_state=state)
+    resumed.load_state_dict(model.state_dict())
+    assert distance(model, resumed) == 0
+    trained = copy.deepcopy(model).eval()
+    ctrl.strip()
+    assert distance(trained, model) < 1e-3
+    if kind == "magnitude_sparsity":
+        products = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        assert torch.cat([w.flatten() == 0 for w in products]).float().mean() >= 0.6
+    assert all(f.verification.max_rel_error < 0.1 for f in export_model(model, X, tmp_path))
+
+
+def test_masks_that_nobody_will_write_are_refused() -> None:
+    model = network()
+    nncf.prune(model, mode=nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, ratio=0.5, examples_inputs=X)
+    with pytest.raises(QuantizationError, match=r"hooks that are not of this list\. Call nncf\.strip first"):
+        compress(model, entry())
+
+
+def test_a_wait_for_a_cut_that_comes_last_is_told_once(caplog) -> None:
+    schedule = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "params": {"pruning_steps": 1, "round_to": 4}}
+    for attached in (False, True):
+        model = network()
+        ctrl, _ = compress(model, schedule, entry())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        if attached:
+            ctrl.attach(optimizer=optimizer)
+        caplog.clear()
+        for _ in range(4):
+            train(model, ctrl, optimizer)
+        told = [r.getMessage() for r in caplog.records if "waits for" in r.getMessage()]
+        assert any(isinstance(hook.module, BaseQuantizer) for hook in hooks(model)) == attached
+        assert len(told) == (not attached)
+    ctrl.strip()
 
 
 def test_scopes_leave_layers_in_float() -> None:

@@ -13,7 +13,7 @@ import nncf
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms.base import Begins, CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.base import MASKED_WEIGHTS, Begins, CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.quantization.accuracy_control import Controlled, control, labelled_samples
 from nncf_compactprune.algorithms.quantization.config import AccuracyControl, QuantizationConfig
@@ -23,7 +23,7 @@ from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.decide.scopes import operations_out_of_scope
 from nncf_compactprune.errors import QuantizationError
 from nncf_compactprune.host.calls import evaluating
-from nncf_compactprune.host.nncf_hooks import hooks
+from nncf_compactprune.host.nncf_hooks import hooks, remove_hooks
 from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
 from nncf_compactprune.host.nncf_quantization import (
     ends_of,
@@ -34,7 +34,7 @@ from nncf_compactprune.host.nncf_quantization import (
     replace_quantizers,
     restore_quantizers,
 )
-from nncf_compactprune.host.tensors import carries_hooks
+from nncf_compactprune.host.nncf_sparsity import is_mask
 from nncf_compactprune.host.torch_internals import tree_leaves, tree_map
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
@@ -76,14 +76,13 @@ class Quantization(CompressionAlgorithm):
             self._tell_optimizer()
         elif state is not None:
             self._epoch = state.get("epoch")
-        elif self.config.params.start_epoch == 0 and not carries_hooks(model):
+        elif self.config.params.start_epoch == 0:
             self._begin()
 
     def epoch_step(self, epoch: int) -> None:
         self._epoch = 0 if self._epoch is None else self._epoch + 1
         start = self.config.params.start_epoch
-        # Masks of other algorithms are hooks as well: quantizers wait until they are off.
-        if start is not None and self._epoch >= start and not self._begun and not carries_hooks(self.context.model):
+        if start is not None and self._epoch >= start and not self._begun:
             self._begin()
 
     def attached(self) -> None:
@@ -99,6 +98,13 @@ class Quantization(CompressionAlgorithm):
         with evaluating(model, changes=True):
             self.quantizers = replace_quantizers(model, self.context.example_inputs, stored)
         self._done = True
+
+    def measure_again(self) -> None:
+        """Other weights were loaded: where quantizers are in the model, their ranges are measured anew."""
+        if self._begun and not self._done:
+            remove_hooks(self.context.model, lambda module: not is_mask(module))
+            self._begun = False
+            self._begin()
 
     def stage(self) -> CompressionStage:
         return CompressionStage.FULLY_COMPRESSED if self._begun else CompressionStage.UNCOMPRESSED
@@ -126,7 +132,8 @@ class Quantization(CompressionAlgorithm):
         :raises QuantizationError: no samples, or NNCF cannot quantize the model; the model is untouched.
         """
         model, context = self.context.model, self.context
-        if carries_hooks(model):
+        masks = context.shared.get(MASKED_WEIGHTS, False)  # written at strip, before quantizers are replaced
+        if any(not (masks and is_mask(hook.module)) for hook in hooks(model)):
             msg = f"'{self.name}': the model carries NNCF hooks that are not of this list. Call nncf.strip first."
             raise QuantizationError(msg)
         samples = calibration_samples(context, self.config.samples)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from nncf.common.logging import nncf_logger
 from torch import Tensor
 
-from nncf_compactprune.algorithms.base import Begins, CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.base import MASKED_WEIGHTS, Begins, CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.sparsity.config import SparsityEntry
 from nncf_compactprune.algorithms.sparsity.schedules import level
@@ -47,6 +47,7 @@ class MaskedWeights(CompressionAlgorithm):
             self._zeros, self._stripped = float(state["zeros"]), True
             return
         self._sparsity = self._masked()
+        self.context.shared[MASKED_WEIGHTS] = True
 
     def _masked(self) -> Sparsity:
         """Puts masks that keep everything on what the scopes leave."""
@@ -77,6 +78,7 @@ class MaskedWeights(CompressionAlgorithm):
             ema = self.context.ema
             self._sparsity.write([] if ema is None else [copy_in(ema, self.context.model)])
             self._sparsity = None
+            self.context.shared[MASKED_WEIGHTS] = False
         self._stripped = True
 
     def stage(self) -> CompressionStage:

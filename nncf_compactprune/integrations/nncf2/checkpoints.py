@@ -167,17 +167,10 @@ class Nncf2State:
 
         :param state: NNCF 2.x's.
         :param expected: the algorithms of the configuration.
-        :raises CompactPruneError: it is of other algorithms, or of quantization alone.
+        :raises CompactPruneError: it is of other algorithms.
         """
         parts = state.get("ctrl_state") or {}
         made_by = sorted({*parts, *(state.get("builder_state") or {})})
-        if made_by == [QUANTIZATION]:
-            msg = (
-                "compression_state: NNCF 2.x's quantizers are tied to its graph, and cannot be set up again here. Load "
-                "the weights into the dense model with load_state(model, state_dict), and create the compressed model "
-                "without compression_state: the ranges are collected anew."
-            )
-            raise CompactPruneError(msg)
         if made_by != sorted(set(expected)):
             msg = (
                 f"compression_state: NNCF 2.x made it by {made_by}, but the configuration has {sorted(set(expected))}. "
@@ -186,8 +179,8 @@ class Nncf2State:
             raise CompactPruneError(msg)
         if QUANTIZATION in made_by:
             nncf_logger.warning(
-                "compression_state: NNCF 2.x's quantizers are not taken over. Quantization begins anew when channels "
-                "are cut, with ranges from the registered loader."
+                "compression_state: NNCF 2.x's quantizers are tied to its graph and are not taken over. Their ranges are "
+                "measured anew on the registered loader, when the weights are loaded or when channels are cut."
             )
         schedules = [part.get("scheduler_state") or {} for name, part in parts.items() if name != QUANTIZATION]
         full = CompressionStage.FULLY_COMPRESSED

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from nncf_compactprune.algorithms import ChannelPruning
+from nncf_compactprune.algorithms.quantization.algorithm import Quantization
 from nncf_compactprune.algorithms.sparsity.base import MaskedWeights
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.tensors import NNCF_HOOKS
@@ -29,7 +30,7 @@ def load_state(
 
     Masks in a checkpoint of the compressed model are set too, also those that NNCF 2.x wrote. Where nothing in the
     model takes a mask of NNCF 2.x, the weights that it masks become zero. What its quantizers kept is passed over,
-    which is told.
+    which is told; quantizers of the model measure their ranges on the new weights.
 
     :param model: any module, compressed, wrapped for several devices, or neither.
     :param state_dict_to_load: names to tensors.
@@ -51,7 +52,7 @@ def load_state(
     if masks:
         given = masks.written(inner, given, () if controller is None else controller.started)
     own = {_plain(key): (key, value) for key, value in model.state_dict().items() if _plain(key) not in ignored}
-    if masks:  # they are set, and NNCF 2.x had no other names in common with NNCF 3's hooks
+    if masks or foreign:  # NNCF 2.x has no names in common with NNCF 3's hooks
         own = {key: value for key, value in own.items() if NNCF_HOOKS not in key}
     sized = [key for key in own if key in given and given[key].shape != own[key][1].shape]
     fitting = {own[key][0]: given[key] for key in own if key in given and key not in sized}
@@ -62,6 +63,10 @@ def load_state(
     }
     _tell(problems, foreign, sorted(ignored), is_resume=is_resume, dense=not given.keys() - own.keys())
     model.load_state_dict(fitting, strict=False)
+    if controller is not None and not any(NNCF_HOOKS in key for key in fitting):
+        for algorithm in controller.started:
+            if isinstance(algorithm, Quantization):
+                algorithm.measure_again()
     nncf_logger.info("Loaded %d of the model's %d tensors", len(fitting), len(own) + len(ignored))
     return len(fitting)
 

@@ -157,7 +157,7 @@ def test_names_of_nncf_1() -> None:
 
 def test_quantizers_begin_anew(log: pytest.LogCaptureFixture) -> None:
     ctrl, _ = resumed(read("three"))
-    assert "Quantization begins anew when channels are cut" in log.text
+    assert "Their ranges are measured anew" in log.text
     assert "NNCF 2.x's own quantizers are passed over" in log.text
     expected = read("three")["output"]
     with not_compiled():
@@ -180,19 +180,44 @@ def test_a_quantized_network_is_exported_where_it_was_asked_for(
     assert file.precision == "int8"
 
 
-def test_a_state_of_quantization_alone_is_refused_and_the_remedy_works() -> None:
+def test_quantizers_of_a_state_of_quantization_alone_are_measured_on_its_weights(log: pytest.LogCaptureFixture) -> None:
     checkpoint = read("quantization")
-    with pytest.raises(CompactPruneError, match=r"tied to its graph.*load_state\(model, state_dict\)"):
-        resumed(checkpoint)
-    model = model32(checkpoint["network"])
-    load_state(model, checkpoint["state_dict"])
-    torch.testing.assert_close(output(model), checkpoint["output"], rtol=0, atol=1e-6)
-    config = register_default_init_args(NNCFConfig.from_dict(checkpoint["config"]), labelled_batches())
-    _, model = create_compressed_model(model, config, dump_graphs=False)
     with not_compiled():
+        _, model = resumed(checkpoint)
         found = output(model)
+    assert "Their ranges are measured anew" in log.text
     error = float((found - checkpoint["output"]).abs().max() / checkpoint["output"].abs().max())
     assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_quantizers_beside_sparsity_are_measured_on_the_weights_that_are_loaded(strict: bool) -> None:
+    checkpoint = read("magnitude")
+    sparsity, quantization = checkpoint["config"]["compression"], {"algorithm": "quantization"}
+
+    def compressed(model: nn.Module, *entries: dict[str, Any]) -> Any:
+        config = NNCFConfig.from_dict({**checkpoint["config"], "compression": list(entries)})
+        config = register_default_init_args(config, labelled_batches())
+        return create_compressed_model(model, config, dump_graphs=False)[0]
+
+    def ranges(model: nn.Module) -> dict[str, Tensor]:
+        return {k: v.clone() for k, v in model.state_dict().items() if k.endswith((".scale", ".input_range"))}
+
+    with not_compiled():
+        ctrl = compressed(model32(checkpoint["network"]), *sparsity, quantization)
+        before = ranges(ctrl.model)
+        load_state(ctrl.model, checkpoint["state_dict"], is_resume=strict)
+        loaded = model32(checkpoint["network"])
+        load_state(loaded, checkpoint["state_dict"])
+        expected = ranges(compressed(loaded, quantization).model)
+        assert len(before) == len(expected)
+        for key, value in ranges(ctrl.model).items():
+            torch.testing.assert_close(value, expected[key])
+        assert any(not torch.allclose(before[key], expected[key]) for key in before)
+        found, stripped = output(ctrl.model), output(ctrl.strip())
+    for result in (found, stripped):
+        error = float((result - checkpoint["output"]).abs().max() / checkpoint["output"].abs().max())
+        assert 0 < error < 0.05
 
 
 def test_a_state_of_other_algorithms_is_refused() -> None:
