@@ -123,8 +123,8 @@ class CompressionController:
             return
         self._told = True
         nncf_logger.warning(
-            f"{', '.join(waiting)} waits for the cut of '{holding[0]}', which comes at strip() only, as no optimizer is "
-            "known. Call ctrl.attach(optimizer=...) before the training: the network is then cut when its schedule "
+            f"{', '.join(waiting)} waits for the cut of '{holding[0]}', which comes at strip() only, as no optimizer "
+            "is known. Call ctrl.attach(optimizer=...) before the training: the network is then cut when its schedule "
             "ends, and what waits takes part in the training."
         )
 

@@ -179,8 +179,8 @@ class Nncf2State:
             raise CompactPruneError(msg)
         if QUANTIZATION in made_by:
             nncf_logger.warning(
-                "compression_state: NNCF 2.x's quantizers are tied to its graph and are not taken over. Their ranges are "
-                "measured anew on the registered loader, when the weights are loaded or when channels are cut."
+                "compression_state: NNCF 2.x's quantizers are tied to its graph and are not taken over. Their ranges "
+                "are measured anew on the registered loader, when the weights are loaded or when channels are cut."
             )
         schedules = [part.get("scheduler_state") or {} for name, part in parts.items() if name != QUANTIZATION]
         full = CompressionStage.FULLY_COMPRESSED
