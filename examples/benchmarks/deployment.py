@@ -193,12 +193,16 @@ def prepare(name: str, data: Path, work: Path) -> None:
     dense, x = build(data), torch.randn(1, 3, SIDE, SIDE)
     ours = copy.deepcopy(dense)
     plan = prune(ours, x, budget={"macs": HALF}).plan
-    theirs, their_share = peers(dense, x, head, plan.after.macs / plan.before.macs)
-    for kind, model in (("dense", dense), ("ours", ours), ("peer", theirs)):
+    macs = {"dense": plan.before.macs, "ours": plan.after.macs}
+    networks = {"dense": dense, "ours": ours}
+    try:
+        networks["peer"], macs["peer_share"] = peers(dense, x, head, plan.after.macs / plan.before.macs)
+    except Exception as error:  # a network that the peer does not prune is a finding
+        macs["peer_failed"] = f"{type(error).__name__}: {error}"
+    for kind, model in networks.items():
         export_model(model, x, folder / kind, precisions=["fp32"], dynamic_batch=name != "yolov8n")
         if kind != "peer":
             quantize(folder / kind, calibration(name, data))
-    macs = {"dense": plan.before.macs, "ours": plan.after.macs, "peer_share": their_share}
     (folder / "macs.json").write_text(json.dumps(macs))
     print(f"{name}: {macs}")
 
@@ -222,7 +226,7 @@ def measure(name: str, work: Path, seconds: float) -> None:
         if setting in done:
             continue
         tail = "" if precision == "fp32" else f"_{precision}"
-        kinds = ["dense", "ours", "peer"] if precision == "fp32" else ["dense", "ours"]
+        kinds = [k for k in ("dense", "ours", "peer") if (folder / k / f"model{tail}.{suffix}").is_file()]
         # The FP32 file of the dense network is what pruned and quantized ones are compared with.
         paths = [folder / kind / f"model{tail}.{suffix}" for kind in kinds]
         reference = folder / "dense" / f"model.{suffix}"
@@ -289,7 +293,7 @@ def report(work: Path) -> str:
         f"|{' --- |' * 2}{' ---: |' * (len(HEADINGS) - 2)}",
     ]
     gains: dict[str, list[float]] = {}
-    noisy = 0
+    noisy, unable = 0, []
     for name in NETWORKS:
         rows = work / name / "rows.jsonl"
         for line in rows.read_text().splitlines() if rows.is_file() else ():
@@ -308,6 +312,11 @@ def report(work: Path) -> str:
             gains.setdefault(f"{row['setting']}, {key}", []).append(1 / row[key]["ratio"])
             if "peer" in row:
                 gains.setdefault(f"{row['setting']}, peer", []).append(1 / row["peer"]["ratio"])
+        told = work / name / "macs.json"
+        failed = json.loads(told.read_text()).get("peer_failed") if told.is_file() else None
+        if failed:
+            unable.append(f"Torch-Pruning does not prune {name}: {failed}")
+    lines += [line for sentence in unable for line in ("", sentence)]
     if noisy:
         lines += ["", f"In {noisy} rows the spread was above {NOISY:.0%}: the machine did other work."]
     lines += ["", "Geometric means:", ""]

@@ -38,7 +38,11 @@ CLASSES = {
 }  # fmt: skip
 HELD_OUT, BATCH, FEW = 40, 64, 500
 STARTS = {"batch_norm": "BatchNorm re-estimated", "refit": "layers re-fitted"}
-RECIPES: dict[str, dict[str, Any] | None] = {"plain": None, "recovery": {"algorithm": "recovery"}}
+RECIPES: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "recovery": {"algorithm": "recovery"},
+    "recovery and class scores": {"algorithm": "recovery", "distillation": {"logits_weight": 1.0}},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,11 @@ class Trial:
 
 
 def queue() -> list[Trial]:
-    refitted = [Trial(0.3, criterion, "recovery", epochs=5, lr=0.002, start="refit") for criterion in ("catro", "l2")]
+    refitted = [
+        Trial(0.3, "catro", recipe, epochs=5, lr=0.002, start="refit")
+        for recipe in ("recovery", "recovery and class scores")
+    ]
+    refitted.append(Trial(0.3, "l2", "recovery", epochs=5, lr=0.002, start="refit"))
     return refitted + [
         Trial(0.3, criterion, recipe) for recipe in ("recovery", "plain") for criterion in ("catro", "l2")
     ]

@@ -2,7 +2,7 @@
 
 Networks with their initial weights are pruned to 50 % of their MACs; the widths of all variants and the dense network
 are timed in OpenVINO in turns, on one thread, batch 1. No accuracy is measured: coarser widths leave narrow layers less
-choice, so the default asks for multiples of 8 in wide layers only.
+choice, so the default asks for multiples of 16 and 32 in wide layers only.
 
     python examples/benchmarks/round_to.py
     pip install --no-deps ultralytics opencv-python-headless ultralytics-thop   # AGPL; then YOLOv8n is measured, too

@@ -36,8 +36,7 @@ def imagefolder(
     :param image_size: height and width given to the model, in pixels.
     :param mean: of each channel, for pixels in [0, 1]; the model's own by default, or ImageNet's if it states none.
     :param std: the same.
-    :param smallest_crop: training images are crops of a share of the area drawn from here to 1. A network that is
-        trained for a few epochs after a cut does better with gentle crops (0.8).
+    :param smallest_crop: training images are crops of a share of the area drawn from here to 1; 1 takes all of it.
     :raises ResolveError: torchvision or images are missing, the two parts have different classes, or no such crop.
     """
     if not 0 < smallest_crop <= 1:
