@@ -117,9 +117,12 @@ class CompressionController:
 
     def tell_of_waiting(self) -> None:
         """Says once that algorithms wait for a cut which only :meth:`strip` will bring."""
-        holding = [a.name for a in self.started if not a.settled and a.stage() is CompressionStage.FULLY_COMPRESSED]
         waiting = [a.name for a in self.algorithms[self._begun :]]
-        if self._told or not holding or not waiting or self._context.optimizer is not None:
+        if self._told or not waiting or self._context.optimizer is not None:
+            return
+        full, cuts = CompressionStage.FULLY_COMPRESSED, [a for a in self.started if isinstance(a, ChannelPruning)]
+        holding = [a.name for a in cuts if not a.settled and a.stage() is full]
+        if not holding:
             return
         self._told = True
         nncf_logger.warning(
