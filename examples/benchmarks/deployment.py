@@ -312,6 +312,7 @@ def report(work: Path) -> str:
             gains.setdefault(f"{row['setting']}, {key}", []).append(1 / row[key]["ratio"])
             if "peer" in row:
                 gains.setdefault(f"{row['setting']}, peer", []).append(1 / row["peer"]["ratio"])
+                gains.setdefault(f"{row['setting']}, ours, where the peer runs", []).append(1 / row[key]["ratio"])
         told = work / name / "macs.json"
         failed = json.loads(told.read_text()).get("peer_failed") if told.is_file() else None
         if failed:
