@@ -277,8 +277,8 @@ BENCHMARKS = (
         peer="ultralytics",
         behind=(
             "With the default `round_to`, YOLOv8n at half of its MACs takes as long as the dense network where "
-            "OpenVINO computes in bfloat16 (1.00). With multiples of 32 in all layers it takes 0.87. What that costs narrow "
-            "layers in accuracy was not measured on it, so the default rounds wide layers only.",
+            "OpenVINO computes in bfloat16 (1.00). With multiples of 32 in all layers it takes 0.87. What that "
+            "costs narrow layers in accuracy was not measured on it, so the default rounds wide layers only.",
         ),
     ),
     Benchmark(
