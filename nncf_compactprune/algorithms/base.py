@@ -19,7 +19,7 @@ from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plugins import Plugins
 
 MASKED_WEIGHTS = "masked weights"
-"""Key of :attr:`Context.shared`: true while an algorithm of the list masks single weights, until it is stripped."""
+"""Key of :attr:`Context.shared`: true where an algorithm of the list masks single weights and writes the zeros."""
 TARGET_KEYS = ("labels", "label", "target", "targets")
 
 

@@ -30,7 +30,7 @@ class OptimizerConfig(Section):
     :param momentum: of ``sgd``; null means 0.9.
     :param weight_decay: as torch applies it.
     :param max_grad_norm: where the norm of all gradients together is longer, they are scaled down to it before a step;
-        null: never. The first gradients after a deep cut can be a hundred times those of a trained network.
+        null: never. The first gradients after a deep cut are many times those of a trained network.
     """
 
     type: Literal["sgd", "adam", "adamw"] = "sgd"

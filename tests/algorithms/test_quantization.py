@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from nncf.torch.function_hook.pruning.rb.modules import RBPruningMask
 from nncf.torch.quantization.layers import BaseQuantizer, SQMultiply
 from support.networks import Classifier, ResidualBlock, conv_bn
+from support.quantizers import ranges
 from torch import Tensor, nn
 
 from nncf_compactprune import CompressionStage, create_compressed_model, export_model, load_config
@@ -159,12 +160,6 @@ def train(model: nn.Module, ctrl, optimizer, epochs: int = 1) -> None:
             optimizer.zero_grad()
             (F.cross_entropy(model(x), y) + ctrl.loss()).backward()
             optimizer.step()
-
-
-def ranges(model: nn.Module) -> dict[str, Tensor]:
-    found = {k: v.clone() for k, v in model.state_dict().items() if k.endswith((".scale", ".input_range"))}
-    assert found
-    return found
 
 
 def test_ranges_and_weights_train_with_the_quantizers_in_and_a_run_goes_on(tmp_path) -> None:

@@ -29,7 +29,7 @@ class RefitConfig(Section):
     """``initializer.refit``: every layer around a cut is re-fitted to what the dense layer gave, before any training.
 
     :param num_samples: how many images; null: 2,000 of up to 64 x 64 pixels, fewer of larger ones, never below 300. All
-        are run at once: 2,000 of 224 x 224 pixels need more than 20 GB.
+        are run at once, so memory grows with them.
     :param source: ``"dataset"`` takes images of the training loader; ``"inversion"`` generates them from the network.
     :param ridge: how strongly weights are held to what the cut left, relative to the inputs' variance.
     """

@@ -132,8 +132,8 @@ class Quantization(CompressionAlgorithm):
         :raises QuantizationError: no samples, or NNCF cannot quantize the model; the model is untouched.
         """
         model, context = self.context.model, self.context
-        masks = context.shared.get(MASKED_WEIGHTS, False)  # written at strip, before quantizers are replaced
-        if any(not (masks and is_mask(hook.module)) for hook in hooks(model)):
+        own_masks = context.shared.get(MASKED_WEIGHTS, False)  # written at strip, before quantizers are replaced
+        if any(not (own_masks and is_mask(hook.module)) for hook in hooks(model)):
             msg = f"'{self.name}': the model carries NNCF hooks that are not of this list. Call nncf.strip first."
             raise QuantizationError(msg)
         samples = calibration_samples(context, self.config.samples)

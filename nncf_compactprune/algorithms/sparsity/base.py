@@ -78,7 +78,6 @@ class MaskedWeights(CompressionAlgorithm):
             ema = self.context.ema
             self._sparsity.write([] if ema is None else [copy_in(ema, self.context.model)])
             self._sparsity = None
-            self.context.shared[MASKED_WEIGHTS] = False
         self._stripped = True
 
     def stage(self) -> CompressionStage:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.networks import images, labelled_batches, model32
+from support.quantizers import ranges
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms import CompressionStage
@@ -188,6 +189,9 @@ def test_quantizers_of_a_state_of_quantization_alone_are_measured_on_its_weights
     assert "Their ranges are measured anew" in log.text
     error = float((found - checkpoint["output"]).abs().max() / checkpoint["output"].abs().max())
     assert 0 < error < 0.05
+    model = model32(checkpoint["network"])
+    load_state(model, checkpoint["state_dict"])
+    torch.testing.assert_close(output(model), checkpoint["output"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -199,9 +203,6 @@ def test_quantizers_beside_sparsity_are_measured_on_the_weights_that_are_loaded(
         config = NNCFConfig.from_dict({**checkpoint["config"], "compression": list(entries)})
         config = register_default_init_args(config, labelled_batches())
         return create_compressed_model(model, config, dump_graphs=False)[0]
-
-    def ranges(model: nn.Module) -> dict[str, Tensor]:
-        return {k: v.clone() for k, v in model.state_dict().items() if k.endswith((".scale", ".input_range"))}
 
     with not_compiled():
         ctrl = compressed(model32(checkpoint["network"]), *sparsity, quantization)
