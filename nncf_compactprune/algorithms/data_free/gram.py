@@ -70,42 +70,67 @@ def damped(inputs: Tensor, ridge: float) -> Tensor:
     return inputs + ridge * scale[:, None, None] * eye
 
 
-def moments(operation: Operation, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Moments:
-    """Streams inputs and wanted outputs.
+class Sums:
+    """Streams inputs and wanted outputs of a layer.
 
     :param operation: what goes from one to the other.
-    :param x: what enters it, ``[n, in, *places]`` or ``[n, ..., in]``.
-    :param y: what it should give, ``[n, out, *places]`` or ``[n, ..., out]``.
-    :param weight: what the layer has now, ``[groups, out/groups, d]``; None: :attr:`Moments.chance` is not asked for.
+    :param count: number of images that will come, in all parts.
     """
-    positions = y.numel() // len(y) // y.shape[operation.channel_dim]
-    width = operation.width
-    stride = max(1, math.ceil(len(x) * positions / MAX_ROWS)) if positions > 1 else 1
-    images = max(1, CHUNK_ELEMENTS // max(1, operation.groups * width * positions))
-    images = min(images, max(1, math.ceil(len(x) / 2)))
-    halves: list[Tensor] = []  # sums over every other chunk of images: two that can be held against each other
-    rows = [0, 0]
-    shift = x.new_zeros(1)
-    for chunk, begin in enumerate(range(0, len(x), images)):
-        part = slice(begin, begin + images)
-        px, py = operation.patches(x[part]), operation.outputs(y[part])
-        if stride > 1:  # the offset moves on, so that all places of an image have their turn
-            px, py = px[:, begin % stride :: stride], py[:, begin % stride :: stride]
-        joined = torch.cat([px, py], 2)
-        if not halves:  # moments about a point near the mean: about 0, float32 loses a small variance on a large mean
-            shift = joined.mean(1, keepdim=True)
-        joined = torch.cat([joined - shift, joined.new_ones(*joined.shape[:2], 1)], 2)
+
+    def __init__(self, operation: Operation, count: int) -> None:
+        self._operation, self._count = operation, count
+        # sums over every other chunk of images: two that can be held against each other
+        self._halves: list[Tensor] = []
+        self._rows = [0, 0]
+        self._chunks = self._images = 0
+        self._shift = torch.zeros(1)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Takes a part of the images.
+
+        :param x: what enters the layer, ``[n, in, *places]`` or ``[n, ..., in]``.
+        :param y: what it should give, ``[n, out, *places]`` or ``[n, ..., out]``.
+        """
+        operation = self._operation
+        positions = y.numel() // len(y) // y.shape[operation.channel_dim]
+        stride = max(1, math.ceil(self._count * positions / MAX_ROWS)) if positions > 1 else 1
+        images = max(1, CHUNK_ELEMENTS // max(1, operation.groups * operation.width * positions))
+        images = min(images, max(1, math.ceil(len(x) / 2)))
+        for begin in range(0, len(x), images):
+            part = slice(begin, begin + images)
+            px, py = operation.patches(x[part]), operation.outputs(y[part])
+            if stride > 1:  # the offset moves on, so that all places of an image have their turn
+                offset = (self._images + begin) % stride
+                px, py = px[:, offset::stride], py[:, offset::stride]
+            self._take(torch.cat([px, py], 2))
+        self._images += len(x)
+
+    def _take(self, joined: Tensor) -> None:
+        if not self._halves:
+            # moments about a point near the mean: about 0, float32 loses a small variance on a large mean
+            self._shift = joined.mean(1, keepdim=True)
+        joined = torch.cat([joined - self._shift, joined.new_ones(*joined.shape[:2], 1)], 2)
         product = torch.bmm(joined.transpose(1, 2), joined).double()
-        if chunk < 2:
-            halves.append(product)
+        half = self._chunks % 2
+        if self._chunks < 2:
+            self._halves.append(product)
         else:
-            halves[chunk % 2] += product
-        rows[chunk % 2] += joined.shape[1]
-    point = shift.squeeze(1).double()
-    found = _centred(operation, sum(halves[1:], halves[0]) / sum(rows), sum(rows), point)
-    if len(halves) == 2 and min(rows):
-        _hold_against_each_other(found, point, halves, rows, weight)
-    return found
+            self._halves[half] += product
+        self._rows[half] += joined.shape[1]
+        self._chunks += 1
+
+    def moments(self, weight: Tensor | None = None) -> Moments:
+        """What came, about its means.
+
+        :param weight: what the layer has now, ``[groups, out/groups, d]``; None: :attr:`Moments.chance` is not asked
+            for.
+        """
+        halves, rows = self._halves, self._rows
+        point = self._shift.squeeze(1).double()
+        found = _centred(self._operation, sum(halves[1:], halves[0]) / sum(rows), sum(rows), point)
+        if len(halves) == 2 and min(rows):
+            _hold_against_each_other(found, point, halves, rows, weight)
+        return found
 
 
 def _centred(operation: Operation, joint: Tensor, rows: int, shift: Tensor) -> Moments:

@@ -25,19 +25,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import nncf
 import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms.data_free.gram import Moments, damped, moments
+from nncf_compactprune.algorithms.data_free.gram import Moments, Sums, damped
 from nncf_compactprune.algorithms.data_free.network import ImageNetwork, batch_norms, statistics
 from nncf_compactprune.algorithms.data_free.operations import Call, Calls, refittable
-from nncf_compactprune.algorithms.data_free.pacing import Met, Reference
+from nncf_compactprune.algorithms.data_free.pacing import Met, Paced, Part, Place, parts_of, places, room_for, twin
 from nncf_compactprune.algorithms.data_free.resampling import resampling
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.cut.transaction import Transaction, transaction
 from nncf_compactprune.host.calls import unmarked
-from nncf_compactprune.host.nncf_hooks import remove_hooks
+from nncf_compactprune.host.nncf_hooks import carries_hooks, remove_hooks
 from nncf_compactprune.host.nncf_progress import track
 from nncf_compactprune.host.tensors import model_tensors, named_modules, own_tensors
 from nncf_compactprune.host.torch_internals import BatchNorm
@@ -143,7 +144,7 @@ class Reconstruction:
     :param dense: the reference, in eval mode.
     :param compressed: changed in place, in eval mode; the same modules under the same names, channels cut or not; some
         may be gone.
-    :param inputs: what both run on.
+    :param inputs: what both run on; in parts, where memory asks for it and the compressed model carries no hooks.
     :param network: how to run them.
     :param kept: parameter name to dimension to kept positions, of what was cut; empty where nothing was.
     :param step: how a layer's weights are chosen.
@@ -175,41 +176,94 @@ class Reconstruction:
         warn_of_left(self.left)
         once = called_once(self.dense, self.network, first)
         norms = [name for name in batch_norms(self.compressed) if name in once]
-        bar = iter(track(range(len(layers.found)), description=progress)) if progress else iter(())
+        watched = places(self.dense, self._call(first), _weights(self.dense, layers.found), norms)
+        found = set(layers.found)
+        bar = iter(track(range(len(found)), description=progress)) if progress else iter(())
         with ExitStack() as stack:
-            stack.enter_context(resampling(self.dense, self.inputs.resampled, {}))
-            stack.enter_context(resampling(self.compressed, self.inputs.resampled, self.kept))
-            reference = stack.enter_context(
-                Reference(self.dense, lambda m: self.network.call(m, self.inputs.images), layers.found, norms)
-            )
-
-            def visit_norm(module: BatchNorm, args: Any, name: str) -> None:
-                self._norm(module, args[0], reference.meet(name))
-
-            def visit_layer(name: str, call: Call) -> Tensor:
-                self._layer(modules[name], call, reference.meet(name))
-                next(bar, None)
-                return call.run(self.used(name, modules[name].get_parameter("weight")), _bias(modules[name]))
-
-            for name in norms:
-                stack.callback(modules[name].register_forward_pre_hook(partial(visit_norm, name=name)).remove)
-            stack.enter_context(Calls(_weights(self.compressed, layers.found), visit_layer))
-            with unmarked(self.compressed, contents=False):
-                self.network.call(self.compressed, self.inputs.images)
+            # all copies come first: a run puts hooks on its models
+            models = {part: self._models(part) for part in self._parts(watched)}
+            running: dict[Part, tuple[ExitStack, Paced, Paced]] = {}
+            for at, place in enumerate(watched):
+                for part in [part for part in running if part.last < at]:
+                    running.pop(part)[0].close()
+                for part, pair in models.items():
+                    if part.first == at:
+                        ends = stack.enter_context(ExitStack())
+                        running[part] = (ends, *self._started(part, *pair, norms, layers.found, ends))
+                        for passed in watched[:at]:
+                            for run in running[part][1:]:
+                                run.meet(passed.name)
+                met = [(dense.meet(place.name), compressed.meet(place.name)) for _, dense, compressed in running.values()]
+                if place.name in found:
+                    self._layer(modules[place.name], met)
+                    next(bar, None)
+                else:
+                    self._norm(modules[place.name], met)  # type: ignore[arg-type]
+                del met
         next(bar, None)
         return self.refits
 
-    def _layer(self, module: nn.Module, call: Call, met: Met) -> None:
-        operation, weight, bias = call.operation, module.get_parameter("weight"), _bias(module)
-        wanted = met.output
-        if met.operation is not None:
-            positions = met.operation.outputs_kept(self.kept.get(f"{met.name}.weight", {}))
-            if positions is not None:
-                wanted = wanted.index_select(operation.channel_dim, positions.to(wanted.device))
+    def _parts(self, watched: Sequence[Place]) -> list[Part]:
+        """The images, split. All stay together where some rows are drawn, which stand at the end, and where NNCF's hooks
+        are on: two models with hooks cannot run in turns."""
+        count = len(self.inputs.images)
+        if self.inputs.resampled or carries_hooks(self.compressed):
+            return [Part(0, count, 0, len(watched) - 1)]
+        parts = parts_of(count, [2 * place.bytes for place in watched])
+        used = sum(part.end - part.begin for part in parts)
+        if used < count:
+            nncf_logger.info("Re-fit: %d of %d images are used, as many as memory has room for.", used, count)
+        return parts
+
+    def _call(self, images: Tensor) -> Callable[[nn.Module], Any]:
+        def call(model: nn.Module) -> None:
+            with unmarked(model, contents=False):
+                self.network.call(model, images)
+
+        return call
+
+    def _models(self, part: Part) -> tuple[nn.Module, nn.Module]:
+        """Both models for a part's images: the first part has the models, the others have twins."""
+        if part.begin == 0:
+            return self.dense, self.compressed
+        return twin(self.dense), twin(self.compressed)
+
+    def _started(
+        self,
+        part: Part,
+        dense: nn.Module,
+        compressed: nn.Module,
+        norms: Collection[str],
+        layers: Collection[str],
+        stack: ExitStack,
+    ) -> tuple[Paced, Paced]:
+        """Runs of both models, at their start, until the stack is closed."""
+        modules = dict(named_modules(compressed))
+
+        def compute(name: str, call: Call) -> Tensor:
+            return call.run(self.used(name, modules[name].get_parameter("weight")), _bias(modules[name]))
+
+        stack.enter_context(resampling(dense, self.inputs.resampled, {}))
+        stack.enter_context(resampling(compressed, self.inputs.resampled, self.kept))
+        call = self._call(self.inputs.images[part.begin : part.end])
+        return (
+            stack.enter_context(Paced(dense, call, _weights(dense, layers), norms)),
+            stack.enter_context(Paced(compressed, call, _weights(compressed, layers), norms, compute)),
+        )
+
+    def _layer(self, module: nn.Module, met: Sequence[tuple[Met, Met]]) -> None:
+        name, operation = met[0][1].name, met[0][1].operation
+        if operation is None:
+            msg = f"'{name}' is no layer"
+            raise nncf.InternalError(msg)
+        weight, bias = module.get_parameter("weight"), _bias(module)
         old = operation.rows(weight)
-        found = moments(operation, call.input, wanted, old)
+        sums = Sums(operation, sum(len(here.input) for _, here in met))
+        for there, here in met:
+            sums.add(here.input, self._wanted(there, operation.channel_dim))
+        found = sums.moments(old)
         try:
-            new = self.step(met.name, old, found)
+            new = self.step(name, old, found)
         except RuntimeError:  # inputs that are all zero, say: nothing to learn from
             new = old
         if bool(torch.isfinite(new).all()):
@@ -218,19 +272,43 @@ class Reconstruction:
         if bias is not None:
             offset = found.mean_out - (rows @ found.mean_in.unsqueeze(2)).squeeze(2)
             bias.copy_(offset.reshape(-1))
-        self.refits.append(Refit(met.name, relative_error(old, found), relative_error(rows, found), found.doubt))
+        self.refits.append(Refit(name, relative_error(old, found), relative_error(rows, found), found.doubt))
 
-    def _norm(self, module: BatchNorm, x: Tensor, met: Met) -> None:
-        rows = len(x) - self.inputs.resampled or len(x)  # drawn rows count only where there are no others
-        positions = self.kept.get(f"{met.name}.running_mean", {}).get(0)
-        y = met.inputs if positions is None else met.inputs.index_select(1, positions.to(x.device))
-        dims = [0, *range(2, x.dim())]
-        var, mean = torch.var_mean(x[:rows].double(), dims, unbiased=False)
-        dense_var, dense_mean = torch.var_mean(y[:rows].double(), dims, unbiased=False)
+    def _wanted(self, met: Met, channel_dim: int) -> Tensor:
+        """What the dense layer gives, the channels that are left."""
+        if met.output is None or met.operation is None:
+            msg = f"'{met.name}' is no layer"
+            raise nncf.InternalError(msg)
+        positions = met.operation.outputs_kept(self.kept.get(f"{met.name}.weight", {}))
+        if positions is None:
+            return met.output
+        return met.output.index_select(channel_dim, positions.to(met.output.device))
+
+    def _norm(self, module: BatchNorm, met: Sequence[tuple[Met, Met]]) -> None:
+        name = met[0][0].name
+        positions = self.kept.get(f"{name}.running_mean", {}).get(0)
+        mean, var = self._mean_and_variance([here.input for _, here in met])
+        dense_mean, dense_var = self._mean_and_variance([there.input for there, _ in met])
+        if positions is not None:
+            positions = positions.to(dense_mean.device)
+            dense_mean, dense_var = dense_mean[positions], dense_var[positions]
         ratio = (var / dense_var.clamp_min(1e-12)).clamp_min(MIN_STD_RATIO**2)
         stored_mean, stored_var = statistics(module)
         stored_mean.copy_(mean - (dense_mean - stored_mean) * ratio.sqrt())
         stored_var.mul_(ratio)
+
+    def _mean_and_variance(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of all channels ``[c]`` over images and places; drawn rows count only where there are no others."""
+        found, weights = [], []
+        for x in parts:
+            rows = len(x) - self.inputs.resampled or len(x)
+            dims = [0, *range(2, x.dim())]
+            found.append(torch.var_mean(x[:rows].double(), dims, unbiased=False))
+            weights.append(rows)
+        share = torch.tensor(weights, dtype=torch.float64, device=parts[0].device).unsqueeze(1) / sum(weights)
+        variances, means = (torch.stack(values) for values in zip(*found, strict=True))
+        mean = (share * means).sum(0)
+        return mean, (share * (variances + (means - mean).square())).sum(0)
 
 
 def warn_of_left(left: Mapping[str, str]) -> None:
@@ -297,13 +375,19 @@ def dense_moments(
     :param inputs: on what.
     :param names: of layers that :func:`refittable` found.
     """
-    found: dict[str, Moments] = {}
+    found: dict[str, Sums] = {}
+    count = len(inputs.images)
+    if not inputs.resampled:
+        call = partial(network.call, images=inputs.images[:1])
+        count = min([count, *(room_for(place.bytes) for place in places(model, call, _weights(model, names), ()))])
 
     def collect(name: str, call: Call) -> Tensor:
         output = call.run(call.weight, call.bias)
-        found[name] = moments(call.operation, call.input, output)
+        sums = found.setdefault(name, Sums(call.operation, len(inputs.images)))
+        sums.add(call.input, output)
         return output
 
     with resampling(model, inputs.resampled, {}), Calls(_weights(model, names), collect), unmarked(model):
-        network.call(model, inputs.images)
-    return found
+        for images in inputs.images.split(count):  # type: ignore[no-untyped-call]
+            network.call(model, images)
+    return {name: sums.moments() for name, sums in found.items()}

@@ -302,7 +302,7 @@ def test_a_failure_on_the_way_puts_everything_back(entry, monkeypatch) -> None:
     before, expected = state(model), model.eval()(X)
     ctrl, _ = compress(model, entry)
 
-    def dying(self, module, call, met):
+    def dying(self, module, met):
         module.weight.data.add_(1)
         raise MemoryError
 

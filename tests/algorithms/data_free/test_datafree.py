@@ -25,11 +25,11 @@ from nncf_compactprune.algorithms.data_free import (
     sources,
 )
 from nncf_compactprune.algorithms.data_free.generation import dead_leaves, invert, labels_in_turn, statistics_loss
-from nncf_compactprune.algorithms.data_free.gram import Moments, moments
+from nncf_compactprune.algorithms.data_free.gram import Moments, Sums
 from nncf_compactprune.algorithms.data_free.importance import Consumer, surgeon_scores
 from nncf_compactprune.algorithms.data_free.network import batch_norms
 from nncf_compactprune.algorithms.data_free.operations import refittable
-from nncf_compactprune.algorithms.data_free.pacing import Reference
+from nncf_compactprune.algorithms.data_free.pacing import Paced
 from nncf_compactprune.algorithms.data_free.reconstruction import relative_error, solve
 from nncf_compactprune.algorithms.data_free.resampling import resampling
 from nncf_compactprune.algorithms.data_free.rounding import round_in_turn, rounded, search_scales
@@ -171,7 +171,9 @@ def moments_of(layer: nn.Module, x: torch.Tensor, y: torch.Tensor | None = None)
     (call,) = calls_of(layer, x)
     y = call.run(call.weight, call.bias) if y is None else y
     rows = call.operation.rows(call.weight)
-    return moments(call.operation, call.input, y.detach(), rows), rows
+    sums = Sums(call.operation, len(call.input))
+    sums.add(call.input, y.detach())
+    return sums.moments(rows), rows
 
 
 LAYERS = [
@@ -367,25 +369,29 @@ def test_surgeon_scores_are_what_refitting_leaves() -> None:
 # -- two runs in step --------------------------------------------------------------------------------------------------
 
 
-def test_reference_is_met_layer_by_layer_and_its_thread_ends() -> None:
+def test_a_run_is_met_layer_by_layer_and_its_thread_ends() -> None:
     model = conv_bn(3, 4).eval()
     x, threads = randn(2, 3, 6, 6), threading.active_count()
     expected = model[0](x)
-    with Reference(model, lambda m: m(x), {"0"}, {"1"}) as reference:
-        assert torch.equal(reference.meet("0").output, expected)
-        with pytest.raises(RuntimeError, match="runs '0' where the reference runs '1'"):
-            reference.meet("0")
+    with Paced(model, lambda m: m(x), {id(model[0].weight): "0"}, {"1"}) as run:
+        met = run.meet("0").output
+        assert met is not None
+        assert torch.equal(met, expected)
+        with pytest.raises(RuntimeError, match="'0' runs in one model where the other runs '1'"):
+            run.meet("0")
+        with pytest.raises(RuntimeError, match="'2' runs in one model where the other ends"):
+            run.meet("2")
     assert threading.active_count() == threads
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_an_error_in_the_reference_reaches_the_caller() -> None:
+def test_an_error_in_a_run_reaches_the_caller() -> None:
     model = conv_bn(3, 4).eval()
     with (
-        Reference(model, lambda m: m(randn(2, 5, 6, 6)), (), {"1"}) as reference,
+        Paced(model, lambda m: m(randn(2, 5, 6, 6)), {}, {"1"}) as run,
         pytest.raises(RuntimeError, match="5 channels"),
     ):
-        reference.meet("1")
+        run.meet("1")
 
 
 @pytest.mark.parametrize("name", ["plain", "residual", "depthwise", "grouped", "squeeze_excite", "flatten", "tied"])
