@@ -107,12 +107,14 @@ class CompressionController:
             algorithm.capture()
 
     def begin(self, states: Sequence[Mapping[str, Any] | None] | None = None) -> None:
-        """Starts every algorithm whose predecessors in the list are settled.
+        """Starts every algorithm whose predecessors in the list let it.
 
         :param states: of algorithms that an earlier run had begun; None for the others.
         """
-        while self._begun < len(self.algorithms) and all(a.settled for a in self.started):
-            self.algorithms[self._begun].prepare(None if states is None else states[self._begun])
+        for at, algorithm in enumerate(self.algorithms[self._begun :], self._begun):
+            if not all(earlier.lets_begin(algorithm.begins) for earlier in self.started):
+                return
+            algorithm.prepare(None if states is None else states[at])
             self._begun += 1
 
     def tell_of_waiting(self) -> None:

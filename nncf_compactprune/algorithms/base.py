@@ -32,7 +32,7 @@ class CompressionStage(IntEnum):
 
 
 class Begins(IntEnum):
-    """When an algorithm of a list begins: each waits until those before it, in this order, are settled.
+    """When an algorithm of a list begins: each waits until those before it, in this order, let it.
 
     Within one kind the order is that of the list. So NNCF's entries act rightly in whatever order they are written.
     """
@@ -133,7 +133,7 @@ class CompressionAlgorithm(ABC):
     """One algorithm at work on one model.
 
     The controller calls :meth:`capture` on all algorithms of a list, then :meth:`prepare` once for each as soon as
-    those before it (see :class:`Begins`) are :attr:`settled`, then :meth:`epoch_step` and :meth:`step` as training
+    those before it (see :class:`Begins`) :meth:`let it begin <lets_begin>`, then :meth:`epoch_step` and :meth:`step` as training
     goes, and :meth:`strip` at the end. Everything else reads.
 
     :param config: the validated configuration entry, an instance of ``Config``.
@@ -164,8 +164,15 @@ class CompressionAlgorithm(ABC):
 
     @property
     def settled(self) -> bool:
-        """The shapes of the model will not change any more through this algorithm: the next of the list may begin."""
+        """The model will not change any more through this algorithm, but for the values of its parameters."""
         return True
+
+    def lets_begin(self, other: Begins) -> bool:
+        """Whether an algorithm behind this one in the list may begin.
+
+        :param other: what kind of algorithm.
+        """
+        return self.settled
 
     @abstractmethod
     def strip(self) -> None:

@@ -242,7 +242,8 @@ def test_a_wait_for_a_cut_that_comes_last_is_told_once(caplog) -> None:
         assert any(isinstance(hook.module, BaseQuantizer) for hook in hooks(model)) == attached
         assert len(told) == (not attached)
     model = network()
-    ctrl, _ = compress(model, {"algorithm": "recovery"}, entry())  # waits, too, and no optimizer changes that
+    # waits, too, and no optimizer changes that
+    ctrl, _ = compress(model, {"algorithm": "linear_overparameterization", "params": {"form": "factors"}}, entry())
     caplog.clear()
     train(model, ctrl, torch.optim.SGD(model.parameters(), lr=0.01))
     assert "waits for" not in caplog.text

@@ -38,9 +38,9 @@ from nncf_compactprune.algorithms.data_free.resampling import resampling
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.cut.transaction import Transaction, transaction
 from nncf_compactprune.host.calls import unmarked
-from nncf_compactprune.host.nncf_hooks import carries_hooks, remove_hooks
+from nncf_compactprune.host.nncf_hooks import remove_hooks
 from nncf_compactprune.host.nncf_progress import track
-from nncf_compactprune.host.tensors import model_tensors, named_modules, own_tensors
+from nncf_compactprune.host.tensors import carries_hooks, model_tensors, named_modules, own_tensors
 from nncf_compactprune.host.torch_internals import BatchNorm
 
 MUCH_DOUBT = 0.5  # from here on more of a layer's correlations is chance than not
@@ -193,7 +193,7 @@ class Reconstruction:
                         for passed in watched[:at]:
                             for run in running[part][1:]:
                                 run.meet(passed.name)
-                met = [(dense.meet(place.name), compressed.meet(place.name)) for _, dense, compressed in running.values()]
+                met = [(there.meet(place.name), here.meet(place.name)) for _, there, here in running.values()]
                 if place.name in found:
                     self._layer(modules[place.name], met)
                     next(bar, None)
@@ -204,8 +204,8 @@ class Reconstruction:
         return self.refits
 
     def _parts(self, watched: Sequence[Place]) -> list[Part]:
-        """The images, split. All stay together where some rows are drawn, which stand at the end, and where NNCF's hooks
-        are on: two models with hooks cannot run in turns."""
+        """The images, split. All stay together where some rows are drawn, as these stand at the end, and where NNCF's
+        hooks are on: two models with hooks cannot run in turns."""
         count = len(self.inputs.images)
         if self.inputs.resampled or carries_hooks(self.compressed):
             return [Part(0, count, 0, len(watched) - 1)]

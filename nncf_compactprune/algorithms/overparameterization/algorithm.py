@@ -23,7 +23,7 @@ from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
+from nncf_compactprune.algorithms.base import Begins, CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.overparameterization.branches import BranchedWeight
 from nncf_compactprune.algorithms.overparameterization.config import OverparameterizationConfig
 from nncf_compactprune.algorithms.overparameterization.distillation import Distillation, digest
@@ -45,6 +45,8 @@ from nncf_compactprune.decide.scopes import operations_by_parameter
 from nncf_compactprune.errors import CompactPruneError, DistillationError
 from nncf_compactprune.host.tensors import copy_in
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
+
+WITH_FACTORS = ("factors", "branches")  # forms with several parameters for a weight
 
 
 class LinearOverparameterization(CompressionAlgorithm):
@@ -95,7 +97,7 @@ class LinearOverparameterization(CompressionAlgorithm):
         if state is not None:
             self._resume(state)
         try:
-            if params.form in ("factors", "branches"):
+            if params.form in WITH_FACTORS:
                 self._expand()
             if self.config.distillation.active and teacher is not None:
                 distillation = self.config.distillation
@@ -117,6 +119,11 @@ class LinearOverparameterization(CompressionAlgorithm):
     @property
     def settled(self) -> bool:
         return self._stripped
+
+    def lets_begin(self, other: Begins) -> bool:
+        """Where weights stay one parameter each, what acts on the weights of the final shapes joins the training."""
+        one_weight = self.config.params.form not in WITH_FACTORS
+        return self.settled or (one_weight and other >= Begins.AFTER_CUTS)
 
     def attached(self) -> None:
         self._adopt_optimizer()

@@ -13,6 +13,9 @@ from torch import nn
 
 from nncf_compactprune import create_compressed_model
 from nncf_compactprune.algorithms.overparameterization.expandable import last_of_each_resolution
+from nncf_compactprune.host.nncf_hooks import hooks
+from nncf_compactprune.host.nncf_quantization import is_quantizer, not_compiled
+from nncf_compactprune.host.nncf_sparsity import is_mask
 from nncf_compactprune.run.networks.cifar_resnet import resnet20
 from nncf_compactprune.run.networks.mobilenet_v1 import mobilenet_v1
 
@@ -33,21 +36,73 @@ def test_behind_a_pruning_entry_it_teaches_advises_and_leaves_nothing(monkeypatc
     keys = list(plain.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
     ctrl.attach(optimizer=optimizer)
-    ctrl.scheduler.epoch_step()
-    model.train()
-    for x, y in labelled_batches():
-        optimizer.zero_grad()
-        task = F.cross_entropy(model(x), y)
-        lesson = ctrl.loss()
-        assert lesson.item() > 0
-        (task + lesson).backward()
-        optimizer.step()
+    train(model, ctrl, optimizer, labelled_batches())
     figures = ctrl.statistics().algorithms["recovery"]
     assert "layers expanded" not in figures
     assert "similarity loss" in figures
     compact = ctrl.strip()
     assert list(compact.state_dict()) == keys
     assert float(ctrl.loss()) == 0
+
+
+@pytest.mark.parametrize("form", ["none", "orthogonal"])
+def test_quantizers_train_under_the_teacher(form: str) -> None:
+    entries = PRUNING, {"algorithm": "recovery", "params": {"form": form}}, {"algorithm": "quantization"}
+    loader = labelled_batches()
+    model, dense = model32(), model32()
+    with not_compiled():  # compiling NNCF's extension takes longer than all of these tests
+        _taught_while_quantized(model, dense, entries, loader)
+
+
+def _taught_while_quantized(model, dense, entries, loader) -> None:
+    ctrl, _ = create_compressed_model(model, config(*entries), loader)
+    assert sum(is_quantizer(hook.module) for hook in hooks(model)) > 10
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    ctrl.attach(optimizer=optimizer)
+    ranges = {name: p.clone() for name, p in model.named_parameters() if "scale" in name or "range" in name}
+    assert ranges
+    train(model, ctrl, optimizer, loader)
+    assert any(not torch.equal(p, ranges[name]) for name, p in model.named_parameters() if name in ranges)
+    state, weights = ctrl.get_compression_state(), copy.deepcopy(model.state_dict())
+    again, resumed = create_compressed_model(dense, config(*entries), loader, compression_state=state)
+    resumed.load_state_dict(weights)
+    x = loader[0][0]
+    assert torch.equal(resumed.eval()(x), model.eval()(x))
+    expected = model(x)
+    compact = ctrl.strip()
+    assert (compact(x) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert not any(is_quantizer(hook.module) for hook in hooks(compact))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in compact.modules())
+    again.strip()
+
+
+def test_masks_train_under_the_teacher() -> None:
+    entries = PRUNING, {"algorithm": "recovery"}, {"algorithm": "magnitude_sparsity", "params": {"schedule": "multistep"}}
+    model = model32()
+    ctrl, _ = create_compressed_model(model, config(*entries))
+    assert any(is_mask(hook.module) for hook in hooks(model))
+    ctrl.strip()
+
+
+def test_what_changes_shapes_waits_for_the_end_of_recovery() -> None:
+    model = model32()
+    width = sum(p.numel() for p in model.parameters())
+    ctrl, _ = create_compressed_model(model, config({"algorithm": "recovery"}, PRUNING))
+    assert sum(p.numel() for p in model.parameters()) == width
+    assert sum(p.numel() for p in ctrl.strip().parameters()) < width
+
+
+def train(model, ctrl, optimizer, batches) -> None:
+    """An epoch; the teacher has something to say at every step."""
+    ctrl.scheduler.epoch_step()
+    model.train()
+    for x, y in batches:
+        optimizer.zero_grad()
+        task = F.cross_entropy(model(x), y)
+        lesson = ctrl.loss()
+        assert lesson.item() > 0
+        (task + lesson).backward()
+        optimizer.step()
 
 
 def test_the_weight_of_similarities_follows_the_batch_size() -> None:
