@@ -192,7 +192,7 @@ class Memory:
         :param args: its positional arguments.
         :param kwargs: its keyword arguments.
         """
-        for place, name in written_arguments(func):
+        for place, name in written_arguments(func) or written_statistics(func, args, kwargs):
             value = args[place] if place < len(args) else kwargs.get(name)
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
@@ -226,6 +226,26 @@ def written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """Place and name of the arguments that an operation may write into."""
     found = enumerate(func._schema.arguments if isinstance(func, torch._ops.OpOverload) else ())
     return tuple((place, said.name) for place, said in found if said.alias_info and said.alias_info.is_write)
+
+
+def written_statistics(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[int, str], ...]:
+    """Place and name of the running statistics that a normalisation in training mode writes, and does not say so."""
+    statistics, flag = _statistics_of(func)
+    if not statistics:
+        return ()
+    training = args[flag] if flag < len(args) else kwargs.get("training", False)
+    return statistics if training else ()
+
+
+@functools.cache
+def _statistics_of(func: Any) -> tuple[tuple[tuple[int, str], ...], int]:
+    """Running statistics among an operation's arguments, and the place of the flag that says whether it trains."""
+    names = [said.name for said in func._schema.arguments] if isinstance(func, torch._ops.OpOverload) else []
+    if "training" not in names or "running_mean" not in names:
+        return (), 0
+    return tuple((names.index(name), name) for name in ("running_mean", "running_var")), names.index("training")
 
 
 def own_classes(modules: Sequence[nn.Module]) -> list[type]:

@@ -69,3 +69,12 @@ def test_layers_that_could_not_be_followed_are_named(caplog):
         trace(NeverCalled(), IMAGES)
     assert "does not run in training mode" in caplog.text
     assert "'unused'" in caplog.text
+
+
+def test_statistics_that_a_run_in_training_mode_moves_are_taken_back():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.InstanceNorm2d(16, track_running_stats=True))
+    model.append(nn.Conv2d(16, 3, 3)).append(Auxiliary())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = torch.randn(4, 3, 14, 14, generator=torch.Generator().manual_seed(0))
+    trace(model, images)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nncf_compactprune.algorithms.data_free.operations import Call, Calls, Operation
 from nncf_compactprune.host.tensors import named_modules
 
-MEMORY = 2**31  # bytes that the waiting runs may keep, about
+MEMORY = 2**30  # bytes that the waiting runs may keep, about
 FEWEST = 16  # images of a part, however large they are
 
 

@@ -30,7 +30,7 @@ import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms.data_free.gram import Moments, Sums, damped
+from nncf_compactprune.algorithms.data_free.gram import CHUNK_ELEMENTS, Moments, Sums, damped
 from nncf_compactprune.algorithms.data_free.network import ImageNetwork, batch_norms, statistics
 from nncf_compactprune.algorithms.data_free.operations import Call, Calls, refittable
 from nncf_compactprune.algorithms.data_free.pacing import Met, Paced, Part, Place, parts_of, places, room_for, twin
@@ -300,11 +300,12 @@ class Reconstruction:
     def _mean_and_variance(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Of all channels ``[c]`` over images and places; drawn rows count only where there are no others."""
         found, weights = [], []
-        for x in parts:
-            rows = len(x) - self.inputs.resampled or len(x)
-            dims = [0, *range(2, x.dim())]
-            found.append(torch.var_mean(x[:rows].double(), dims, unbiased=False))
-            weights.append(rows)
+        for part in parts:
+            rows = len(part) - self.inputs.resampled or len(part)
+            images = max(1, CHUNK_ELEMENTS * len(part) // part.numel())
+            for x in part[:rows].split(images):  # type: ignore[no-untyped-call]
+                found.append(torch.var_mean(x.double(), [0, *range(2, x.dim())], unbiased=False))
+                weights.append(len(x))
         share = torch.tensor(weights, dtype=torch.float64, device=parts[0].device).unsqueeze(1) / sum(weights)
         variances, means = (torch.stack(values) for values in zip(*found, strict=True))
         mean = (share * means).sum(0)
