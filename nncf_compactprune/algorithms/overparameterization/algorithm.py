@@ -32,6 +32,7 @@ from nncf_compactprune.algorithms.overparameterization.expandable import (
     last_of_each_resolution,
     outputs,
     select_layers,
+    written_over,
 )
 from nncf_compactprune.algorithms.overparameterization.factor_groups import FactorGroups
 from nncf_compactprune.algorithms.overparameterization.factor_hooks import FactorizedWeight
@@ -100,11 +101,12 @@ class LinearOverparameterization(CompressionAlgorithm):
             if params.form in WITH_FACTORS:
                 self._expand()
             if self.config.distillation.active and teacher is not None:
-                distillation = self.config.distillation
+                distillation, compared = self.config.distillation, self._compared_layers()
                 self._distillation = Distillation(
                     self.context.model,
                     teacher,
-                    self._compared_layers(),
+                    compared,
+                    written_over=written_over(self.context.model, self.context.example_inputs, compared),
                     logits=distillation.logits_weight > 0,
                     classes=self._classes(),
                     precision=distillation.teacher_precision,

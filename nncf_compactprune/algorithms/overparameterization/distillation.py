@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -125,6 +125,7 @@ class Distillation:
     :param student: gets module hooks.
     :param teacher: is put into eval mode, gets hooks on its paired layers; runs without gradients.
     :param layers: names of the layers whose similarities are compared; empty for logits only.
+    :param written_over: those of them whose output the student changes in place; it is copied, as gradients need it.
     :param logits: also compare class scores.
     :param classes: the teacher's classes that the student's outputs stand for; empty: all, in the same order.
     :param feature_size: see :func:`similarity`.
@@ -139,6 +140,7 @@ class Distillation:
         teacher: nn.Module,
         layers: Sequence[str],
         *,
+        written_over: Collection[str] = (),
         logits: bool = False,
         classes: Sequence[int] = (),
         precision: Precision = "same",
@@ -149,6 +151,7 @@ class Distillation:
         self._precision = precision
         self._feature_size = feature_size
         self._classes = list(classes)
+        self._written_over = written_over
         self._recording = False
         self._warned = False
         self._similarities: dict[str, list[tuple[str, Tensor]]] = {"student": [], "teacher": []}
@@ -243,6 +246,8 @@ class Distillation:
     def _reduce(self, who: str, name: str) -> Callable[..., None]:
         def reduce(module: nn.Module, args: Any, output: Any) -> None:
             if self._recording and isinstance(output, Tensor):
+                if name in self._written_over and output.requires_grad:
+                    output = output.clone()
                 self._similarities[who].append((name, similarity(output, self._feature_size)))
 
         return reduce

@@ -105,6 +105,29 @@ def last_of_each_resolution(model: nn.Module, example_inputs: Any, names: Sequen
     return [name for name in names if name in ends.values()]
 
 
+def written_over(model: nn.Module, example_inputs: Any, names: Sequence[str]) -> set[str]:
+    """Of some layers those whose output an activation behind them changes in place.
+
+    :param model: it is run once.
+    :param example_inputs: what it is called with.
+    :param names: layers.
+    :return: their names.
+    """
+    seen: list[tuple[str, Tensor, int]] = []
+
+    def note(name: str) -> Any:
+        return lambda module, args, output: seen.append((name, output, output._version))
+
+    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    try:
+        with evaluating(model):
+            call_model(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name for name, output, version in seen if output._version != version}
+
+
 def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """What the model computes in eval mode, every tensor of it.
 

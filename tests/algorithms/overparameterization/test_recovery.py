@@ -173,3 +173,21 @@ def test_class_scores_of_a_part_of_the_classes_are_compared_with_the_teachers_of
         F.log_softmax(scores / 4, 1), F.log_softmax(dense(x)[:, kept] / 4, 1), reduction="batchmean", log_target=True
     )
     assert ctrl.loss().item() == pytest.approx(16 * expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["recovery", "linear_overparameterization"])
+def test_layers_in_front_of_activations_in_place_teach_like_any_other(algorithm: str) -> None:
+    """As in VGG, AlexNet and SqueezeNet: convolutions without a normalisation behind them."""
+    gradients = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace)]
+        layers += [nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace), nn.Flatten(), nn.Linear(288, 4)]
+        model = nn.Sequential(nn.Sequential(*layers))
+        entry = {"algorithm": algorithm, "distillation": {"layers": "all"}}
+        ctrl, _ = create_compressed_model(model, config(PRUNING, entry))
+        model(labelled_batches()[0][0])
+        ctrl.loss().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert gradients[0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
