@@ -41,6 +41,30 @@ def prune_entry(budget=0.5, **more):
     return {"algorithm": "data_free_layerwise", "budget": {"macs": budget}, "params": {"round_to": 1}, **more}
 
 
+class BehindAGate(nn.Module):
+    """What consumes the channels of ``first`` computes its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.second = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 8, 3))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.norm(self.first(x)).relu()).mean((2, 3)))
+
+
+def test_channels_that_no_layer_with_moments_consumes_go_by_magnitude_with_biases_too() -> None:
+    model = with_statistics_of(BehindAGate(), DATA)
+    weak = torch.tensor([1, 4, 7, 9])
+    model.first.weight.data[weak] *= 1e-3
+    model.first.bias.data[weak] *= 1e-3
+    ctrl, _ = compress(model, prune_entry(0.8))
+    kept = plan_of(ctrl.strip()).kept["first.weight"][0]
+    assert len(kept) < 16
+    assert sum(at in weak.tolist() for at in kept) == max(0, len(kept) - 12)
+
+
 def quantize_entry(bits=8, **params):
     return {"algorithm": "data_free_quantization", "params": {"weight_bits": bits, "activation_bits": bits, **params}}
 
