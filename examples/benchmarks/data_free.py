@@ -107,7 +107,7 @@ class Bench:
         network = ImageNetwork.of(dense, self.example)
         inputs = layer_inputs(dense, network, Generation("bn_sampling", 256))
         kept = {} if plan is None else {name: plan.selection(name) for name in plan.kept}
-        with evaluating(dense), evaluating(model):
+        with evaluating(dense), evaluating(model, changes=True):
             Reconstruction(dense, model, inputs, network, kept).run()
         return model
 

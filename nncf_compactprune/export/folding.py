@@ -15,6 +15,8 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from nncf_compactprune.export.prepared import Array
 
+EXTREMES = {"ReduceMax", "ReduceMin", "GlobalMaxPool"}
+
 
 class _Graph:
     """A graph with its constants and the nodes that make its values."""
@@ -60,8 +62,20 @@ def folded(model: ModelProto) -> ModelProto:
         _store(graph, node)
     for node in [node for node in graph.graph.node if node.op_type == "BatchNormalization"]:
         _fold(graph, node)
+    for node in [node for node in graph.graph.node if node.op_type in EXTREMES]:
+        _keep_quantizer_behind(graph, node)
     graph.drop_unread()
     return model
+
+
+def _keep_quantizer_behind(graph: _Graph, node: NodeProto) -> None:
+    """Puts a maximum with the lowest number behind one over axes, which changes nothing: OpenVINO (2026.4, on CPUs)
+    computes that wrongly in one with the quantizer behind."""
+    name = node.output[0]
+    node.output[0] = f"{name}.extreme"
+    lowest = graph.add(f"{name}.lowest", np.array(np.finfo(np.float32).min, np.float32))
+    guard = helper.make_node("Max", [node.output[0], lowest], [name])
+    graph.graph.node.insert(list(graph.graph.node).index(node) + 1, guard)
 
 
 def _store(graph: _Graph, node: NodeProto) -> None:

@@ -24,6 +24,9 @@ from nncf_compactprune.export.tolerances import TOLERANCES
 from nncf_compactprune.host.torch_internals import TracerWarning
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
+#: operations of OpenVINO that may become a maximum or minimum over axes
+EXTREMES = {"ReduceMax", "ReduceMin", "AdaptiveMaxPool"}
+
 
 class OpenVinoFormat(ExportFormat):
     """OpenVINO IR: an ``.xml`` and a ``.bin`` beside it. Quantized models are written as they are."""
@@ -48,6 +51,7 @@ class OpenVinoFormat(ExportFormat):
             converted.set_rt_info(value, ["compactprune", key])
         for precision, path in paths.items():
             if precision == "int8":
+                _keep_quantizers_behind_extremes(converted)
                 compress_quantize_weights_transformation(converted)
             self._save(converted, path, fp16=precision == "fp16")
 
@@ -165,6 +169,22 @@ def _traced_or_exported(ready: Prepared) -> Any:
             raise of_trace from of_trace.__cause__
     nncf_logger.info("OpenVINO took torch's exported program, as it could not trace the model. Nodes have other names.")
     return converted
+
+
+def _keep_quantizers_behind_extremes(model: Any) -> None:
+    """Puts a maximum with the lowest number behind maxima and minima over axes, which changes nothing: OpenVINO
+    (2026.4, on CPUs) computes them wrongly in one with the quantizer behind.
+
+    :param model: changed in place.
+    """
+    lowest = openvino.opset13.constant(np.finfo(np.float32).min, openvino.Type.f32)
+    for node in model.get_ops():
+        if node.get_type_name() not in EXTREMES or node.get_output_element_type(0) != openvino.Type.f32:
+            continue
+        readers = node.output(0).get_target_inputs()
+        guard = openvino.opset13.maximum(node.output(0), lowest)
+        for reader in readers:
+            reader.replace_source_output(guard.output(0))
 
 
 def _tensor_of(port: Any) -> tuple[str, int]:

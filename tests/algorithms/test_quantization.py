@@ -146,6 +146,36 @@ def test_a_pruned_transformer_is_quantized_with_its_smoothing(tmp_path) -> None:
     assert products
 
 
+class Pooled(nn.Module):
+    """Global maxima, in the ways that networks write them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.body = kind, nn.Sequential(conv_bn(3, 16), nn.Conv2d(16, 16, 1))
+        self.head = nn.Linear(32 if kind == "both" else 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        pooled = {
+            "maximum": lambda: x.amax((2, 3)),
+            "minimum": lambda: x.amin((2, 3)),
+            "pool": lambda: F.adaptive_max_pool2d(x, 1).flatten(1),
+            "both": lambda: torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1),
+        }
+        return self.head(pooled[self.kind]())
+
+
+@pytest.mark.parametrize("kind", ["maximum", "minimum", "pool", "both"])
+def test_global_maxima_are_right_in_openvino_from_both_formats(kind: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = Pooled(kind).eval()
+    compress(model, entry(params={"start_epoch": None}))[0].strip()
+    expected = model.eval()(X).detach()
+    for file in export_model(model, X, tmp_path):
+        compiled = openvino.Core().compile_model(file.path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        assert (torch.tensor(compiled(X.numpy())[0]) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def stored_bytes(path) -> int:
     """Bytes of all constants of an ONNX file; these networks are so small that the graph outweighs them."""
     return sum(len(one.raw_data) for one in onnx.load(path).graph.initializer)
