@@ -133,8 +133,8 @@ class CompressionAlgorithm(ABC):
     """One algorithm at work on one model.
 
     The controller calls :meth:`capture` on all algorithms of a list, then :meth:`prepare` once for each as soon as
-    those before it (see :class:`Begins`) :meth:`let it begin <lets_begin>`, then :meth:`epoch_step` and :meth:`step` as training
-    goes, and :meth:`strip` at the end. Everything else reads.
+    those before it (see :class:`Begins`) :meth:`let it begin <lets_begin>`, then :meth:`epoch_step` and :meth:`step` as
+    training goes, and :meth:`strip` at the end. Everything else reads.
 
     :param config: the validated configuration entry, an instance of ``Config``.
     :param context: the model and what comes with it.

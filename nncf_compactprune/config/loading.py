@@ -189,17 +189,31 @@ def _entries(
     wanted = 'Expected an object with "algorithm", or a list of such objects.'
     if "compression" not in document:
         close = [key for key in document if nearest(key, ["compression"])]
-        hint = f' Rename {show(close[0])} to "compression".' if close else ""
+        hint = f' Rename {show(close[0])} to "compression".' if close else inside_a_part(document)
         findings.append((("compression",), f"missing. {wanted}{hint}"))
         return []
     section = document["compression"]
     if section == []:
-        findings.append((("compression",), f"empty. {wanted}"))
+        findings.append((("compression",), f"empty. {wanted}{inside_a_part(document)}"))
     if not isinstance(section, list):
         entry = _entry(section, ("compression",), plugins, findings, warnings)
         return [entry] if entry is not None else []
     entries = [_entry(item, ("compression", at), plugins, findings, warnings) for at, item in enumerate(section)]
     return [entry for entry in entries if entry is not None]
+
+
+def inside_a_part(document: dict[str, Any]) -> str:
+    """Where the configuration is in a file of several, as OpenVINO Training Extensions has them, for a message.
+
+    :param document: the top level.
+    :return: a sentence; empty where it holds no such part.
+    """
+    parts = [
+        key
+        for key, part in document.items()
+        if isinstance(part, dict) and isinstance(inner := part.get("nncf_config"), dict) and inner.get("compression")
+    ]
+    return f' This file has it in {one_of(parts)}, below "nncf_config": give that object.' if parts else ""
 
 
 def _entry(

@@ -23,6 +23,18 @@ GONE = {
     "binarization": 'NNCF dropped it. Use "quantization", 8 bits being the least that runtimes gain from.',
     "movement_sparsity": 'NNCF dropped it. Use "filter_pruning" to shrink layers, or "magnitude_sparsity" for zeros.',
     "experimental_quantization": 'NNCF dropped it. Use "quantization", which is what it became.',
+    "fracbits_quantization": 'NNCF dropped it. Use "quantization", or "data_free_quantization" for 4 to 8 bits.',
+}
+#: sections of the top level that are of NNCF's past
+GONE_SECTIONS = {
+    "bootstrapNAS": 'NNCF dropped its search for architectures. Use a pruning entry with "family" for networks of '
+    "several sizes.",
+}
+
+#: of every entry
+_LEFTOVERS = {
+    "initializer.batchnorm_adaptation.num_bn_forget_samples": "statistics are averages over the samples, and forget what "
+    "was before",
 }
 
 
@@ -82,12 +94,10 @@ def modernised(entry: Mapping[str, Any], kind: type[AlgorithmConfig]) -> Moderni
     :param entry: one entry of ``"compression"``, as it was read.
     :param kind: its configuration class. An entry that is not of NNCF 2.x's grammar stays as it is.
     """
-    result = Modernised(copy.copy(dict(entry)))
+    result = Modernised(copy.deepcopy(dict(entry)))
     if not issubclass(kind, Nncf2Entry):
         return result
-    if isinstance(entry.get("params"), dict):
-        result.entry["params"] = dict(entry["params"])
-    for path, reason in kind.leftovers.items():
+    for path, reason in {**_LEFTOVERS, **kind.leftovers}.items():
         if _pop(result.entry, path) is not _MISSING:
             result.warnings.append((tuple(path.split(".")), f"nothing reads it any more: {reason}. It was left out."))
     for old, spelling in _old_places(result.entry, kind):

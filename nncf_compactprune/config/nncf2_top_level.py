@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from nncf_compactprune.config.nncf2 import GONE_SECTIONS
 from nncf_compactprune.config.reading import Finding, show
 
 KEYS = (
@@ -53,6 +54,7 @@ def modern_top_level(data: Mapping[str, Any], warnings: list[Finding], findings:
         meant = _meant(key)
         if meant is not None and meant not in (*result, "compression"):  # that this one is missing is told elsewhere
             findings.append(((key,), f"unknown key. Did you mean {show(meant)}?"))
+    findings += [((key,), f"not supported: {GONE_SECTIONS[key]}") for key in result if key in GONE_SECTIONS]
     for key in _MISPLACED:
         if key in result:
             warnings.append(((key,), "nothing reads it here. It belongs into the entry of its algorithm."))

@@ -20,6 +20,8 @@ JsonPath = tuple[str | int, ...]
 Finding = tuple[JsonPath, str]
 
 _MAX_DEPTH = 50
+#: keys of the top level that are of no entry
+BESIDE_ENTRIES = ("input_info", "target_device", "accuracy_aware_training")
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,19 @@ def read_document(
         if isinstance(value, list):  # a file may hold the entries alone
             whole = len(value) == 1 and isinstance(value[0], Mapping) and "compression" in value[0]
             value = value[0] if whole else {"compression": value}
+    value = _around_an_entry(value)
     document = plain_object(name, value)
     for path, override in (overrides or {}).items():
         _override(document, path, override, name)
     return Document(name, document)
+
+
+def _around_an_entry(value: Any) -> Any:
+    """A configuration around one entry alone, as some files have it; what is none stays as it is."""
+    if not isinstance(value, Mapping) or "compression" in value or not isinstance(value.get("algorithm"), str):
+        return value
+    entry = {key: one for key, one in value.items() if key not in BESIDE_ENTRIES}
+    return {**{key: value[key] for key in value if key in BESIDE_ENTRIES}, "compression": entry}
 
 
 def _override(data: dict[str, Any], path: str, value: Any, name: str) -> None:

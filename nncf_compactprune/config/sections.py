@@ -100,6 +100,9 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Scopes = Annotated[list[str], OneOrMany()]
 
 
+_STEPS = "counted batches in NNCF 1.x. Write num_bn_adaptation_samples: that number times the batch size."
+
+
 class BatchNormAdaptation(Section):
     """How BatchNorm statistics follow.
 
@@ -107,6 +110,7 @@ class BatchNormAdaptation(Section):
     """
 
     num_bn_adaptation_samples: int = Field(default=2000, ge=0)
+    num_bn_adaptation_steps: Annotated[None, NotYet(_STEPS)] = None
 
 
 class Initializer(Section):

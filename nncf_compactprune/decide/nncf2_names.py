@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +25,8 @@ _REPLACED = tuple(
 )
 #: never called themselves: some versions left them out of the path
 _NOT_CALLED = ("ModuleList", "ModuleDict")
+#: functions whose operators have another name
+_OPERATORS = {"div": "truediv", "true_divide": "truediv", "floor_divide": "floordiv", "truediv": "div"}
 _ELEMENT = re.compile(r"(\w+)(?:\[([^\[\]/]*)\])?")
 _CALL = re.compile(r"(\w+)_(\d+)")
 #: in a pattern: the class before an attribute in brackets, and the outermost class
@@ -48,11 +50,11 @@ class OldNames:
     """What the names of a model were in NNCF 2.x.
 
     :param model: the network.
-    :param names: today's names of modules and of operations, these in the order of execution, each with the parameters
-        and buffers behind it.
+    :param names: today's names of modules and of operations, these in the order of execution, each with the module that
+        it runs in.
     """
 
-    def __init__(self, model: nn.Module, names: Mapping[str, Collection[str]]) -> None:
+    def __init__(self, model: nn.Module, names: Mapping[str, str]) -> None:
         self._modules = dict(model.named_modules())
         self._names = names
 
@@ -94,16 +96,14 @@ class OldNames:
 
     @cached_property
     def _places(self) -> dict[str, _Place]:
-        """Where each name of today is. An operation on a module's own parameters runs in that module: today's name can
-        miss parts of the way there, and then counts the operations of several modules together."""
+        """Where each name of today is. Today's name can miss parts of the way to a module, and then counts the
+        operations of several modules together."""
         result, seen = {}, Counter[tuple[str, str]]()
-        for name, tensors in self._names.items():
+        for name, module in self._names.items():
             if "/" not in name:
                 result[name] = _Place(name)
                 continue
-            *path, function, _ = name.split("/")
-            owners = {tensor.rpartition(".")[0] for tensor in tensors}
-            module = owners.pop() if len(owners) == 1 else ".".join(path).strip(".")
+            function = name.split("/")[-2]
             result[name] = _Place(module, function, seen[module, function])
             seen[module, function] += 1
         return result
@@ -154,8 +154,13 @@ def _forms(function: str) -> list[str]:
 
     >>> _forms("add_")
     ['add_', 'add', '__add__', '__iadd__', '__radd__']
+    >>> _forms("div")[-3:]
+    ['__truediv__', '__itruediv__', '__rtruediv__']
 
     :param function: today's name of it.
     """
     plain = function.strip("_")
-    return list(dict.fromkeys([function, plain, f"{plain}_", f"__{plain}__", f"__i{plain}__", f"__r{plain}__"]))
+    forms = [function, plain, f"{plain}_"]
+    for word in (plain, *([_OPERATORS[plain]] if plain in _OPERATORS else [])):
+        forms += [f"__{word}__", f"__i{word}__", f"__r{word}__"]
+    return list(dict.fromkeys(forms))

@@ -18,7 +18,7 @@ from nncf_compactprune.channels import ChannelGraph, ChannelGroup
 from nncf_compactprune.decide.nncf2_names import OldNames
 from nncf_compactprune.errors import ScopeError, nearest
 from nncf_compactprune.host.calls import evaluating
-from nncf_compactprune.host.nncf_hooks import operations
+from nncf_compactprune.host.nncf_hooks import Operation, operations
 from nncf_compactprune.host.tensors import model_tensors
 
 PATTERN = "{re}"
@@ -26,10 +26,16 @@ PATTERN = "{re}"
 
 @dataclass
 class Found:
-    """What is behind a name: parameters and buffers by name, and NNCF's names of operations."""
+    """What is behind a name.
+
+    :param tensors: parameters and buffers, by name.
+    :param operations: NNCF's names of operations.
+    :param module: of an operation, the module that it runs in.
+    """
 
     tensors: set[str] = field(default_factory=set)
     operations: set[str] = field(default_factory=set)
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,8 +140,8 @@ def operations_by_parameter(model: nn.Module, example_inputs: Any) -> dict[str, 
     :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
     """
     result: dict[str, list[str]] = {}
-    for operation, parameters in _nncf_operations(model, example_inputs).items():
-        for parameter in parameters:
+    for operation, found in _nncf_operations(model, example_inputs).items():
+        for parameter in found.parameters:
             result.setdefault(parameter, []).append(operation)
     return result
 
@@ -151,8 +157,8 @@ def layers_by_operation(model: nn.Module, example_inputs: Any) -> dict[str, str]
     """
     return {
         operation: parameter.removesuffix(".weight")
-        for operation, parameters in _nncf_operations(model, example_inputs).items()
-        for parameter in parameters
+        for operation, found in _nncf_operations(model, example_inputs).items()
+        for parameter in found.parameters
         if parameter.endswith(".weight")
     }
 
@@ -169,11 +175,10 @@ def names_of(model: nn.Module, example_inputs: Any) -> dict[str, Found]:
     for name, first_name in own.items():
         for module in _containers(name.rpartition(".")[0]):
             names.setdefault(module, Found()).tensors.add(first_name)
-    for operation, parameters in _nncf_operations(model, example_inputs).items():
-        names[operation] = Found({own[name] for name in parameters if name in own}, {operation})
-        # NNCF's name misses a ModuleList around the layer; that of the parameter does not
-        owners = {name.rpartition(".")[0] for name in parameters if name in own}
-        for module in owners or {".".join(operation.split("/")[:-2])}:
+    for operation, found in _nncf_operations(model, example_inputs).items():
+        used = {name for name in found.parameters if name in own}
+        names[operation] = Found({own[name] for name in used}, {operation}, found.module)
+        for module in {name.rpartition(".")[0] for name in used} or {found.module}:
             for container in _containers(module):
                 names.setdefault(container, Found()).operations.add(operation)
     return names
@@ -189,13 +194,13 @@ def _produced_by(group: ChannelGroup) -> set[str]:
     return {member.parameter for member in group.members if member.role != "consumer"}
 
 
-def _nncf_operations(model: nn.Module, example_inputs: Any) -> dict[str, set[str]]:
-    """Parameters of each operation in NNCF's graph, in the order of execution."""
+def _nncf_operations(model: nn.Module, example_inputs: Any) -> dict[str, Operation]:
+    """The operations of NNCF's graph by name, in the order of execution."""
     if isinstance(model, nn.Sequential):
         return {}  # a bare Sequential would run NNCF's hook storage as a layer; module names match it all the same
     with evaluating(model):
         # inputs, outputs and parameters are nodes as well, but only operations have a path
-        return {name: parameters for name, parameters in operations(model, example_inputs) if "/" in name}
+        return {found.name: found for found in operations(model, example_inputs) if "/" in found.name}
 
 
 def _tensors(
@@ -216,7 +221,7 @@ class _LookUp:
     def __init__(self, model: nn.Module, names: Mapping[str, Found], rules: ScopeRules) -> None:
         self._names = names
         self._rules = rules
-        self._old = OldNames(model, {name: found.tensors for name, found in names.items()})
+        self._old = OldNames(model, {name: found.module for name, found in names.items()})
 
     def __call__(self, scopes: Sequence[str], key: str) -> Found:
         """
@@ -224,18 +229,16 @@ class _LookUp:
         :param key: which key, for messages.
         :raises ScopeError: a scope matches nothing, or is no valid pattern.
         """
-        matched = Found()
+        matched, missed = Found(), []
         for scope in scopes:
             hits = self._hits(scope, key)
-            if not hits and self._rules.validate:
-                msg = (
-                    f"{key}: '{scope}' matches no operation and no module.{nearest(scope, self._names)} "
-                    "`nncf-compactprune inspect` lists the names."
-                )
-                raise ScopeError(msg)
+            if not hits:
+                missed.append(f"{key}: '{scope}' matches no operation and no module.{nearest(scope, self._names)}")
             for name in hits:
                 matched.tensors |= self._names[name].tensors
                 matched.operations |= self._names[name].operations
+        if missed and self._rules.validate:
+            raise ScopeError(" ".join([*missed, "`nncf-compactprune inspect` lists the names."]))
         return matched
 
     def _hits(self, scope: str, key: str) -> Collection[str]:

@@ -228,9 +228,7 @@ def written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple((place, said.name) for place, said in found if said.alias_info and said.alias_info.is_write)
 
 
-def written_statistics(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[int, str], ...]:
+def written_statistics(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
     """Place and name of the running statistics that a normalisation in training mode writes, and does not say so."""
     statistics, flag = _statistics_of(func)
     if not statistics:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,13 +250,50 @@ def write_graph(model: nn.Module, example_inputs: Any, path: Path) -> None:
     nncf_graph(model, example_inputs).visualize_graph(path)
 
 
-def operations(model: nn.Module, example_inputs: Any) -> Iterator[tuple[str, set[str]]]:
-    """Name and parameters of every operation of NNCF's graph; see :func:`nncf_graph`.
+@dataclass(frozen=True)
+class Operation:
+    """One operation of NNCF's graph.
+
+    :param name: NNCF's.
+    :param parameters: names of the parameters and buffers that go into it.
+    :param module: the module that it runs in, by its whole name: NNCF's leaves out lists of modules and their indices.
+    """
+
+    name: str
+    parameters: frozenset[str]
+    module: str
+
+
+def operations(model: nn.Module, example_inputs: Any) -> Iterator[Operation]:
+    """Every operation of NNCF's graph; see :func:`nncf_graph`.
 
     :param model: in the mode to run it in; no bare ``nn.Sequential``.
     :param example_inputs: a tensor, a tuple or a dict.
     """
-    graph = nncf_graph(model, example_inputs)
+    with _noting_modules(model) as modules:
+        graph = nncf_graph(model, example_inputs)
     for node in graph.get_all_nodes():
         constants = {getattr(before.layer_attributes, "name", "") for before in graph.get_previous_nodes(node)}
-        yield node.node_name, constants
+        path = ".".join(node.node_name.split("/")[:-2])
+        yield Operation(node.node_name, frozenset(constants), modules.get(node.node_name, path))
+
+
+@contextmanager
+def _noting_modules(model: nn.Module) -> Iterator[dict[str, str]]:
+    """Inside, NNCF's name of each operation that runs is noted, with the name of the module that it runs in."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, str] = {}
+    # the second is its name before NNCF 3
+    method = next(m for m in ("get_next_op_call_name", "get_current_executed_op_name") if hasattr(FunctionHookMode, m))
+    named = getattr(FunctionHookMode, method)
+
+    def noting(mode: FunctionHookMode, function: str) -> str:
+        operation: str = named(mode, function)
+        found[operation] = names.get(id(mode.module_call_stack[-1]), "")
+        return operation
+
+    setattr(FunctionHookMode, method, noting)
+    try:
+        yield found
+    finally:
+        setattr(FunctionHookMode, method, named)

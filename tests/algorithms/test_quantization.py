@@ -321,6 +321,17 @@ def test_every_key_reaches_nncf() -> None:
     assert estimator.min.quantile_outlier_prob == pytest.approx(0.01)
 
 
+def test_inputs_stay_in_float_on_request() -> None:
+    found = {}
+    for asked in (True, False):
+        model = network()
+        ctrl, _ = compress(model, entry(quantize_inputs=asked))
+        found[asked] = {(hook.operation, hook.port) for hook in hooks(model)}
+        ctrl.strip()
+    assert {operation for operation, _ in found[True] - found[False]} == {"x"}
+    assert found[False] < found[True]
+
+
 def test_half_the_range_is_what_the_overflow_fix_leaves() -> None:
     model = network()
     compress(model, entry(overflow_fix="enable", params={"start_epoch": None}))[0].strip()
@@ -335,10 +346,11 @@ def test_half_the_range_is_what_the_overflow_fix_leaves() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"weights": {"bits": 4}}, r"weights\.bits: .*8"),
+        ({"weights": {"bits": 4}}, r"weights\.bits: expected 8, got 4\. .*data_free_quantization with params"),
         ({"scope_overrides": {"weights": {}}}, r"scope_overrides: NNCF 3 gives all layers the same bits"),
         ({"initializer": {"precision": {"type": "hawq"}}}, r"initializer\.precision: mixed precision is not supported"),
-        ({"initializer": {"range": {"num_init_samples": 0}}}, r"num_init_samples: expected .*1"),
+        ({"initializer": {"precision": {"bits": [4, 8]}}}, r"initializer\.precision: mixed precision is not supported"),
+        ({"initializer": {"range": {"num_init_samples": -1}}}, r"num_init_samples: expected .*1"),
         ({"preset": "fast"}, r"preset: expected .*performance"),
         ({"activations": {"unified_scale_ops": []}}, r"unified_scale_ops: NNCF 3 knows"),
         ({"params": {"target_device": "NPUU"}}, r"target_device: .*Did you mean 'NPU'"),

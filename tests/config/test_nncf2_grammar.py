@@ -8,6 +8,8 @@ import pytest
 
 from nncf_compactprune.config import load_config
 from nncf_compactprune.errors import ConfigError
+from nncf_compactprune.integrations.nncf2 import NNCFConfig
+from nncf_compactprune.integrations.nncf2.config import compression_config
 
 INPUT = {"sample_size": [1, 3, 32, 32]}
 
@@ -230,3 +232,65 @@ def test_ranges_of_parts_are_refused(value):
 def test_steps_of_ranges_are_named():
     with pytest.raises(ConfigError, match=r"num_init_steps: counted batches in NNCF 1\.x\. Write num_init_samples"):
         ranges({"num_init_steps": 4})
+
+
+QUANTIZATION = {"algorithm": "quantization"}
+
+
+def test_a_file_with_one_entry_alone_is_taken(tmp_path) -> None:
+    """As the files of Optimum's Intel part."""
+    alone = {**QUANTIZATION, "input_info": INPUT, "ignored_scopes": ["head"], "preset": "mixed"}
+    (tmp_path / "alone.json").write_text(json.dumps(alone))
+    for config in (load_config(alone), load_config(tmp_path / "alone.json")):
+        (entry,) = config.compression
+        assert (entry.algorithm, entry.ignored_scopes, entry.preset) == ("quantization", ["head"], "mixed")
+        assert config.input_info[0].sample_size == [1, 3, 32, 32]
+    for config in (NNCFConfig.from_dict(alone), NNCFConfig.from_json(tmp_path / "alone.json")):
+        assert [one.algorithm for one in compression_config(config).compression] == ["quantization"]
+    with pytest.raises(ConfigError, match="movement_sparsity.*NNCF dropped it"):
+        NNCFConfig.from_dict({"algorithm": "movement_sparsity"})
+
+
+def test_an_empty_list_is_nothing_to_do_in_nncf_2_x_scripts() -> None:
+    assert compression_config(NNCFConfig.from_dict({"compression": [], "epochs": 3})).compression == []
+    with pytest.raises(ConfigError, match="compression: empty"):
+        load_config({"compression": []})
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"base": {"nncf_config": {"compression": []}}, "nncf_quantization": {"nncf_config": {"compression": [QUANTIZATION]}}},
+         'compression: missing.*This file has it in "nncf_quantization", below "nncf_config": give that object'),
+        ({"bootstrapNAS": {"training": {}}}, "bootstrapNAS: not supported: NNCF dropped its search"),
+        ({"compression": {"algorithm": "fracbits_quantization"}}, "NNCF dropped it. Use \"quantization\""),
+        ({"compression": {**QUANTIZATION, "initializer": {"batchnorm_adaptation": {"num_bn_adaptation_steps": 3}}}},
+         "num_bn_adaptation_steps: counted batches.*that number times the batch size"),
+    ],
+)  # fmt: skip
+def test_what_it_cannot_be_says_where_to_go(document, message: str) -> None:
+    for read in (load_config, NNCFConfig.from_dict):
+        with pytest.raises(ConfigError, match=message):
+            read(document)
+
+
+@pytest.mark.parametrize(
+    ("keys", "today", "warning"),
+    [
+        ({"disable_saturation_fix": True}, {"overflow_fix": "disable"}, 'Write "overflow_fix" today'),
+        ({"disable_saturation_fix": False}, {"overflow_fix": "enable"}, 'Write "overflow_fix" today'),
+        ({"quantizable_subgraph_patterns": [["conv2d", "relu"]]}, {}, "nothing reads it any more: NNCF 3 knows"),
+        ({"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 9, "num_bn_forget_samples": 4}}},
+         {"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 9}}}, "num_bn_forget_samples: nothing reads it"),
+        ({"initializer": {"range": {"num_init_samples": 0}}}, {}, ""),
+        ({"initializer": {"precision": {"bits": [8]}}}, {}, ""),
+        ({"validate_scopes": False}, {"validate_scopes": False}, ""),
+    ],
+)  # fmt: skip
+def test_older_keys_of_quantization_are_taken(keys, today, warning: str, caplog) -> None:
+    document = {**QUANTIZATION, **keys}
+    before = json.dumps(document)
+    assert load(document).compression == load({**QUANTIZATION, **today}).compression
+    assert warning in caplog.text
+    assert bool(caplog.text) == bool(warning)
+    assert json.dumps(document) == before

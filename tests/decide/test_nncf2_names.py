@@ -124,3 +124,54 @@ def test_the_scopes_of_a_real_file():
         if not free
     }
     assert stays == {f"up_path.{at}.up" for at in range(4)} | {f"up_path.3.conv_block.block.{at}" for at in (0, 3)}
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        scores = torch.matmul(self.query(x), self.key(x).transpose(1, 2)) / 2.8
+        return torch.matmul(scores.softmax(-1), x) + x
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = Attention(), nn.ModuleList([Attention(), Attention()])
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layer:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("scope", "operations"),
+    [
+        ("{re}.*matmul_0", {"first/matmul/0", "/matmul/0", "/matmul/2"}),
+        ("{re}.*__truediv__*", {"first/div/0", "/div/0", "/div/1"}),
+        ("{re}.*__add___[0-1]", {"first/add/0", "/add/0", "/add/1"}),
+        ("Encoder/Attention[first]/__truediv___0", {"first/div/0"}),
+        ("Encoder/ModuleList[layer]/Attention[0]/matmul_1", {"/matmul/1"}),
+        ("Encoder/Attention[1]/__add___0", {"/add/1"}),  # some versions left the list out
+        ("Encoder/ModuleList[layer]/Attention[1]/__add___0", {"/add/1"}),
+        (
+            r"{re}.*ModuleList\[layer\]/Attention\[1\].*",
+            {"/add/1", "/div/1", "/matmul/2", "/matmul/3", "/softmax/1", "/transpose/1", "key/linear/1", "query/linear/1"},
+        ),
+        ("layer.1", {"/add/1", "/div/1", "/matmul/2", "/matmul/3", "/softmax/1", "/transpose/1", "key/linear/1", "query/linear/1"}),
+    ],
+)  # fmt: skip
+def test_operations_without_weights_are_found_in_their_modules(scope: str, operations: set[str]) -> None:
+    """NNCF 3's names leave out lists of modules and their indices; NNCF 2.x's counted by module."""
+    network, x = Encoder().eval(), torch.randn(2, 4, 8)
+    rules = ScopeRules(nncf2=True, validate=False)
+    assert operations_out_of_scope(network, x, [scope], None, rules) == operations
+
+
+def test_all_scopes_without_a_match_are_told() -> None:
+    with pytest.raises(ScopeError, match="'frist' matches no .*Did you mean 'first'.*'lyer' matches no"):
+        operations_out_of_scope(Encoder().eval(), torch.randn(2, 4, 8), ["frist", "first", "lyer"], None)

@@ -109,7 +109,8 @@ def _magnitude(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> Tensor:
         module, _, leaf = member.parameter.rpartition(".")
         weight = getattr(modules.get(module), leaf, None)
         if isinstance(weight, Tensor):
-            rows = weight.detach().double().cpu().movedim(member.dim, 0).reshape(weight.shape[member.dim], -1).square().sum(1)
+            rows = weight.detach().double().cpu().movedim(member.dim, 0).reshape(weight.shape[member.dim], -1)
+            rows = rows.square().sum(1)
             total += rows[torch.as_tensor(member.indices)].sum(1)
     return total / total.sum().clamp_min(1e-30)
 

@@ -42,7 +42,7 @@ def load_ranking(path: str, context: Context, graph: ChannelGraph) -> Ranking:
         msg = f'load_ranking_coeffs_path: {path}: expected a JSON object such as {{"conv1": [1.0, 0.0]}}.'
         raise DataError(msg) from error
     names = names_of(context.model, context.example_inputs)
-    old = OldNames(context.model, {name: found.tensors for name, found in names.items()})
+    old = OldNames(context.model, {name: found.module for name, found in names.items()})
     found: dict[str, tuple[float, float]] = {}
     for name, pair in pairs.items():
         for today in {name} & set(names) or old.named(name):

@@ -20,7 +20,7 @@ from nncf_compactprune.algorithms.quantization.config import AccuracyControl, Qu
 from nncf_compactprune.algorithms.quantization.options import quantize_options
 from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.config import AlgorithmConfig
-from nncf_compactprune.decide.scopes import operations_out_of_scope
+from nncf_compactprune.decide.scopes import ScopeRules, operations_out_of_scope
 from nncf_compactprune.errors import QuantizationError
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_hooks import hooks, remove_hooks
@@ -35,6 +35,7 @@ from nncf_compactprune.host.nncf_quantization import (
     restore_quantizers,
 )
 from nncf_compactprune.host.nncf_sparsity import is_mask
+from nncf_compactprune.host.tensors import model_tensors
 from nncf_compactprune.host.torch_internals import tree_leaves, tree_map
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
@@ -124,7 +125,8 @@ class Quantization(CompressionAlgorithm):
     def _out_of_scope(self) -> set[str]:
         """NNCF's names of the operations that are not quantized."""
         scopes = self.config.ignored_scopes, self.config.target_scopes
-        return operations_out_of_scope(self.context.model, self.context.example_inputs, *scopes)
+        rules = ScopeRules(nncf2=True, validate=self.config.validate_scopes)
+        return operations_out_of_scope(self.context.model, self.context.example_inputs, *scopes, rules)
 
     def _begin(self) -> None:
         """Measures ranges and puts the quantizers on.
@@ -148,6 +150,8 @@ class Quantization(CompressionAlgorithm):
                 first = (str(error).strip().splitlines() or [""])[0]
                 msg = f"'{self.name}': NNCF cannot quantize {type(model).__name__}: {type(error).__name__}: {first}"
                 raise QuantizationError(msg) from error
+            if not self.config.quantize_inputs:
+                remove_hooks(network, behind_inputs(network).__contains__)
 
         with context.timed("quantization"), no_bars_in_pipes():
             if self.config.accuracy_control is not None:
@@ -201,6 +205,16 @@ def calibration_samples(context: Context, count: int) -> list[Any]:
         msg = "'quantization': the train_loader holds no sample. Ranges are measured on its samples."
         raise QuantizationError(msg)
     return samples
+
+
+def behind_inputs(model: nn.Module) -> set[nn.Module]:
+    """The quantizers of a model's inputs.
+
+    :param model: with quantizers.
+    """
+    own = {name for name, _ in model_tensors(model).named()}
+    found = (hook for hook in hooks(model) if not hook.before and "/" not in hook.operation)
+    return {hook.module for hook in found if hook.operation not in own and is_quantizer(hook.module)}
 
 
 def stored(quantizer: nn.Module) -> StoredQuantizer:

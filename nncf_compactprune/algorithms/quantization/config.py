@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from nncf_compactprune.config import AlgorithmConfig, Section
+from nncf_compactprune.config import Section
+from nncf_compactprune.config.nncf2 import Nncf2Entry, Spelling
+from nncf_compactprune.config.reading import show
 from nncf_compactprune.config.sections import BatchNormAdaptation, NotYet
 
 _BITS = (
-    "NNCF 3 quantizes to 8 bits. For 4 to 8 bits, use the algorithm data_free_quantization with params.weight_bits and "
+    "NNCF 3 quantizes to 8 bits. For 4 to 7 bits, use the algorithm data_free_quantization with params.weight_bits and "
     "params.activation_bits."
 )
 _PART_SCOPES = (
@@ -47,12 +49,13 @@ class RangeParams(Section):
 class RangeInitializer(Section):
     """How ranges of activations are found.
 
-    :param num_init_samples: how many samples; the same as ``params.subset_size``.
+    :param num_init_samples: how many samples; the same as ``params.subset_size``. 0, which left ranges unmeasured in
+        NNCF 2.x, counts as null.
     :param type: the estimator: ``"min_max"``, ``"mean_min_max"``, ``"percentile"``, ``"mean_percentile"``,
         ``"mixed_min_max"``; null: NNCF's own choice.
     """
 
-    num_init_samples: int | None = Field(default=None, ge=1)
+    num_init_samples: Annotated[int | None, BeforeValidator(lambda value: value or None)] = Field(default=None, ge=1)
     type: Literal["mixed_min_max", "min_max", "mean_min_max", "percentile", "mean_percentile"] | None = None
     params: RangeParams = RangeParams()
     num_init_steps: Annotated[None, NotYet(_STEPS)] = None
@@ -68,6 +71,12 @@ class QuantizationInitializer(Section):
     range: RangeInitializer = RangeInitializer()
     batchnorm_adaptation: BatchNormAdaptation = BatchNormAdaptation(num_bn_adaptation_samples=0)
     precision: Annotated[None, NotYet(_PRECISION)] = None
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _of_one_precision(cls, value: Any) -> Any:
+        """Bits to choose among that are no choice."""
+        return None if value == {"bits": [8]} else value
 
     @field_validator("range", mode="before")
     @classmethod
@@ -92,6 +101,15 @@ class Quantized(Section):
 
     mode: Literal["symmetric", "asymmetric"] | None = None
     bits: Literal[8] = Field(default=8, description=_BITS)
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _of_eight_bits(cls, value: Any) -> Any:
+        if value != 8:
+            msg = f"expected 8, got {show(value)}. {_BITS}"
+            raise ValueError(msg)
+        return value
+
     signed: bool | None = None
     per_channel: bool | None = None
     ignored_scopes: Annotated[None, NotYet(_PART_SCOPES)] = None
@@ -103,6 +121,7 @@ class QuantizedActivations(Quantized):
     """The same of activations."""
 
     unified_scale_ops: Annotated[None, NotYet(_UNIFIED)] = None
+    linked_quantizer_scopes: Annotated[None, NotYet(_UNIFIED)] = None
 
 
 class QuantizationParams(Section):
@@ -140,12 +159,12 @@ class AccuracyControl(Section):
     num_samples: int = Field(default=1000, ge=1)
 
 
-class QuantizationConfig(AlgorithmConfig):
+class QuantizationConfig(Nncf2Entry):
     """A ``quantization`` entry.
 
     :param preset: ``"performance"``: ranges around zero everywhere; ``"mixed"``: activations anywhere, which is more
         accurate behind other activations than ReLU.
-    :param quantize_inputs: quantizers behind the network's inputs.
+    :param quantize_inputs: quantizers behind the network's inputs; without them its first layers compute in float.
     :param quantize_outputs: quantizers in front of the network's outputs too.
     :param overflow_fix: ``"enable"``, ``"first_layer_only"``, ``"disable"``: weights in half the range, for processors
         with AVX2 or AVX-512 and no VNNI.
@@ -153,9 +172,16 @@ class QuantizationConfig(AlgorithmConfig):
     :param export_to_onnx_standard_ops: ONNX files hold standard operations whatever it says.
     """
 
+    spellings: ClassVar[Mapping[str, Spelling]] = {
+        "disable_saturation_fix": Spelling("overflow_fix", lambda value: "disable" if value else "enable")
+    }
+    leftovers: ClassVar[Mapping[str, str]] = {
+        "quantizable_subgraph_patterns": "NNCF 3 knows which operations are computed in one",
+    }
+
     initializer: QuantizationInitializer = QuantizationInitializer()  # type: ignore[assignment]
     preset: Literal["performance", "mixed"] | None = None
-    quantize_inputs: Literal[True] = True
+    quantize_inputs: bool = True
     quantize_outputs: bool = False
     overflow_fix: Literal["enable", "disable", "first_layer_only"] | None = None
     accuracy_control: AccuracyControl | None = None

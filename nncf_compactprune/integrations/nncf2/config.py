@@ -9,6 +9,8 @@ from copy import deepcopy
 from typing import Any, TypeVar, cast
 
 from nncf_compactprune.config import CompressionConfig, Document, json_schema, load_config, load_section, read_document
+from nncf_compactprune.config.loading import inside_a_part
+from nncf_compactprune.config.nncf2 import GONE_SECTIONS
 from nncf_compactprune.errors import CompactPruneError, nearest
 from nncf_compactprune.integrations.nncf2.init_args import NNCFExtraConfigStruct
 
@@ -103,15 +105,20 @@ class NNCFConfig(dict[str, Any]):
 def compression_config(config: Mapping[str, Any], name: str = "config") -> CompressionConfig:
     """The typed configuration; keys of the training script's own, which may hold anything, are left out.
 
-    :param config: a dictionary, or an :class:`NNCFConfig`. Without ``"compression"`` nothing is to be compressed.
+    :param config: a dictionary, or an :class:`NNCFConfig`. Without ``"compression"``, or with an empty list, nothing is
+        to be compressed.
     :param name: what to call it in messages.
     :raises ConfigError: with all problems.
     """
     fields = CompressionConfig.model_fields
     document = read_document({k: value for k, value in config.items() if k in fields or _is_json(value)}, name=name)
-    if "compression" in config or any(nearest(key, ["compression"]) for key in document.data):
+    data = document.data
+    meant = inside_a_part(data) or any(
+        key in GONE_SECTIONS or (key != "compression" and nearest(key, ["compression"])) for key in data
+    )
+    if meant or data.get("compression", []) != []:
         return load_config(document, warn=not (isinstance(config, NNCFConfig) and config.told))
-    return load_section(Document(name, {**document.data, "compression": []}), CompressionConfig)
+    return load_section(Document(name, {**data, "compression": []}), CompressionConfig)
 
 
 def _is_json(value: Any) -> bool:
