@@ -33,8 +33,8 @@ GONE_SECTIONS = {
 
 #: of every entry
 _LEFTOVERS = {
-    "initializer.batchnorm_adaptation.num_bn_forget_samples": "statistics are averages over the samples, and forget what "
-    "was before",
+    "initializer.batchnorm_adaptation.num_bn_forget_samples": "statistics are averages over the samples, and forget "
+    "what was before",
 }
 
 

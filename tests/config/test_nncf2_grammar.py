@@ -247,7 +247,7 @@ def test_a_file_with_one_entry_alone_is_taken(tmp_path) -> None:
         assert config.input_info[0].sample_size == [1, 3, 32, 32]
     for config in (NNCFConfig.from_dict(alone), NNCFConfig.from_json(tmp_path / "alone.json")):
         assert [one.algorithm for one in compression_config(config).compression] == ["quantization"]
-    with pytest.raises(ConfigError, match="movement_sparsity.*NNCF dropped it"):
+    with pytest.raises(ConfigError, match=r"movement_sparsity.*NNCF dropped it"):
         NNCFConfig.from_dict({"algorithm": "movement_sparsity"})
 
 
@@ -260,7 +260,8 @@ def test_an_empty_list_is_nothing_to_do_in_nncf_2_x_scripts() -> None:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"base": {"nncf_config": {"compression": []}}, "nncf_quantization": {"nncf_config": {"compression": [QUANTIZATION]}}},
+        ({"base": {"nncf_config": {"compression": []}},
+          "nncf_quantization": {"nncf_config": {"compression": [QUANTIZATION]}}},
          'compression: missing.*This file has it in "nncf_quantization", below "nncf_config": give that object'),
         ({"bootstrapNAS": {"training": {}}}, "bootstrapNAS: not supported: NNCF dropped its search"),
         ({"compression": {"algorithm": "fracbits_quantization"}}, "NNCF dropped it. Use \"quantization\""),
@@ -281,7 +282,8 @@ def test_what_it_cannot_be_says_where_to_go(document, message: str) -> None:
         ({"disable_saturation_fix": False}, {"overflow_fix": "enable"}, 'Write "overflow_fix" today'),
         ({"quantizable_subgraph_patterns": [["conv2d", "relu"]]}, {}, "nothing reads it any more: NNCF 3 knows"),
         ({"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 9, "num_bn_forget_samples": 4}}},
-         {"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 9}}}, "num_bn_forget_samples: nothing reads it"),
+         {"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 9}}},
+         "num_bn_forget_samples: nothing reads it"),
         ({"initializer": {"range": {"num_init_samples": 0}}}, {}, ""),
         ({"initializer": {"precision": {"bits": [8]}}}, {}, ""),
         ({"validate_scopes": False}, {"validate_scopes": False}, ""),

@@ -136,6 +136,9 @@ class Attention(nn.Module):
         return torch.matmul(scores.softmax(-1), x) + x
 
 
+SECOND = {"/add/1", "/div/1", "/matmul/2", "/matmul/3", "/softmax/1", "/transpose/1", "key/linear/1", "query/linear/1"}
+
+
 class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -158,11 +161,8 @@ class Encoder(nn.Module):
         ("Encoder/ModuleList[layer]/Attention[0]/matmul_1", {"/matmul/1"}),
         ("Encoder/Attention[1]/__add___0", {"/add/1"}),  # some versions left the list out
         ("Encoder/ModuleList[layer]/Attention[1]/__add___0", {"/add/1"}),
-        (
-            r"{re}.*ModuleList\[layer\]/Attention\[1\].*",
-            {"/add/1", "/div/1", "/matmul/2", "/matmul/3", "/softmax/1", "/transpose/1", "key/linear/1", "query/linear/1"},
-        ),
-        ("layer.1", {"/add/1", "/div/1", "/matmul/2", "/matmul/3", "/softmax/1", "/transpose/1", "key/linear/1", "query/linear/1"}),
+        (r"{re}.*ModuleList\[layer\]/Attention\[1\].*", SECOND),
+        ("layer.1", SECOND),
     ],
 )  # fmt: skip
 def test_operations_without_weights_are_found_in_their_modules(scope: str, operations: set[str]) -> None:
@@ -173,5 +173,5 @@ def test_operations_without_weights_are_found_in_their_modules(scope: str, opera
 
 
 def test_all_scopes_without_a_match_are_told() -> None:
-    with pytest.raises(ScopeError, match="'frist' matches no .*Did you mean 'first'.*'lyer' matches no"):
+    with pytest.raises(ScopeError, match=r"'frist' matches no .*Did you mean 'first'.*'lyer' matches no"):
         operations_out_of_scope(Encoder().eval(), torch.randn(2, 4, 8), ["frist", "first", "lyer"], None)

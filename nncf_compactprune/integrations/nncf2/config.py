@@ -113,9 +113,8 @@ def compression_config(config: Mapping[str, Any], name: str = "config") -> Compr
     fields = CompressionConfig.model_fields
     document = read_document({k: value for k, value in config.items() if k in fields or _is_json(value)}, name=name)
     data = document.data
-    meant = inside_a_part(data) or any(
-        key in GONE_SECTIONS or (key != "compression" and nearest(key, ["compression"])) for key in data
-    )
+    others = [key for key in data if key != "compression"]
+    meant = inside_a_part(data) or any(key in GONE_SECTIONS or nearest(key, ["compression"]) for key in others)
     if meant or data.get("compression", []) != []:
         return load_config(document, warn=not (isinstance(config, NNCFConfig) and config.told))
     return load_section(Document(name, {**data, "compression": []}), CompressionConfig)

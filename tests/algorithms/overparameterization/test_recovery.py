@@ -77,13 +77,8 @@ def _taught_while_quantized(model, dense, entries, loader) -> None:
 
 
 def test_masks_train_under_the_teacher() -> None:
-    entries = (
-        PRUNING,
-        {"algorithm": "recovery"},
-        {"algorithm": "magnitude_sparsity", "params": {"schedule": "multistep"}},
-    )
-    model = model32()
-    ctrl, _ = create_compressed_model(model, config(*entries))
+    model, sparsity = model32(), {"algorithm": "magnitude_sparsity", "params": {"schedule": "multistep"}}
+    ctrl, _ = create_compressed_model(model, config(PRUNING, {"algorithm": "recovery"}, sparsity))
     assert any(is_mask(hook.module) for hook in hooks(model))
     ctrl.strip()
 
