@@ -22,14 +22,15 @@ from nncf_compactprune.plan import PruningPlan
 
 RIDGE = 0.03
 SAMPLES = 2000  # of up to 64 x 64 pixels
-LEAST_SAMPLES = 300  # of larger ones, as all are run at once
+LARGE_SAMPLES = 1000  # of larger ones, which have more places each
+IMAGE_MEMORY = 2**30  # bytes of all images
 
 
 class RefitConfig(Section):
     """``initializer.refit``: every layer around a cut is re-fitted to what the dense layer gave, before any training.
 
-    :param num_samples: how many images; null: 2,000 of up to 64 x 64 pixels, fewer of larger ones, never below 300. All
-        are run at once, so memory grows with them.
+    :param num_samples: how many images; null: 2,000 of up to 64 x 64 pixels, 1,000 of larger ones, fewer where these
+        take more than a gigabyte. Where activations are large, only as many run at once as a gigabyte holds.
     :param source: ``"dataset"`` takes images of the training loader; ``"inversion"`` generates them from the network.
     :param ridge: how strongly weights are held to what the cut left, relative to the inputs' variance.
     """
@@ -43,10 +44,11 @@ class RefitConfig(Section):
 
         :raises DataFreeError: the network of this context takes no images.
         """
-        _, height, width = ImageNetwork.of(context.model, context.example_inputs).shape
+        channels, height, width = ImageNetwork.of(context.model, context.example_inputs).shape
         if self.source == "inversion":
             return GenerationConfig(source="inversion", samples=self.num_samples)
-        fitting = max(LEAST_SAMPLES, min(SAMPLES, SAMPLES * 64 * 64 // (height * width)))
+        fitting = SAMPLES if height * width <= 64 * 64 else LARGE_SAMPLES
+        fitting = max(1, min(fitting, IMAGE_MEMORY // (4 * channels * height * width)))
         return GenerationConfig(source="dataset", samples=self.num_samples or fitting)
 
 
