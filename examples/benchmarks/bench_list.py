@@ -221,6 +221,10 @@ BENCHMARKS = (
         120,
         ("data_free.md", "data_free_mobilenet.md"),
         peer="torch-pruning",
+        behind=(
+            "MobileNetV1 in 8 bits: 71.73 % with no data, 71.87 with 300 real images and `nncf.quantize`. That is "
+            "two of 1,500 pictures.",
+        ),
     ),
     Benchmark(
         "nncf2",

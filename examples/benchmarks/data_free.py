@@ -57,7 +57,7 @@ LABELS = {
     "real_bn": "real images: L1, BatchNorm re-estimated",
     "real_bn_ours": "real images: our channels, not re-fitted, BatchNorm re-estimated",
     "nearest": "no data: NNCF's places, nearest rounding, ranges of drawn BatchNorm outputs",
-    "nearest_bias": "no data: the same, biases and BatchNorm corrected",
+    "nearest_bias": "no data: nearest rounding in the same places, biases and BatchNorm corrected",
     "one_scale": "no data: this package, one scale for each weight",
     "one_scale_equalised": "no data: the same, equalised first",
     "nncf_real": "300 real images: nncf.quantize",
@@ -264,8 +264,8 @@ def quantization_methods() -> dict[str, Callable[[Bench, tuple[int, int]], nn.Mo
         "one_scale": lambda b, x: one_scale(b, x, equalise=False),
         "one_scale_equalised": lambda b, x: one_scale(b, x, equalise=True),
         "nncf_real": nncf_real,
-        "nearest_bias": lambda b, x: nearest(b, x, correct=True),
         "nearest": lambda b, x: nearest(b, x, correct=False),
+        "nearest_bias": lambda b, x: nearest(b, x, correct=True),
     }
 
 
