@@ -22,7 +22,8 @@ class GenerationConfig(Section):
     :param source: ``"inversion"`` optimises images until the network's BatchNorm statistics match; ``"bn_sampling"``
         draws BatchNorm outputs; ``"inversion+bn_sampling"`` is both; ``"dataset"`` takes images of the training
         loader.
-    :param samples: how many; null: 512 of 32 x 32 pixels, fewer of larger images, at least 64.
+    :param samples: how many; null: 512 of 32 x 32 pixels, fewer of larger images, at least 64; of the training loader
+        2,000 of up to 64 x 64 pixels, 300 of larger ones.
     :param steps: optimisation steps of an inverted image.
     :param seed: of all draws.
     :param cache: a safetensors file to keep inverted images in; a run that was killed goes on from it.

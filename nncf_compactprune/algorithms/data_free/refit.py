@@ -13,7 +13,7 @@ from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig, check_generation, inputs_for
 from nncf_compactprune.algorithms.data_free.network import ImageNetwork
 from nncf_compactprune.algorithms.data_free.reconstruction import Reconstruction, Refits, least_squares
-from nncf_compactprune.algorithms.data_free.sources import LayerInputs
+from nncf_compactprune.algorithms.data_free.sources import REAL_SAMPLES, LayerInputs
 from nncf_compactprune.config import Section
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.host.calls import evaluating
@@ -21,8 +21,7 @@ from nncf_compactprune.host.tensors import copy_in
 from nncf_compactprune.plan import PruningPlan
 
 RIDGE = 0.03
-SAMPLES = 2000  # of up to 64 x 64 pixels
-LARGE_SAMPLES = 1000  # of larger ones, which have more places each
+LARGE_SAMPLES = 1000  # of more than 64 x 64 pixels
 IMAGE_MEMORY = 2**30  # bytes of all images
 
 
@@ -47,7 +46,7 @@ class RefitConfig(Section):
         channels, height, width = ImageNetwork.of(context.model, context.example_inputs).shape
         if self.source == "inversion":
             return GenerationConfig(source="inversion", samples=self.num_samples)
-        fitting = SAMPLES if height * width <= 64 * 64 else LARGE_SAMPLES
+        fitting = REAL_SAMPLES if height * width <= 64 * 64 else LARGE_SAMPLES
         fitting = max(1, min(fitting, IMAGE_MEMORY // (4 * channels * height * width)))
         return GenerationConfig(source="dataset", samples=self.num_samples or fitting)
 

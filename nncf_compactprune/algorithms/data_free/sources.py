@@ -28,7 +28,8 @@ from nncf_compactprune.host.torch_internals import tree_leaves
 from nncf_compactprune.storage.writing import write_whole
 
 Source = Literal["inversion", "bn_sampling", "inversion+bn_sampling", "dataset"]
-SAMPLES = 512  # of 32 x 32 pixels; fewer of larger images, as all are run at once
+SAMPLES = 512  # inverted ones of 32 x 32 pixels; fewer of larger images, which take as long each as they are large
+REAL_SAMPLES, LARGE_REAL_SAMPLES = 2000, 300  # of a loader, of up to 64 x 64 pixels and of larger ones
 BATCH = 128  # images optimised together
 SAMPLED_SHARE = 4  # one re-sampled row for so many inverted images, where both are used
 
@@ -50,7 +51,8 @@ class Generation:
     """Settings.
 
     :param source: see :data:`Source`.
-    :param samples: how many inputs; None: 512 of 32 x 32 pixels, fewer of larger ones, never below 64.
+    :param samples: how many inputs; None: 512 of 32 x 32 pixels, fewer of larger ones, never below 64; of a loader 2,000
+        of up to 64 x 64 pixels and 300 of larger ones.
     :param cache: a safetensors file for inverted images, extended batch by batch; None: none.
     """
 
@@ -64,6 +66,8 @@ class Generation:
         """Number of inputs for images of a shape."""
         if self.samples is not None:
             return self.samples
+        if self.source == "dataset":
+            return REAL_SAMPLES if shape[1] * shape[2] <= 64 * 64 else LARGE_REAL_SAMPLES
         return min(SAMPLES, max(64, SAMPLES * 32 * 32 // (shape[1] * shape[2])))
 
 

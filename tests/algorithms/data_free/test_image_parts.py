@@ -12,7 +12,7 @@ from support.networks import images, trained
 from torch import nn
 
 from nncf_compactprune import create_compressed_model
-from nncf_compactprune.algorithms.data_free import ImageNetwork, LayerInputs, Reconstruction
+from nncf_compactprune.algorithms.data_free import Generation, ImageNetwork, LayerInputs, Reconstruction
 from nncf_compactprune.algorithms.data_free import quantizers as quantizers_module
 from nncf_compactprune.algorithms.data_free import reconstruction as reconstruction_module
 from nncf_compactprune.algorithms.data_free.gram import Sums, damped
@@ -158,3 +158,10 @@ def test_models_with_hooks_run_on_all_images_at_once(monkeypatch: pytest.MonkeyP
     assert not any(m.pending for m in found)
     assert searched == {40: len(activations)}
     assert (model(X) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_how_many_images_by_their_size_and_source() -> None:
+    inverted, real = Generation(), Generation("dataset")
+    assert [inverted.count((3, size, size)) for size in (32, 64, 224)] == [512, 128, 64]
+    assert [real.count((3, size, size)) for size in (32, 64, 224)] == [2000, 2000, 300]
+    assert Generation("dataset", 50).count((3, 224, 224)) == 50
