@@ -51,8 +51,8 @@ class Generation:
     """Settings.
 
     :param source: see :data:`Source`.
-    :param samples: how many inputs; None: 512 of 32 x 32 pixels, fewer of larger ones, never below 64; of a loader 2,000
-        of up to 64 x 64 pixels and 300 of larger ones.
+    :param samples: how many inputs; None: 512 of 32 x 32 pixels, fewer of larger ones, never below 64; of a loader
+        2,000 of up to 64 x 64 pixels and 300 of larger ones.
     :param cache: a safetensors file for inverted images, extended batch by batch; None: none.
     """
 
