@@ -200,6 +200,10 @@ class Reconstruction:
                 else:
                     self._norm(modules[place.name], met)  # type: ignore[arg-type]
                 del met
+            for _, _, compressed in running.values():
+                compressed.step()  # to its end: quantizers that come later find their ranges, too
+        if not watched:
+            self._call(self.inputs.images)(self.compressed)
         next(bar, None)
         return self.refits
 

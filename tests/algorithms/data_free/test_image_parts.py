@@ -160,6 +160,30 @@ def test_models_with_hooks_run_on_all_images_at_once(monkeypatch: pytest.MonkeyP
     assert (model(X) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+class LastTwice(nn.Module):
+    """Its last layer is not re-fitted, as it runs twice, and is quantized all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.last(self.norm(self.first(x)).relu()).relu()).mean((2, 3))
+
+
+def test_quantizers_behind_the_last_layer_that_is_re_fitted_find_their_ranges() -> None:
+    torch.manual_seed(0)
+    model = LastTwice().eval()
+    expected = model(X)
+    loader = [(X, torch.zeros(len(X)))]
+    entry = {"algorithm": "data_free_quantization", "generation": {"source": "dataset"}}
+    ctrl, model = create_compressed_model(model, {"compression": [entry]}, loader, example_inputs=X)
+    model = ctrl.strip()
+    assert not any(m.pending for m in model.modules() if isinstance(m, GridQuantizer))
+    assert (model(X) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_how_many_images_by_their_size_and_source() -> None:
     inverted, real = Generation(), Generation("dataset")
     assert [inverted.count((3, size, size)) for size in (32, 64, 224)] == [512, 128, 64]
