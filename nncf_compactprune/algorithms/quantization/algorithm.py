@@ -125,7 +125,7 @@ class Quantization(CompressionAlgorithm):
     def _out_of_scope(self) -> set[str]:
         """NNCF's names of the operations that are not quantized."""
         scopes = self.config.ignored_scopes, self.config.target_scopes
-        rules = ScopeRules(nncf2=True, validate=self.config.validate_scopes)
+        rules = ScopeRules(validate=self.config.validate_scopes)
         return operations_out_of_scope(self.context.model, self.context.example_inputs, *scopes, rules)
 
     def _begin(self) -> None:
