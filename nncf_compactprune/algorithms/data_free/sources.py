@@ -30,7 +30,7 @@ from nncf_compactprune.storage.writing import write_whole
 Source = Literal["inversion", "bn_sampling", "inversion+bn_sampling", "dataset"]
 SAMPLES = 512  # inverted ones of 32 x 32 pixels; fewer of larger images, which take as long each as they are large
 REAL_SAMPLES, LARGE_REAL_SAMPLES = 2000, 300  # of a loader, of up to 64 x 64 pixels and of larger ones
-BATCH = 128  # images optimised together
+BATCH, LEAST_BATCH = 128, 32  # images optimised together, of up to 64 x 64 pixels; never fewer of larger ones
 SAMPLED_SHARE = 4  # one re-sampled row for so many inverted images, where both are used
 
 
@@ -131,11 +131,13 @@ def _inverted(
     model: nn.Module, network: ImageNetwork, settings: Generation, count: int, generator: torch.Generator
 ) -> Tensor:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    starts = torch.split(dead_leaves(count, network.shape, generator), BATCH)
+    _, height, width = network.shape
+    batch = max(LEAST_BATCH, min(BATCH, BATCH * 64 * 64 // (height * width)))
+    starts = torch.split(dead_leaves(count, network.shape, generator), batch)
     labels: Sequence[Tensor | None] = [None] * len(starts)
     if network.classes > 1:
-        labels = torch.split(labels_in_turn(count, network.classes, generator), BATCH)
-    key = fingerprint(model, settings.inversion, settings.seed, count, network.shape, "classes in random order")
+        labels = torch.split(labels_in_turn(count, network.classes, generator), batch)
+    key = fingerprint(model, settings.inversion, settings.seed, count, network.shape, "classes in random order", batch)
     done = _read_cache(settings.cache, key)[: len(starts)]
     missing = list(zip(starts, labels, strict=True))[len(done) :]
     bar: Iterator[Any] = iter(())

@@ -107,6 +107,7 @@ def test_a_killed_generation_goes_on_from_its_cache(tmp_path, monkeypatch) -> No
     network = ImageNetwork.of(model, X)
     settings = Generation(samples=24, inversion=Inversion(steps=2), cache=str(tmp_path / "images.safetensors"))
     monkeypatch.setattr(sources, "BATCH", 8)
+    monkeypatch.setattr(sources, "LEAST_BATCH", 8)
     whole = layer_inputs(model, network, Generation(samples=24, inversion=Inversion(steps=2)))
     calls = []
 
