@@ -68,7 +68,7 @@ def test_a_parameter_hook_sees_each_use() -> None:
 def test_operations_are_hooked_at_input_and_output() -> None:
     model, x = Twice(), torch.randn(2, 3)
     expected = model(x)
-    names = [name for name, parameters in operations(model, x) if "linear.weight" in parameters]
+    names = [found.name for found in operations(model, x) if "linear.weight" in found.parameters]
     assert names == ["linear/linear/0", "linear/linear/1"]
     hook_input(model, names[0], 0, Scale())
     hook_output(model, names[1], 0, Scale(3.0))
@@ -139,7 +139,7 @@ class Quiet(Scale):
 
 
 def multiplications(model: nn.Module, x: Tensor) -> list[str]:
-    return [name for name, _ in operations(model, x) if "mul" in name]
+    return [found.name for found in operations(model, x) if "mul" in found.name]
 
 
 def test_nncf_need_not_see_a_hooks_arithmetic_but_others_do() -> None:
