@@ -233,8 +233,8 @@ BENCHMARKS = (
         60,
         ("nncf2.md",),
         behind=(
-            "At half of the filters accuracy is level with NNCF 2.19's (87.88 against 87.92), and latency of "
-            "so small a network as well (95 %).",
+            "At half of the filters accuracy is level with NNCF 2.19's (87.69 against 87.72), and latency of "
+            "so small a network as well (97 %).",
         ),
     ),
     Benchmark(
