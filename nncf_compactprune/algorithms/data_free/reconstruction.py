@@ -384,7 +384,9 @@ def dense_moments(
     count = len(inputs.images)
     if not inputs.resampled:
         call = partial(network.call, images=inputs.images[:1])
-        count = min([count, *(room_for(place.bytes) for place in places(model, call, _weights(model, names), ()))])
+        with unmarked(model):
+            seen = places(model, call, _weights(model, names), ())
+        count = min([count, *(room_for(place.bytes) for place in seen)])
 
     def collect(name: str, call: Call) -> Tensor:
         output = call.run(call.weight, call.bias)
