@@ -383,10 +383,12 @@ def dense_moments(
     found: dict[str, Sums] = {}
     count = len(inputs.images)
     if not inputs.resampled:
-        call = partial(network.call, images=inputs.images[:1])
-        with unmarked(model):
-            seen = places(model, call, _weights(model, names), ())
-        count = min([count, *(room_for(place.bytes) for place in seen)])
+
+        def one(model: nn.Module) -> None:
+            with unmarked(model):  # here, as it sees what is written in its own thread
+                network.call(model, inputs.images[:1])
+
+        count = min([count, *(room_for(place.bytes) for place in places(model, one, _weights(model, names), ()))])
 
     def collect(name: str, call: Call) -> Tensor:
         output = call.run(call.weight, call.bias)
