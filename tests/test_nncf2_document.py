@@ -19,6 +19,7 @@ from nncf_compactprune.algorithms.sparsity.config import (
 )
 from nncf_compactprune.config import load_config
 from nncf_compactprune.config.nncf2 import GONE
+from nncf_compactprune.config.sections import NotYet
 
 DOCUMENT = (ROOT / "docs" / "from_nncf2_config.md").read_text(encoding="utf-8")
 KINDS = (
@@ -44,6 +45,8 @@ def fields(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
     result: dict[str, str] = {}
     for name, field in model.model_fields.items():
         if name in getattr(model, "unread", {}) or (prefix == "" and name == "algorithm") or name == "refit":
+            continue
+        if any(isinstance(mark, NotYet) for mark in field.metadata):  # refused, with the way
             continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             result |= fields(field.annotation, f"{prefix}{name}.")

@@ -229,7 +229,12 @@ def written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
 
 
 def written_statistics(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
-    """Place and name of the running statistics that a normalisation in training mode writes, and does not say so."""
+    """Place and name of the running statistics that a normalisation in training mode writes, and does not say so.
+
+    :param func: the operation.
+    :param args: its positional arguments.
+    :param kwargs: its keyword arguments.
+    """
     statistics, flag = _statistics_of(func)
     if not statistics:
         return ()
