@@ -23,7 +23,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import nncf
 import torch
@@ -219,12 +218,8 @@ class Reconstruction:
             nncf_logger.info("Re-fit: %d of %d images are used, as many as memory has room for.", used, count)
         return parts
 
-    def _call(self, images: Tensor) -> Callable[[nn.Module], Any]:
-        def call(model: nn.Module) -> None:
-            with unmarked(model, contents=False):
-                self.network.call(model, images)
-
-        return call
+    def _call(self, images: Tensor) -> Callable[[nn.Module], None]:
+        return partial(run_on, self.network, images, contents=False)
 
     def _models(self, part: Part) -> tuple[nn.Module, nn.Module]:
         """Both models for a part's images: the first part has the models, the others have twins."""
@@ -316,6 +311,19 @@ class Reconstruction:
         return mean, (share * (variances + (means - mean).square())).sum(0)
 
 
+def run_on(network: ImageNetwork, images: Tensor, model: nn.Module, *, contents: bool = True) -> None:
+    """Runs a model, and takes back what that leaves in it. For a run in a thread of its own, as what is written into
+    tensors is seen in the thread that writes it.
+
+    :param network: how to run it.
+    :param images: on what.
+    :param model: the network, or a compressed copy.
+    :param contents: see :func:`~nncf_compactprune.host.calls.unmarked`.
+    """
+    with unmarked(model, contents=contents):
+        network.call(model, images)
+
+
 def warn_of_left(left: Mapping[str, str]) -> None:
     """Names the layers that are not re-fitted.
 
@@ -383,12 +391,8 @@ def dense_moments(
     found: dict[str, Sums] = {}
     count = len(inputs.images)
     if not inputs.resampled:
-
-        def one(model: nn.Module) -> None:
-            with unmarked(model):  # here, as it sees what is written in its own thread
-                network.call(model, inputs.images[:1])
-
-        count = min([count, *(room_for(place.bytes) for place in places(model, one, _weights(model, names), ()))])
+        on_one = partial(run_on, network, inputs.images[:1])
+        count = min([count, *(room_for(place.bytes) for place in places(model, on_one, _weights(model, names), ()))])
 
     def collect(name: str, call: Call) -> Tensor:
         output = call.run(call.weight, call.bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,14 +35,27 @@ def expandable_layers(model: nn.Module, example_inputs: Any) -> dict[str, str]:
         if weight is not None and weight.requires_grad and weight.is_floating_point():
             order.setdefault(first_name[id(weight)], names[id(module)])
 
-    handles = [module.register_forward_hook(note) for _, module in named_modules(model) if isinstance(module, LAYERS)]
+    layers = [module for _, module in named_modules(model) if isinstance(module, LAYERS)]
+    _run_once(model, example_inputs, [(module, note) for module in layers])
+    return order
+
+
+def _run_once(model: nn.Module, example_inputs: Any, hooks: Sequence[tuple[nn.Module, Callable[..., None]]]) -> None:
+    """Runs a model in eval mode with forward hooks on modules; not where there are none.
+
+    :param model: it is only run.
+    :param example_inputs: as the model is called.
+    :param hooks: modules, each with its hook.
+    """
+    if not hooks:
+        return
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         with evaluating(model):
             call_model(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return order
 
 
 def select_layers(
@@ -88,19 +101,13 @@ def last_of_each_resolution(model: nn.Module, example_inputs: Any, names: Sequen
     """
     resolutions: dict[str, tuple[int, ...]] = {}
 
-    def note(name: str) -> Any:
+    def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             resolutions[name] = tuple(output.shape[1:-1] if isinstance(module, nn.Linear) else output.shape[2:])
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
-    try:
-        with evaluating(model):
-            call_model(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_once(model, example_inputs, [(model.get_submodule(name), note(name)) for name in names])
     ends = {resolutions[name]: name for name in names if name in resolutions}  # a later one takes the place
     return [name for name in names if name in ends.values()]
 
@@ -115,16 +122,10 @@ def written_over(model: nn.Module, example_inputs: Any, names: Sequence[str]) ->
     """
     seen: list[tuple[str, Tensor, int]] = []
 
-    def note(name: str) -> Any:
+    def note(name: str) -> Callable[..., None]:
         return lambda module, args, output: seen.append((name, output, output._version))
 
-    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
-    try:
-        with evaluating(model):
-            call_model(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_once(model, example_inputs, [(model.get_submodule(name), note(name)) for name in names])
     return {name for name, output, version in seen if output._version != version}
 
 
