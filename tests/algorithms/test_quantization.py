@@ -351,6 +351,8 @@ def test_half_the_range_is_what_the_overflow_fix_leaves() -> None:
         ({"initializer": {"precision": {"type": "hawq"}}}, r"initializer\.precision: mixed precision is not supported"),
         ({"initializer": {"precision": {"bits": [4, 8]}}}, r"initializer\.precision: mixed precision is not supported"),
         ({"initializer": {"range": {"num_init_samples": -1}}}, r"num_init_samples: expected .*1"),
+        ({"initializer": {"range": {"num_init_samples": False}}}, r"num_init_samples: expected .*got false"),
+        ({"disable_saturation_fix": "yes"}, r'disable_saturation_fix: expected .*got "yes"'),
         ({"preset": "fast"}, r"preset: expected .*performance"),
         ({"activations": {"unified_scale_ops": []}}, r"unified_scale_ops: NNCF 3 knows"),
         ({"params": {"target_device": "NPUU"}}, r"target_device: .*Did you mean 'NPU'"),

@@ -46,6 +46,17 @@ class RangeParams(Section):
     max_percentile: float = Field(default=99.9, gt=50, le=100)
 
 
+def _none_for_zero(value: Any) -> Any:
+    return None if type(value) is int and value == 0 else value
+
+
+def _overflow_fix(saturation_fix_off: Any) -> Any:
+    """``overflow_fix`` for ``disable_saturation_fix``; what is no boolean is told as a mistake."""
+    if not isinstance(saturation_fix_off, bool):
+        return saturation_fix_off
+    return "disable" if saturation_fix_off else "enable"
+
+
 class RangeInitializer(Section):
     """How ranges of activations are found.
 
@@ -55,7 +66,7 @@ class RangeInitializer(Section):
         ``"mixed_min_max"``; null: NNCF's own choice.
     """
 
-    num_init_samples: Annotated[int | None, BeforeValidator(lambda value: value or None)] = Field(default=None, ge=1)
+    num_init_samples: Annotated[int | None, BeforeValidator(_none_for_zero)] = Field(default=None, ge=1)
     type: Literal["mixed_min_max", "min_max", "mean_min_max", "percentile", "mean_percentile"] | None = None
     params: RangeParams = RangeParams()
     num_init_steps: Annotated[None, NotYet(_STEPS)] = None
@@ -172,9 +183,7 @@ class QuantizationConfig(Nncf2Entry):
     :param export_to_onnx_standard_ops: ONNX files hold standard operations whatever it says.
     """
 
-    spellings: ClassVar[Mapping[str, Spelling]] = {
-        "disable_saturation_fix": Spelling("overflow_fix", lambda value: "disable" if value else "enable")
-    }
+    spellings: ClassVar[Mapping[str, Spelling]] = {"disable_saturation_fix": Spelling("overflow_fix", _overflow_fix)}
     leftovers: ClassVar[Mapping[str, str]] = {
         "quantizable_subgraph_patterns": "NNCF 3 knows which operations are computed in one",
     }
