@@ -45,6 +45,7 @@ HERE = Path(__file__).parent
 ROWS, STATES = HERE / "recovery.jsonl", HERE.parent.parent / "runs" / "recovery"
 VALIDATION_IMAGES, ADAPTATION_IMAGES, SAMPLES_PER_CLASS, BATCH = 5_000, 2_000, 50, 128
 SHORT = ("recovery", "recovery_orthogonal", "orthogonal", "branches", "recovery_branches", "spkd", "kd")
+MAIN = ("plain", "recovery", "recovery_orthogonal")
 SEEDS, BUDGETS_56 = (0, 1, 2), (0.47, 0.39)
 BUILDERS: dict[int, Callable[[], nn.Module]] = {20: resnet20, 56: resnet56}
 #: what ``prune`` is called with; Torch-Pruning's are done by :func:`peer`
@@ -133,9 +134,11 @@ class Trial:
 # -- the queue ---------------------------------------------------------------------------------------------------------
 
 
-def short(budget: float, criterion: str, allocation: str, recipe: str, seed: int, scope: str = "all") -> Trial:
+def short(
+    budget: float, criterion: str, allocation: str, recipe: str, seed: int, scope: str = "all", depth: int = 20
+) -> Trial:
     """12 epochs of 10,000 images."""
-    return Trial(20, budget, criterion, allocation, recipe, seed, 12, 10_000, **RECIPES[recipe], scope=scope)
+    return Trial(depth, budget, criterion, allocation, recipe, seed, 12, 10_000, **RECIPES[recipe], scope=scope)
 
 
 def whole(budget: float, criterion: str, allocation: str, recipe: str, seed: int, depth: int = 20) -> Trial:
@@ -153,6 +156,10 @@ def queue() -> list[Trial]:
             trials += [short(budget, *way, "plain", seed) for way in ways]
             trials += [short(budget, "catro", "greedy", recipe, seed) for recipe in SHORT]
             trials += [short(budget, *way, "plain", seed, "inner") for way in ways]
+        trials += [short(0.5, "catro", "greedy", recipe, seed) for recipe in MAIN]
+        for budget in BUDGETS_56:
+            trials += [short(budget, "catro", "greedy", recipe, seed, depth=56) for recipe in reversed(MAIN)]
+            trials.append(short(budget, PEER, "uniform", "plain", seed, depth=56))
     others = [("catro", "greedy"), ("l2", "balanced"), ("geometric_median", "balanced"), ("taylor", "balanced")]
     for seed in SEEDS:
         for budget in (0.5, 0.35, 0.2):
