@@ -30,12 +30,12 @@ from recovery import commit
 from torch import Tensor, nn
 
 from nncf_compactprune import analyse, create_compressed_model, prune
-from nncf_compactprune.algorithms.data_free import Generation, ImageNetwork, Reconstruction, layer_inputs
+from nncf_compactprune.algorithms.data_free import Generation, Reconstruction, layer_inputs
 from nncf_compactprune.algorithms.data_free.operations import refittable
 from nncf_compactprune.algorithms.data_free.quantizers import install
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.decide.scopes import layers_by_operation
-from nncf_compactprune.host.calls import evaluating
+from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.nncf_quantization import ends_of
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.run.models import resolve_model
@@ -104,11 +104,10 @@ class Bench:
 
     def corrected(self, dense: nn.Module, model: nn.Module, plan: PruningPlan | None = None) -> nn.Module:
         """Biases and BatchNorm statistics corrected on drawn BatchNorm outputs, weights left alone."""
-        network = ImageNetwork.of(dense, self.example)
-        inputs = layer_inputs(dense, network, Generation("bn_sampling", 256))
+        inputs = layer_inputs(dense, self.example, Generation("bn_sampling", 256))
         kept = {} if plan is None else {name: plan.selection(name) for name in plan.kept}
         with evaluating(dense), evaluating(model, changes=True):
-            Reconstruction(dense, model, inputs, network, kept).run()
+            Reconstruction(dense, model, inputs, kept).run()
         return model
 
     @torch.no_grad()
@@ -224,13 +223,12 @@ def nearest(bench: Bench, bits: tuple[int, int], *, correct: bool) -> nn.Module:
     """Plain rounding; ranges by search on drawn BatchNorm outputs; first and last layer at 8 bits, as ours."""
     model = bench.network()
     dense = copy.deepcopy(model)
-    network = ImageNetwork.of(model, bench.example)
-    inputs = layer_inputs(model, network, Generation("bn_sampling", 256))
+    inputs = layer_inputs(model, bench.example, Generation("bn_sampling", 256))
     layers = refittable(model, bench.example).found
     weight_bits = {n: 8 if n in (layers[0], layers[-1]) else bits[0] for n in layers}
     with evaluating(model, changes=True):
         install(
-            model, network, inputs, weight_bits=weight_bits, activation_bits=bits[1], edge_activations=8,
+            model, inputs, weight_bits=weight_bits, activation_bits=bits[1], edge_activations=8,
             owners=layers_by_operation(model, bench.example), last=ends_of(model, bench.example).last,
             per_channel=True, target_device="CPU",
         )  # fmt: skip
@@ -239,7 +237,7 @@ def nearest(bench: Bench, bits: tuple[int, int], *, correct: bool) -> nn.Module:
     from nncf_compactprune.algorithms.data_free.resampling import resampling
 
     with evaluating(model, changes=True), resampling(model, inputs.resampled, {}):
-        network.call(model, inputs.images)
+        call_model(model, inputs.batch)
     return model
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 #: the dispatch key of operations that are made of other operations
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -59,5 +59,6 @@ __all__ = [
     "register_module_forward_pre_hook",
     "tree_leaves",
     "tree_map",
+    "tree_structure",
     "unseen_by_modes",
 ]

@@ -1,7 +1,7 @@
 """Compression of a trained network with no data: generated layer inputs, and layers re-fitted on them."""
 
 from nncf_compactprune.algorithms.data_free.generation import Inversion
-from nncf_compactprune.algorithms.data_free.network import ImageNetwork
+from nncf_compactprune.algorithms.data_free.network import SingleInput
 from nncf_compactprune.algorithms.data_free.reconstruction import (
     Reconstruction,
     Refit,
@@ -13,12 +13,12 @@ from nncf_compactprune.algorithms.data_free.sources import Generation, LayerInpu
 
 __all__ = [
     "Generation",
-    "ImageNetwork",
     "Inversion",
     "LayerInputs",
     "Reconstruction",
     "Refit",
     "Refits",
+    "SingleInput",
     "as_they_are",
     "layer_inputs",
     "least_squares",

@@ -80,8 +80,7 @@ class Sums:
     def __init__(self, operation: Operation, count: int) -> None:
         self._operation, self._count = operation, count
         # sums over every other chunk of images: two that can be held against each other
-        self._halves: list[Tensor] = []
-        self._rows = [0, 0]
+        self._halves: list[_Half] = []
         self._chunks = self._images = 0
         self._shift = torch.zeros(1)
 
@@ -102,21 +101,26 @@ class Sums:
             if stride > 1:  # the offset moves on, so that all places of an image have their turn
                 offset = (self._images + begin) % stride
                 px, py = px[:, offset::stride], py[:, offset::stride]
-            self._take(torch.cat([px, py], 2))
+            self._take(px, py)
         self._images += len(x)
 
-    def _take(self, joined: Tensor) -> None:
+    def _take(self, x: Tensor, y: Tensor) -> None:
+        joined = torch.cat([x, y], 2)
         if not self._halves:
             # moments about a point near the mean: about 0, float32 loses a small variance on a large mean
             self._shift = joined.mean(1, keepdim=True)
         joined = torch.cat([joined - self._shift, joined.new_ones(*joined.shape[:2], 1)], 2)
-        product = torch.bmm(joined.transpose(1, 2), joined).double()
-        half = self._chunks % 2
+        d = self._operation.width
+        left = torch.cat([joined[:, :, :d], joined[:, :, -1:]], 2)
+        found = _Half(
+            torch.bmm(left.transpose(1, 2), joined).double(),
+            joined[:, :, d:-1].square().sum(1).double(),
+            joined.shape[1],
+        )
         if self._chunks < 2:
-            self._halves.append(product)
+            self._halves.append(found)
         else:
-            self._halves[half] += product
-        self._rows[half] += joined.shape[1]
+            self._halves[self._chunks % 2] += found
         self._chunks += 1
 
     def moments(self, weight: Tensor | None = None) -> Moments:
@@ -125,42 +129,72 @@ class Sums:
         :param weight: what the layer has now, ``[groups, out/groups, d]``; None: :attr:`Moments.chance` is not asked
             for.
         """
-        halves, rows = self._halves, self._rows
         point = self._shift.squeeze(1).double()
-        found = _centred(self._operation, sum(halves[1:], halves[0]) / sum(rows), sum(rows), point)
-        if len(halves) == 2 and min(rows):
-            _hold_against_each_other(found, point, halves, rows, weight)
+        found = _centred(self._operation, sum(self._halves[1:], self._halves[0]), point)
+        if len(self._halves) == 2:
+            _hold_against_each_other(found, point, self._halves, weight)
         return found
 
 
-def _centred(operation: Operation, joint: Tensor, rows: int, shift: Tensor) -> Moments:
-    d = operation.width
-    mean = joint[:, :-1, -1]
-    cov = joint[:, :-1, :-1] - mean.unsqueeze(2) * mean.unsqueeze(1)
-    energy = cov[:, d:, d:].diagonal(dim1=1, dim2=2).clamp_min(0)
+@dataclass
+class _Half:
+    """Sums over rows, about the same point for all.
+
+    :param products: of inputs and 1 with inputs, outputs and 1, ``[groups, d + 1, d + out/groups + 1]``. Products of
+        outputs with each other are not asked for: a head of a vocabulary's size has far too many.
+    :param squares: of outputs, ``[groups, out/groups]``.
+    :param rows: how many.
+    """
+
+    products: Tensor
+    squares: Tensor
+    rows: int
+
+    def __add__(self, other: _Half) -> _Half:
+        return _Half(self.products + other.products, self.squares + other.squares, self.rows + other.rows)
+
+    def __iadd__(self, other: _Half) -> _Half:
+        self.products += other.products
+        self.squares += other.squares
+        self.rows += other.rows
+        return self
+
+    @property
+    def means(self) -> Tensor:
+        """Of inputs and outputs, ``[groups, d + out/groups]``."""
+        return self.products[:, -1, :-1] / self.rows
+
+    @property
+    def seconds(self) -> Tensor:
+        """Second moments of inputs with inputs and outputs, ``[groups, d, d + out/groups]``."""
+        return self.products[:, :-1, :-1] / self.rows
+
+
+def _centred(operation: Operation, sums: _Half, shift: Tensor) -> Moments:
+    d, mean = operation.width, sums.means
+    cov = sums.seconds - mean[:, :d].unsqueeze(2) * mean.unsqueeze(1)
+    energy = (sums.squares / sums.rows - mean[:, d:].square()).clamp_min(0)
     mean = mean + shift
-    return Moments(operation, cov[:, :d, :d], cov[:, :d, d:], energy, mean[:, :d], mean[:, d:], rows)
+    return Moments(operation, cov[:, :, :d], cov[:, :, d:], energy, mean[:, :d], mean[:, d:], sums.rows)
 
 
-def _hold_against_each_other(
-    found: Moments, shift: Tensor, halves: list[Tensor], rows: list[int], weight: Tensor | None
-) -> None:
-    """Fills in ``doubt`` and ``chance``, from sums over two halves of the images, ``[groups, d + out + 1, same]``."""
+def _hold_against_each_other(found: Moments, shift: Tensor, halves: list[_Half], weight: Tensor | None) -> None:
+    """Fills in ``doubt`` and ``chance``."""
     d = found.operation.width
     centre = torch.cat([found.mean_in, found.mean_out], 1) - shift
-    first, second = (half[:, :-1] / count for half, count in zip(halves, rows, strict=True))
-    apart = first - second
-    across = centre.unsqueeze(2) * apart[:, :, -1].unsqueeze(1)
-    apart = apart[:, :, :-1] - across - across.transpose(1, 2)
+    first, second = halves
+    means = first.means - second.means
+    apart = first.seconds - second.seconds
+    apart = apart - centre[:, :d].unsqueeze(2) * means.unsqueeze(1) - means[:, :d].unsqueeze(2) * centre.unsqueeze(1)
     scale = found.inputs.diagonal(dim1=1, dim2=2).clamp_min(1e-12).rsqrt().unsqueeze(2)
-    share = rows[0] * rows[1] / sum(rows) ** 2
-    inputs, seen = apart[:, :d, :d] * scale.transpose(1, 2), found.inputs * scale.transpose(1, 2)
+    share = first.rows * second.rows / (first.rows + second.rows) ** 2
+    inputs, seen = apart[:, :, :d] * scale.transpose(1, 2), found.inputs * scale.transpose(1, 2)
     for matrix in (inputs, seen):
         matrix.diagonal(dim1=1, dim2=2).zero_()
     found.doubt = _chance(inputs * scale, seen * scale, share)
     if weight is not None:
         lacking = found.cross - found.inputs @ weight.transpose(1, 2)
-        lacking_apart = apart[:, :d, d:] - apart[:, :d, :d] @ weight.transpose(1, 2)
+        lacking_apart = apart[:, :, d:] - apart[:, :, :d] @ weight.transpose(1, 2)
         found.chance = _chance(lacking_apart * scale, lacking * scale, share)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from nncf_compactprune.algorithms.base import Context
-from nncf_compactprune.algorithms.data_free import Generation, ImageNetwork, Inversion, LayerInputs, layer_inputs
+from nncf_compactprune.algorithms.data_free import Generation, Inversion, LayerInputs, layer_inputs
 from nncf_compactprune.algorithms.data_free.sources import Source, check
 from nncf_compactprune.config import Section
 from nncf_compactprune.host.calls import evaluating
@@ -20,10 +20,10 @@ class GenerationConfig(Section):
     """Where layer inputs come from.
 
     :param source: ``"inversion"`` optimises images until the network's BatchNorm statistics match; ``"bn_sampling"``
-        draws BatchNorm outputs; ``"inversion+bn_sampling"`` is both; ``"dataset"`` takes images of the training
-        loader.
+        draws BatchNorm outputs; ``"inversion+bn_sampling"`` is both; ``"dataset"`` takes examples of the training
+        loader, of any kind.
     :param samples: how many; null: 512 of 32 x 32 pixels, fewer of larger images, at least 64; of the training loader
-        2,000 of up to 64 x 64 pixels, 300 of larger ones.
+        2,000 of up to 64 x 64 places (pixels, moments, words), 300 of larger ones.
     :param steps: optimisation steps of an inverted image.
     :param seed: of all draws.
     :param cache: a safetensors file to keep inverted images in; a run that was killed goes on from it.
@@ -55,22 +55,21 @@ def check_generation(context: Context, config: GenerationConfig) -> None:
     :param config: the entry's ``generation`` section.
     :raises DataFreeError: see :func:`nncf_compactprune.algorithms.data_free.sources.check`.
     """
-    check(context.model, config.settings(), has_data=context.train_loader is not None)
+    check(context.model, context.example_inputs, config.settings(), has_data=context.train_loader is not None)
 
 
-def inputs_for(context: Context, config: GenerationConfig) -> tuple[ImageNetwork, LayerInputs]:
+def inputs_for(context: Context, config: GenerationConfig) -> LayerInputs:
     """Inputs for the model as it is now. What an earlier algorithm of the list made with equal settings serves again:
     pruning keeps what a network's inputs look like.
 
     :param context: its model is only run; the inputs are kept in its ``shared``.
     :param config: the entry's ``generation`` section.
-    :return: how to run the model, and the inputs.
     :raises DataFreeError: they cannot be made; the model is untouched.
     """
-    network = ImageNetwork.of(context.model, context.example_inputs)
     key = (SHARED_KEY, config.settings())
     if key not in context.shared:
         with context.timed("generation"), evaluating(context.model):
             batches = context.batches() if context.train_loader is not None else None
-            context.shared[key] = layer_inputs(context.model, network, config.settings(), batches)
-    return network, context.shared[key]
+            context.shared[key] = layer_inputs(context.model, context.example_inputs, config.settings(), batches)
+    found: LayerInputs = context.shared[key]
+    return found

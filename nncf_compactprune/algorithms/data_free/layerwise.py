@@ -75,10 +75,10 @@ class DataFreeLayerwise(ChannelPruning):
     def scores(self, graph: ChannelGraph) -> Sequence[Tensor]:
         """The loss that re-fitted consumers would have without each channel."""
         model = self.context.model
-        network, inputs = inputs_for(self.context, self.config.generation)
+        inputs = inputs_for(self.context, self.config.generation)
         with evaluating(model):
-            names = consumer_names(graph) & set(refittable(model, network.wrap(inputs.images[:1])).found)
-            found = dense_moments(model, network, inputs, names)
+            names = consumer_names(graph) & set(refittable(model, inputs.rows(0, 1)).found)
+            found = dense_moments(model, inputs, names)
         return importance(model, graph, found, SCORE_RIDGE, torch.get_num_threads())
 
     def before_cut(self) -> Callable[[PruningPlan], None]:

@@ -1,5 +1,5 @@
-"""What generation must know of a network: how to call it on images, how many classes it tells apart, and whether its
-weights and statistics are any basis."""
+"""What generation must know of a network: how to call it on what is generated, how many classes it tells apart, and
+whether its weights and statistics are any basis."""
 
 from __future__ import annotations
 
@@ -30,50 +30,68 @@ def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
 
 
 @dataclass(frozen=True)
-class ImageNetwork:
-    """A network with one floating input of images.
+class SingleInput:
+    """How to put one floating tensor into what a network is called with.
 
     :param example_inputs: as the model is called, with that one tensor in it.
-    :param shape: ``(c, h, w)``.
+    :param shape: of one example: ``(c, *places)`` of an image, a sound or a film, ``(features,)``.
     :param classes: width of a two-dimensional output; 0 for another kind of network.
     """
 
     example_inputs: Any
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     classes: int
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any) -> ImageNetwork:
+    def of(cls, model: nn.Module, example_inputs: Any) -> SingleInput:
         """Looks at a model.
 
         :param model: it is run once.
         :param example_inputs: as it is called.
-        :raises DataFreeError: there is not exactly one tensor among its inputs, or it holds no images.
+        :raises DataFreeError: see :func:`example_shape`.
         """
-        tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
-        if len(tensors) != 1 or tensors[0].dim() != 4 or not tensors[0].is_floating_point():
-            found = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors) or "no tensor"
-            msg = (
-                "layers are compared on images: expected one floating input of shape [n, c, h, w], got "
-                f"{found}. Other kinds of network are not supported."
-            )
-            raise DataFreeError(msg)
-        _, channels, height, width = tensors[0].shape
+        shape = example_shape(example_inputs)
         with evaluating(model):
             output = scores_of(call_model(model, example_inputs))
-        return cls(example_inputs, (channels, height, width), output.shape[1] if output.dim() == 2 else 0)
+        return cls(example_inputs, shape, output.shape[1] if output.dim() == 2 else 0)
 
-    def wrap(self, images: Tensor) -> Any:
-        """The model's inputs with these images in them."""
-        return tree_map(lambda leaf: images if isinstance(leaf, Tensor) else leaf, self.example_inputs)
+    def wrap(self, examples: Tensor) -> Any:
+        """The model's inputs with these examples in them, ``[n, *shape]``."""
+        return wrapped(self.example_inputs, examples)
 
-    def call(self, model: nn.Module, images: Tensor) -> Tensor:
-        """The model's first output, or a classifier's scores.
 
-        :param model: the network, or a compressed copy.
-        :param images: ``[n, c, h, w]``.
-        """
-        return scores_of(call_model(model, self.wrap(images)))
+def example_shape(example_inputs: Any) -> tuple[int, ...]:
+    """The shape of one example of what can be generated.
+
+    :param example_inputs: as a model is called.
+    :raises DataFreeError: there is not exactly one tensor in it, or it is not of floats.
+    """
+    tensors = tensors_of(example_inputs)
+    if len(tensors) != 1 or tensors[0].dim() < 2 or not tensors[0].is_floating_point():
+        found = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors) or "no tensor"
+        msg = (
+            f"inputs are generated for networks with one floating tensor [n, ...], but this one takes {found}. "
+            'Use "source": "dataset" and give a train_loader.'
+        )
+        raise DataFreeError(msg)
+    return tuple(tensors[0].shape[1:])
+
+
+def wrapped(example_inputs: Any, examples: Tensor) -> Any:
+    """Inputs with another tensor in the place of theirs.
+
+    :param example_inputs: with one tensor.
+    :param examples: what takes its place.
+    """
+    return tree_map(lambda leaf: examples if isinstance(leaf, Tensor) else leaf, example_inputs)
+
+
+def tensors_of(inputs: Any) -> list[Tensor]:
+    """The tensors in a model's inputs.
+
+    :param inputs: any nesting.
+    """
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
 def scores_of(output: Any) -> Tensor:

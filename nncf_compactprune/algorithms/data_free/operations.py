@@ -19,6 +19,7 @@ from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import named_modules, own_tensors
 from nncf_compactprune.host.torch_internals import Convolution, original
 
+MOST_INPUTS = 8192  # of one output: second moments of more take gigabytes, and minutes to solve
 _LINEAR = ("input", "weight", "bias")
 _CONVOLUTION = (*_LINEAR, "stride", "padding", "dilation", "groups")
 _TRANSPOSED = (*_LINEAR, "stride", "padding", "output_padding", "groups", "dilation")
@@ -280,4 +281,6 @@ def _why_not(module: nn.Module, seen: Sequence[Call]) -> str:
         return "its bias is added apart, or changed before it is used"
     if seen[0].operation.kernel and seen[0].input.dim() != seen[0].weight.dim():
         return "it runs on examples without a batch"
+    if seen[0].operation.width > MOST_INPUTS:
+        return f"its {seen[0].operation.width:,} inputs (channels times taps) are too many for least squares"
     return ""

@@ -105,7 +105,7 @@ class DataFreeQuantization(CompressionAlgorithm):
         if carries_hooks(model):
             msg = f"'{self.name}': the model still carries NNCF hooks. List this algorithm last."
             raise DataFreeError(msg)
-        network, inputs = inputs_for(context, self.config.generation)
+        inputs = inputs_for(context, self.config.generation)
         params = self.config.params
         layers = [n for n, m in named_modules(model) if isinstance(m, QUANTIZED)]
         if not layers:
@@ -122,7 +122,6 @@ class DataFreeQuantization(CompressionAlgorithm):
             dense = copy.deepcopy(model)  # what the layers are compared with, scaled alike
             weights, activations = install(
                 model,
-                network,
                 inputs,
                 weight_bits=bits,
                 activation_bits=params.activation_bits,
@@ -143,7 +142,7 @@ class DataFreeQuantization(CompressionAlgorithm):
                 return quantized
 
             step = rounding_step(weights, params.ridge, per_channel=params.per_channel)
-            run = Reconstruction(dense, model, inputs, network, step=step, used=used)
+            run = Reconstruction(dense, model, inputs, step=step, used=used)
             self.refits = Refits(run.run(progress="Quantizing layers"), run.left)
         self.quantizers = len(weights) + len(activations)
         self._done = True

@@ -8,12 +8,12 @@ torch's; that exchange knows 8 bits only.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nncf_compactprune.algorithms.data_free.network import ImageNetwork
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.errors import DataFreeError
@@ -93,7 +93,6 @@ def search_range(x: Tensor, high: int) -> tuple[Tensor, int]:
 @torch.no_grad()
 def install(
     model: nn.Module,
-    network: ImageNetwork,
     inputs: LayerInputs,
     *,
     weight_bits: Mapping[str, int],
@@ -108,7 +107,6 @@ def install(
     """Puts quantizers on a model, in place, where NNCF would.
 
     :param model: without hooks.
-    :param network: how to run it.
     :param inputs: what NNCF collects its statistics on; the first batches only.
     :param weight_bits: by layer name, in network order, 2 to 8.
     :param activation_bits: of what enters a layer, 2 to 8.
@@ -121,8 +119,9 @@ def install(
     :param ignored: NNCF's names of operations that are not quantized.
     :return: quantizers of weights by layer, and of activations. Each finds its range on what comes first.
     """
-    placed = _placed_by_nncf(model, network, inputs, target_device, ignored)
+    placed = _placed_by_nncf(model, inputs, target_device, ignored)
     modules = dict(named_modules(model))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     weights: dict[str, GridQuantizer] = {}
     activations: list[GridQuantizer] = []
     for place in placed:
@@ -137,7 +136,7 @@ def install(
             activations.append(hook)
         hook.pending = True
         register = hook_input if place.before else hook_output
-        register(model, place.operation, place.port, hook.to(inputs.images.device))
+        register(model, place.operation, place.port, hook.to(device))
     return weights, activations
 
 
@@ -148,11 +147,9 @@ def _weight_quantizer(module: nn.Module, bits: int, per_channel: bool) -> GridQu
     return GridQuantizer(bits, signed=True, size=weight.shape[axis] if per_channel else 1, axis=axis)
 
 
-def _placed_by_nncf(
-    model: nn.Module, network: ImageNetwork, inputs: LayerInputs, target_device: str, ignored: Collection[str]
-) -> list[Hook]:
+def _placed_by_nncf(model: nn.Module, inputs: LayerInputs, target_device: str, ignored: Collection[str]) -> list[Hook]:
     """Every quantizer that NNCF puts on a copy."""
-    batches = [network.wrap(part) for part in inputs.images[: 2 * CHUNK].split(CHUNK)]  # type: ignore[no-untyped-call]
+    batches = list(islice(inputs.split(CHUNK), 2))
     try:
         return quantizer_places(model, batches, target_device=target_device, ignored=ignored)
     except Exception as error:

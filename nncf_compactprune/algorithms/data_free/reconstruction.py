@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import nncf
 import torch
@@ -30,13 +31,13 @@ from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.data_free.gram import CHUNK_ELEMENTS, Moments, Sums, damped
-from nncf_compactprune.algorithms.data_free.network import ImageNetwork, batch_norms, statistics
+from nncf_compactprune.algorithms.data_free.network import batch_norms, statistics
 from nncf_compactprune.algorithms.data_free.operations import Call, Calls, refittable
 from nncf_compactprune.algorithms.data_free.pacing import Met, Paced, Part, Place, parts_of, places, room_for, twin
 from nncf_compactprune.algorithms.data_free.resampling import resampling
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.cut.transaction import Transaction, transaction
-from nncf_compactprune.host.calls import unmarked
+from nncf_compactprune.host.calls import call_model, unmarked
 from nncf_compactprune.host.nncf_hooks import remove_hooks
 from nncf_compactprune.host.nncf_progress import track
 from nncf_compactprune.host.tensors import carries_hooks, model_tensors, named_modules, own_tensors
@@ -144,7 +145,6 @@ class Reconstruction:
     :param compressed: changed in place, in eval mode; the same modules under the same names, channels cut or not; some
         may be gone.
     :param inputs: what both run on; in parts, where memory asks for it and the compressed model carries no hooks.
-    :param network: how to run them.
     :param kept: parameter name to dimension to kept positions, of what was cut; empty where nothing was.
     :param step: how a layer's weights are chosen.
     :param used: layer and its weight to what its operation uses, where a hook works on that.
@@ -154,7 +154,6 @@ class Reconstruction:
     dense: nn.Module
     compressed: nn.Module
     inputs: LayerInputs
-    network: ImageNetwork
     kept: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     step: LayerStep = as_they_are
     used: Callable[[str, Tensor], Tensor] = lambda name, weight: weight
@@ -169,11 +168,11 @@ class Reconstruction:
         :return: one entry a layer, in network order.
         """
         modules = dict(named_modules(self.compressed))
-        first = self.inputs.images[:1]
-        layers = refittable(self.dense, self.network.wrap(first)).among(modules)
+        first = self.inputs.rows(0, 1)
+        layers = refittable(self.dense, first).among(modules)
         self.left = layers.left
         warn_of_left(self.left)
-        once = called_once(self.dense, self.network, first)
+        once = called_once(self.dense, first)
         norms = [name for name in batch_norms(self.compressed) if name in once]
         watched = places(self.dense, self._call(first), _weights(self.dense, layers.found), norms)
         found = set(layers.found)
@@ -202,14 +201,14 @@ class Reconstruction:
             for _, _, compressed in running.values():
                 compressed.step()  # to its end: quantizers that come later find their ranges, too
         if not watched:
-            self._call(self.inputs.images)(self.compressed)
+            self._call(self.inputs.batch)(self.compressed)
         next(bar, None)
         return self.refits
 
     def _parts(self, watched: Sequence[Place]) -> list[Part]:
         """The images, split. All stay together where some rows are drawn, as these stand at the end, and where NNCF's
         hooks are on: two models with hooks cannot run in turns."""
-        count = len(self.inputs.images)
+        count = len(self.inputs)
         if self.inputs.resampled or carries_hooks(self.compressed):
             return [Part(0, count, 0, len(watched) - 1)]
         parts = parts_of(count, [2 * place.bytes for place in watched])
@@ -218,8 +217,8 @@ class Reconstruction:
             nncf_logger.info("Re-fit: %d of %d images are used, as many as memory has room for.", used, count)
         return parts
 
-    def _call(self, images: Tensor) -> Callable[[nn.Module], None]:
-        return partial(run_on, self.network, images, contents=False)
+    def _call(self, inputs: Any) -> Callable[[nn.Module], None]:
+        return partial(run_on, inputs, contents=False)
 
     def _models(self, part: Part) -> tuple[nn.Module, nn.Module]:
         """Both models for a part's images: the first part has the models, the others have twins."""
@@ -244,7 +243,7 @@ class Reconstruction:
 
         stack.enter_context(resampling(dense, self.inputs.resampled, {}))
         stack.enter_context(resampling(compressed, self.inputs.resampled, self.kept))
-        call = self._call(self.inputs.images[part.begin : part.end])
+        call = self._call(self.inputs.rows(part.begin, part.end))
         return (
             stack.enter_context(Paced(dense, call, _weights(dense, layers), norms)),
             stack.enter_context(Paced(compressed, call, _weights(compressed, layers), norms, compute)),
@@ -311,17 +310,16 @@ class Reconstruction:
         return mean, (share * (variances + (means - mean).square())).sum(0)
 
 
-def run_on(network: ImageNetwork, images: Tensor, model: nn.Module, *, contents: bool = True) -> None:
+def run_on(inputs: Any, model: nn.Module, *, contents: bool = True) -> None:
     """Runs a model, and takes back what that leaves in it. For a run in a thread of its own, as what is written into
     tensors is seen in the thread that writes it.
 
-    :param network: how to run it.
-    :param images: on what.
+    :param inputs: as it is called.
     :param model: the network, or a compressed copy.
     :param contents: see :func:`~nncf_compactprune.host.calls.unmarked`.
     """
     with unmarked(model, contents=contents):
-        network.call(model, images)
+        call_model(model, inputs)
 
 
 def warn_of_left(left: Mapping[str, str]) -> None:
@@ -356,12 +354,11 @@ def whole_or_nothing(model: nn.Module) -> Iterator[Transaction]:
 
 
 @torch.no_grad()
-def called_once(model: nn.Module, network: ImageNetwork, images: Tensor) -> set[str]:
+def called_once(model: nn.Module, inputs: Any) -> set[str]:
     """Names of the modules that one forward pass calls exactly once.
 
     :param model: it is only run.
-    :param network: how to run it.
-    :param images: ``[n, c, h, w]``; one is enough.
+    :param inputs: as it is called; one example is enough.
     """
     counts: Counter[str] = Counter()
     handles = [
@@ -370,7 +367,7 @@ def called_once(model: nn.Module, network: ImageNetwork, images: Tensor) -> set[
     ]
     try:
         with unmarked(model):
-            network.call(model, images)
+            call_model(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -378,29 +375,26 @@ def called_once(model: nn.Module, network: ImageNetwork, images: Tensor) -> set[
 
 
 @torch.no_grad()
-def dense_moments(
-    model: nn.Module, network: ImageNetwork, inputs: LayerInputs, names: Collection[str]
-) -> dict[str, Moments]:
+def dense_moments(model: nn.Module, inputs: LayerInputs, names: Collection[str]) -> dict[str, Moments]:
     """Moments of layers on a model's own inputs and outputs, in one pass.
 
     :param model: in eval mode.
-    :param network: how to run it.
-    :param inputs: on what.
+    :param inputs: what it runs on.
     :param names: of layers that :func:`refittable` found.
     """
     found: dict[str, Sums] = {}
-    count = len(inputs.images)
+    count = len(inputs)
     if not inputs.resampled:
-        on_one = partial(run_on, network, inputs.images[:1])
+        on_one = partial(run_on, inputs.rows(0, 1))
         count = min([count, *(room_for(place.bytes) for place in places(model, on_one, _weights(model, names), ()))])
 
     def collect(name: str, call: Call) -> Tensor:
         output = call.run(call.weight, call.bias)
-        sums = found.setdefault(name, Sums(call.operation, len(inputs.images)))
+        sums = found.setdefault(name, Sums(call.operation, len(inputs)))
         sums.add(call.input, output)
         return output
 
     with resampling(model, inputs.resampled, {}), Calls(_weights(model, names), collect), unmarked(model):
-        for images in inputs.images.split(count):  # type: ignore[no-untyped-call]
-            network.call(model, images)
+        for part in inputs.split(count):
+            call_model(model, part)
     return {name: sums.moments() for name, sums in found.items()}

@@ -11,9 +11,9 @@ from torch import nn
 
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig, check_generation, inputs_for
-from nncf_compactprune.algorithms.data_free.network import ImageNetwork
+from nncf_compactprune.algorithms.data_free.network import tensors_of
 from nncf_compactprune.algorithms.data_free.reconstruction import Reconstruction, Refits, least_squares
-from nncf_compactprune.algorithms.data_free.sources import REAL_SAMPLES, LayerInputs
+from nncf_compactprune.algorithms.data_free.sources import REAL_SAMPLES, LayerInputs, is_small
 from nncf_compactprune.config import Section
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.host.calls import evaluating
@@ -28,9 +28,11 @@ IMAGE_MEMORY = 2**30  # bytes of all images
 class RefitConfig(Section):
     """``initializer.refit``: every layer around a cut is re-fitted to what the dense layer gave, before any training.
 
-    :param num_samples: how many images; null: 2,000 of up to 64 x 64 pixels, 1,000 of larger ones, fewer where these
-        take more than a gigabyte. Where activations are large, only as many run at once as a gigabyte holds.
-    :param source: ``"dataset"`` takes images of the training loader; ``"inversion"`` generates them from the network.
+    :param num_samples: how many examples; null: 2,000 of up to 64 x 64 places (pixels, moments, words), 1,000 of larger
+        ones, fewer where these take more than a gigabyte. Where activations are large, only as many run at once as a
+        gigabyte holds.
+    :param source: ``"dataset"`` takes examples of the training loader; ``"inversion"`` generates images from the
+        network.
     :param ridge: how strongly weights are held to what the cut left, relative to the inputs' variance.
     """
 
@@ -39,15 +41,13 @@ class RefitConfig(Section):
     ridge: float = Field(default=RIDGE, gt=0)
 
     def generation(self, context: Context) -> GenerationConfig:
-        """As the generators read it.
-
-        :raises DataFreeError: the network of this context takes no images.
-        """
-        channels, height, width = ImageNetwork.of(context.model, context.example_inputs).shape
+        """As the generators read it."""
         if self.source == "inversion":
             return GenerationConfig(source="inversion", samples=self.num_samples)
-        fitting = REAL_SAMPLES if height * width <= 64 * 64 else LARGE_SAMPLES
-        fitting = max(1, min(fitting, IMAGE_MEMORY // (4 * channels * height * width)))
+        tensors = tensors_of(context.example_inputs)
+        bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / max(len(tensors[0]), 1)
+        fitting = REAL_SAMPLES if is_small(tensors[0].shape[1:]) else LARGE_SAMPLES
+        fitting = max(1, min(fitting, int(IMAGE_MEMORY / max(bytes_each, 1))))
         return GenerationConfig(source="dataset", samples=self.num_samples or fitting)
 
 
@@ -56,8 +56,8 @@ def check_refit(context: Context, config: RefitConfig) -> None:
 
     :param context: the dense model and its training loader.
     :param config: the section.
-    :raises DataError: images of the training loader are wanted, and there is none.
-    :raises DataFreeError: the network takes no images, or nothing can be generated from it.
+    :raises DataError: examples of the training loader are wanted, and there is none.
+    :raises DataFreeError: nothing can be generated from the network.
     """
     if config.source == "dataset" and context.train_loader is None:
         msg = (
@@ -74,13 +74,11 @@ class DenseReference:
 
     :param context: its model is cut in between.
     :param dense: a copy of the model before the cut.
-    :param network: how both are run.
     :param inputs: what both run on.
     """
 
     context: Context
     dense: nn.Module
-    network: ImageNetwork
     inputs: LayerInputs
 
     @classmethod
@@ -90,8 +88,7 @@ class DenseReference:
         :param context: the model, and the training loader where the images come from one.
         :param generation: where the images come from.
         """
-        network, inputs = inputs_for(context, generation)
-        return cls(context, copy.deepcopy(context.model), network, inputs)
+        return cls(context, copy.deepcopy(context.model), inputs_for(context, generation))
 
     def refit(self, plan: PruningPlan, ridge: float) -> Refits:
         """Re-fits the context's model, which was cut meanwhile, in place; an EMA copy gets the same weights.
@@ -102,7 +99,7 @@ class DenseReference:
         context, model = self.context, self.context.model
         kept = {name: plan.selection(name) for name in plan.kept}
         with context.timed("reconstruction"), evaluating(model, changes=True), evaluating(self.dense):
-            run = Reconstruction(self.dense, model, self.inputs, self.network, kept, least_squares(ridge))
+            run = Reconstruction(self.dense, model, self.inputs, kept, least_squares(ridge))
             run.run(progress="Re-fitting layers")
         if context.ema is not None:
             copy_in(context.ema, model).load_state_dict(model.state_dict())

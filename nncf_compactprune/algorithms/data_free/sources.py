@@ -3,33 +3,40 @@ from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from nncf.common.logging import nncf_logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from nncf_compactprune.algorithms.base import to_device
 from nncf_compactprune.algorithms.data_free.generation import Inversion, dead_leaves, invert, labels_in_turn
 from nncf_compactprune.algorithms.data_free.network import (
-    ImageNetwork,
+    SingleInput,
     batch_norms,
     check_statistics,
     check_weights,
+    example_shape,
     fingerprint,
+    tensors_of,
+    wrapped,
 )
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.nncf_progress import track
-from nncf_compactprune.host.torch_internals import tree_leaves
+from nncf_compactprune.host.torch_internals import tree_map, tree_structure
 from nncf_compactprune.storage.writing import write_whole
 
 Source = Literal["inversion", "bn_sampling", "inversion+bn_sampling", "dataset"]
 SAMPLES = 512  # inverted ones of 32 x 32 pixels; fewer of larger images, which take as long each as they are large
-REAL_SAMPLES, LARGE_REAL_SAMPLES = 2000, 300  # of a loader, of up to 64 x 64 pixels and of larger ones
+SMALL = 64 * 64  # places of an example
+REAL_SAMPLES, LARGE_REAL_SAMPLES = 2000, 300  # of a loader, small ones and larger ones
 BATCH, LEAST_BATCH = 128, 32  # images optimised together, of up to 64 x 64 pixels; never fewer of larger ones
 SAMPLED_SHARE = 4  # one re-sampled row for so many inverted images, where both are used
 
@@ -38,12 +45,41 @@ SAMPLED_SHARE = 4  # one re-sampled row for so many inverted images, where both 
 class LayerInputs:
     """What a network is run on to learn about its layers.
 
-    :param images: model inputs, ``[n, c, h, w]``.
-    :param resampled: how many of the last images only start a run whose BatchNorm outputs are drawn anew.
+    :param batch: model inputs, as a model is called with. Tensors of as many rows as the first one hold an example a
+        row; the others belong to all examples.
+    :param resampled: how many of the last examples only start a run whose BatchNorm outputs are drawn anew.
     """
 
-    images: Tensor
+    batch: Any
     resampled: int = 0
+
+    def __len__(self) -> int:
+        return _count(self.batch)
+
+    def rows(self, begin: int, end: int) -> Any:
+        """Model inputs with some of the examples.
+
+        :param begin: the first one.
+        :param end: one behind the last one.
+        """
+        count = len(self)
+        return tree_map(lambda leaf: leaf[begin:end] if _has_rows(leaf, count) else leaf, self.batch)
+
+    def split(self, size: int) -> Iterator[Any]:
+        """Model inputs with all of the examples, some at a time.
+
+        :param size: how many.
+        """
+        for begin in range(0, len(self), size):
+            yield self.rows(begin, begin + size)
+
+
+def _count(batch: Any) -> int:
+    return len(tensors_of(batch)[0])
+
+
+def _has_rows(leaf: Any, count: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count
 
 
 @dataclass(frozen=True)
@@ -51,8 +87,8 @@ class Generation:
     """Settings.
 
     :param source: see :data:`Source`.
-    :param samples: how many inputs; None: 512 of 32 x 32 pixels, fewer of larger ones, never below 64; of a loader
-        2,000 of up to 64 x 64 pixels and 300 of larger ones.
+    :param samples: how many inputs; None: 512 of 32 x 32 places, fewer of larger ones, never below 64; of a loader
+        2,000 of up to 64 x 64 places and 300 of larger ones.
     :param cache: a safetensors file for inverted images, extended batch by batch; None: none.
     """
 
@@ -62,23 +98,43 @@ class Generation:
     seed: int = 0
     cache: str | None = None
 
-    def count(self, shape: tuple[int, int, int]) -> int:
-        """Number of inputs for images of a shape."""
+    def count(self, shape: Sequence[int]) -> int:
+        """Number of inputs.
+
+        :param shape: of one.
+        """
         if self.samples is not None:
             return self.samples
         if self.source == "dataset":
-            return REAL_SAMPLES if shape[1] * shape[2] <= 64 * 64 else LARGE_REAL_SAMPLES
-        return min(SAMPLES, max(64, SAMPLES * 32 * 32 // (shape[1] * shape[2])))
+            return REAL_SAMPLES if is_small(shape) else LARGE_REAL_SAMPLES
+        return min(SAMPLES, max(64, SAMPLES * 32 * 32 // places_of(shape)))
 
 
-def check(model: nn.Module, settings: Generation, *, has_data: bool) -> None:
+def places_of(shape: Sequence[int]) -> int:
+    """How many places an example has: pixels, moments, words.
+
+    :param shape: of one, ``(c, *places)`` or ``(places,)``.
+    """
+    return math.prod(shape[1:] if len(shape) > 1 else shape)
+
+
+def is_small(shape: Sequence[int]) -> bool:
+    """Whether an example has no more places than a picture of 64 x 64.
+
+    :param shape: of one.
+    """
+    return places_of(shape) <= SMALL
+
+
+def check(model: nn.Module, example_inputs: Any, settings: Generation, *, has_data: bool) -> None:
     """Refuses what cannot work, before any work; the model is only looked at.
 
     :param model: it is not run.
+    :param example_inputs: as it is called.
     :param settings: of the generation.
     :param has_data: whether there is a loader.
     :raises DataFreeError: values that are not finite, statistics that are missing or untrained, a source without
-        what it needs.
+        what it needs, inputs of a kind that is not generated.
     """
     check_weights(model)
     if settings.source == "dataset":
@@ -86,6 +142,7 @@ def check(model: nn.Module, settings: Generation, *, has_data: bool) -> None:
             msg = 'generation.source is "dataset", but no train_loader was given. Give one, or use "inversion".'
             raise DataFreeError(msg)
         return
+    example_shape(example_inputs)
     check_statistics(model)
     if "bn_sampling" in settings.source and not batch_norms(model):
         msg = (
@@ -96,24 +153,25 @@ def check(model: nn.Module, settings: Generation, *, has_data: bool) -> None:
 
 
 def layer_inputs(
-    model: nn.Module, network: ImageNetwork, settings: Generation, batches: Iterator[Any] | None = None
+    model: nn.Module, example_inputs: Any, settings: Generation, batches: Iterator[Any] | None = None
 ) -> LayerInputs:
     """Makes the inputs, on the model's device.
 
     :param model: trained; it is only run.
-    :param network: how to run it.
+    :param example_inputs: as it is called.
     :param settings: of the generation.
     :param batches: of the loader, for ``"dataset"``.
     :raises DataFreeError: as :func:`check`; the model is no classifier and has no BatchNorm; the loader holds nothing.
     """
-    check(model, settings, has_data=batches is not None)
-    count = settings.count(network.shape)
+    check(model, example_inputs, settings, has_data=batches is not None)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if settings.source == "dataset":
-        return LayerInputs(_from_batches(batches or iter(()), count).to(device))
+        return LayerInputs(to_device(_from_batches(batches or iter(()), example_inputs, settings), device))
+    network = SingleInput.of(model, example_inputs)
+    count = settings.count(network.shape)
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.source == "bn_sampling":
-        return LayerInputs(dead_leaves(count, network.shape, generator).to(device), count)
+        return LayerInputs(network.wrap(dead_leaves(count, network.shape, generator).to(device)), count)
     if not batch_norms(model) and network.classes < 2:
         msg = (
             f"{type(model).__name__} has neither BatchNorm statistics nor class scores [n, classes]: nothing in it "
@@ -122,17 +180,16 @@ def layer_inputs(
         raise DataFreeError(msg)
     images = _inverted(model, network, settings, count, generator).to(device)
     if settings.source == "inversion":
-        return LayerInputs(images)
+        return LayerInputs(network.wrap(images))
     drawn = dead_leaves(count // SAMPLED_SHARE, network.shape, generator).to(device)
-    return LayerInputs(torch.cat([images, drawn]), len(drawn))
+    return LayerInputs(network.wrap(torch.cat([images, drawn])), len(drawn))
 
 
 def _inverted(
-    model: nn.Module, network: ImageNetwork, settings: Generation, count: int, generator: torch.Generator
+    model: nn.Module, network: SingleInput, settings: Generation, count: int, generator: torch.Generator
 ) -> Tensor:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    _, height, width = network.shape
-    batch = max(LEAST_BATCH, min(BATCH, BATCH * 64 * 64 // (height * width)))
+    batch = max(LEAST_BATCH, min(BATCH, BATCH * SMALL // places_of(network.shape)))
     starts = torch.split(dead_leaves(count, network.shape, generator), batch)
     labels: Sequence[Tensor | None] = [None] * len(starts)
     if network.classes > 1:
@@ -172,13 +229,57 @@ def _read_cache(path: str | None, key: str) -> list[Tensor]:
     return [tensors[f"batch_{at}"] for at in range(len(tensors))]
 
 
-def _from_batches(batches: Iterator[Any], count: int) -> Tensor:
-    found: list[Tensor] = []
+def _from_batches(batches: Iterator[Any], example_inputs: Any, settings: Generation) -> Any:
+    """The first examples of a loader, as one batch of model inputs."""
+    found: list[Any] = []
+    left = have = wanted = 0
     for batch in batches:
-        found += [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)][:1]
-        if sum(map(len, found)) >= count:
+        inputs = _as_called(batch, example_inputs)
+        if not found:
+            wanted = settings.count(tensors_of(inputs)[0].shape[1:])
+        if found and _form(inputs) != _form(found[0]):
+            left += _count(inputs)
+            continue
+        found.append(inputs)
+        have += _count(inputs)
+        if have >= wanted:
             break
     if not found:
         msg = 'generation.source is "dataset", but the train_loader holds no batch.'
         raise DataFreeError(msg)
-    return torch.cat(found)[:count]
+    if left and have < wanted:
+        nncf_logger.warning(
+            "%d examples of %d are left out, as their shapes differ from the first batch's. Pad all to one shape.",
+            left,
+            left + have,
+        )
+
+    def joined(leaf: Any, *others: Any) -> Any:
+        rows = _has_rows(leaf, _count(found[0]))
+        return torch.cat([leaf, *others]) if rows else leaf
+
+    everything = LayerInputs(tree_map(joined, *found))
+    return everything.rows(0, wanted)
+
+
+def _as_called(batch: Any, example_inputs: Any) -> Any:
+    """A batch as the model is called: where that takes one tensor, the batch's first one in its place."""
+    tensors = tensors_of(batch)
+    if not tensors or not tensors[0].dim():
+        msg = f'generation.source is "dataset", but the train_loader gives {type(batch).__name__} without a tensor.'
+        raise DataFreeError(msg)
+    if len(tensors_of(example_inputs)) != 1:
+        return batch
+    named = [batch[key] for key in example_inputs if key in batch] if _both_name_theirs(batch, example_inputs) else []
+    return wrapped(example_inputs, (tensors_of(named) or tensors)[0])
+
+
+def _both_name_theirs(batch: Any, example_inputs: Any) -> bool:
+    return isinstance(batch, Mapping) and isinstance(example_inputs, Mapping)
+
+
+def _form(inputs: Any) -> Any:
+    """Kinds and shapes of inputs, without the number of examples."""
+    count = _count(inputs)
+    forms = [(leaf.shape[1:] if _has_rows(leaf, count) else leaf.shape, leaf.dtype) for leaf in tensors_of(inputs)]
+    return tree_structure(inputs), forms

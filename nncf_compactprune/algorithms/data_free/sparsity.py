@@ -102,17 +102,17 @@ class DataFreeSparsity(CompressionAlgorithm):
         if self._done:
             return
         model, params = self.context.model, self.config.params
-        network, inputs = inputs_for(self.context, self.config.generation)
+        inputs = inputs_for(self.context, self.config.generation)
         self.names = names = self._in_scope()
         with self.context.timed("sparsity"), evaluating(model, changes=True), whole_or_nothing(model):
             if params.granularity == "2:4":
                 ratios: dict[str, float] = {}
             else:
-                found = dense_moments(model, network, inputs, names)
+                found = dense_moments(model, inputs, names)
                 weights = {n: m.operation.rows(model.get_parameter(f"{n}.weight")) for n, m in found.items()}
                 ratios = shares(weights, found, params.sparsity, params.ridge)
             step = sparse_step(ratios, params.ridge, names)
-            run = Reconstruction(copy.deepcopy(model), model, inputs, network, step=step)
+            run = Reconstruction(copy.deepcopy(model), model, inputs, step=step)
             self.refits = Refits(run.run(progress="Sparsifying layers"), run.left)
         self._done = True
 

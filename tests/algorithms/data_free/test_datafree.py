@@ -15,10 +15,10 @@ from torch import nn
 
 from nncf_compactprune.algorithms.data_free import (
     Generation,
-    ImageNetwork,
     Inversion,
     LayerInputs,
     Reconstruction,
+    SingleInput,
     gram,
     layer_inputs,
     least_squares,
@@ -56,7 +56,7 @@ def test_statistics_loss_is_zero_on_its_own_batch_and_free_of_scale() -> None:
 
 def test_inversion_brings_the_statistics_nearer_and_leaves_the_model_alone() -> None:
     model = with_statistics_of(trained("residual", dtype=torch.float32), F.avg_pool2d(randn(64, 3, 24, 24), 2) * 3)
-    before, network = state(model.train()), ImageNetwork.of(model, X)
+    before, network = state(model.train()), SingleInput.of(model, X)
     start = dead_leaves(32, network.shape, torch.Generator().manual_seed(0))
 
     def distance(x: torch.Tensor) -> float:
@@ -66,7 +66,7 @@ def test_inversion_brings_the_statistics_nearer_and_leaves_the_model_alone() -> 
             for norm in batch_norms(model).values()
         ]
         with evaluating(model):
-            network.call(model, x)
+            model(x)
         for handle in handles:
             handle.remove()
         return sum(terms)
@@ -104,11 +104,10 @@ def test_resampled_rows_are_drawn_from_gamma_and_beta_and_cut_copies_see_the_sam
 
 def test_a_killed_generation_goes_on_from_its_cache(tmp_path, monkeypatch) -> None:
     model = trained("plain", dtype=torch.float32)
-    network = ImageNetwork.of(model, X)
     settings = Generation(samples=24, inversion=Inversion(steps=2), cache=str(tmp_path / "images.safetensors"))
     monkeypatch.setattr(sources, "BATCH", 8)
     monkeypatch.setattr(sources, "LEAST_BATCH", 8)
-    whole = layer_inputs(model, network, Generation(samples=24, inversion=Inversion(steps=2)))
+    whole = layer_inputs(model, X, Generation(samples=24, inversion=Inversion(steps=2)))
     calls = []
 
     def dying(*args, **kwargs):
@@ -119,49 +118,48 @@ def test_a_killed_generation_goes_on_from_its_cache(tmp_path, monkeypatch) -> No
 
     monkeypatch.setattr(sources, "invert", dying)
     with pytest.raises(KeyboardInterrupt):
-        layer_inputs(model, network, settings)
-    assert torch.equal(layer_inputs(model, network, settings).images, whole.images)
+        layer_inputs(model, X, settings)
+    assert torch.equal(layer_inputs(model, X, settings).batch, whole.batch)
     assert len(calls) == 4
     model.head.bias.data += 1
-    layer_inputs(model, network, settings)  # other weights: the cache does not count
+    layer_inputs(model, X, settings)  # other weights: the cache does not count
     assert len(calls) == 7
 
 
 def test_what_cannot_work_is_refused_and_the_model_is_untouched() -> None:
     model = trained("plain", dtype=torch.float32)
-    network = ImageNetwork.of(model, X)
     fresh = copy.deepcopy(model)
     for norm in batch_norms(fresh).values():
         norm.reset_running_stats()
     with pytest.raises(DataFreeError, match=r"all 3 BatchNorms have the statistics of an untrained network"):
-        layer_inputs(fresh, network, Generation())
+        layer_inputs(fresh, X, Generation())
     broken = copy.deepcopy(model)
     broken.head.weight.data[0, 0] = float("nan")
     with pytest.raises(DataFreeError, match=r"'head.weight': 1 of 80 values are NaN or infinite"):
-        layer_inputs(broken, network, Generation())
+        layer_inputs(broken, X, Generation())
     without = copy.deepcopy(model)
     without.features[0][1] = nn.BatchNorm2d(16, track_running_stats=False)
     with pytest.raises(DataFreeError, match=r"'features.0.1': BatchNorm without running statistics"):
-        layer_inputs(without, network, Generation())
+        layer_inputs(without, X, Generation())
     bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     with pytest.raises(DataFreeError, match=r"Sequential has no BatchNorm to draw from"):
-        layer_inputs(bare, ImageNetwork.of(bare, X), Generation("bn_sampling"))
+        layer_inputs(bare, X, Generation("bn_sampling"))
     with pytest.raises(DataFreeError, match=r"neither BatchNorm statistics nor class scores"):
-        layer_inputs(bare[:1], ImageNetwork.of(bare[:1], X), Generation())
+        layer_inputs(bare[:1], X, Generation())
     with pytest.raises(DataFreeError, match=r'"dataset", but no train_loader'):
-        layer_inputs(model, network, Generation("dataset"))
-    with pytest.raises(DataFreeError, match=r"one floating input of shape"):
-        ImageNetwork.of(model, torch.zeros(2, 3))
+        layer_inputs(model, X, Generation("dataset"))
+    with pytest.raises(DataFreeError, match=r"one floating tensor .* takes \[2, 3\] int64, \[2, 3\] float32"):
+        layer_inputs(model, (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3)), Generation())
 
 
 def test_a_classifier_without_batch_norm_is_inverted_from_its_classes() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
-    network = ImageNetwork.of(net, X)
-    made = layer_inputs(net, network, Generation(samples=16, inversion=Inversion(steps=30, class_weight=1.0)))
+    network = SingleInput.of(net, X)
+    made = layer_inputs(net, X, Generation(samples=16, inversion=Inversion(steps=30, class_weight=1.0)))
     start = dead_leaves(16, network.shape, torch.Generator().manual_seed(0))
     labels = torch.arange(16) % 4
-    assert F.cross_entropy(net(made.images), labels) < F.cross_entropy(net(start), labels)
+    assert F.cross_entropy(net(made.batch), labels) < F.cross_entropy(net(start), labels)
 
 
 # -- moments, least squares, importance --------------------------------------------------------------------------------
@@ -278,8 +276,7 @@ def test_what_cannot_be_refitted_is_left_and_named(caplog) -> None:
     }
     before, dense = state(model), copy.deepcopy(model)
     model.functional.weight.data += 1
-    network = ImageNetwork.of(model, X)
-    run = Reconstruction(dense, model, LayerInputs(randn(32, 3, 12, 12)), network, step=least_squares(1e-6))
+    run = Reconstruction(dense, model, LayerInputs(randn(32, 3, 12, 12)), step=least_squares(1e-6))
     with evaluating(model, changes=True), evaluating(dense):
         refits = run.run()
     assert [r.name for r in refits] == list(found.found)
@@ -399,10 +396,10 @@ def test_an_error_in_a_run_reaches_the_caller() -> None:
 @pytest.mark.parametrize("resampled", [0, 16])
 def test_reconstructing_what_was_not_compressed_changes_nothing(name: str, resampled: int) -> None:
     dense = trained(name, dtype=torch.float32)
-    model, network = copy.deepcopy(dense), ImageNetwork.of(dense, X)
+    model = copy.deepcopy(dense)
     inputs = LayerInputs(randn(32, 3, 12, 12), resampled)
     with evaluating(model, changes=True), evaluating(dense):
-        refits = Reconstruction(dense, model, inputs, network, step=least_squares(0.01)).run()
+        refits = Reconstruction(dense, model, inputs, step=least_squares(0.01)).run()
         assert refits
         assert max(r.after for r in refits) < 1e-6
         expected, got = dense(X), model(X)
@@ -415,9 +412,8 @@ def test_batch_norm_statistics_follow_a_change_of_the_layer_before() -> None:
     conv = model.features[0][0]
     scale = torch.linspace(0.5, 2, 16)
     conv.weight.data *= scale.view(-1, 1, 1, 1)
-    network = ImageNetwork.of(dense, X)
     with evaluating(model, changes=True), evaluating(dense):
-        Reconstruction(dense, model, LayerInputs(randn(64, 3, 12, 12)), network).run()
+        Reconstruction(dense, model, LayerInputs(randn(64, 3, 12, 12))).run()
         assert torch.allclose(dense(X), model(X), atol=2e-3)
     assert torch.allclose(model.features[0][1].running_var, dense.features[0][1].running_var * scale**2, rtol=1e-3)
 

@@ -12,7 +12,7 @@ from support.networks import images, trained
 from torch import nn
 
 from nncf_compactprune import create_compressed_model
-from nncf_compactprune.algorithms.data_free import Generation, ImageNetwork, LayerInputs, Reconstruction
+from nncf_compactprune.algorithms.data_free import Generation, LayerInputs, Reconstruction
 from nncf_compactprune.algorithms.data_free import quantizers as quantizers_module
 from nncf_compactprune.algorithms.data_free import reconstruction as reconstruction_module
 from nncf_compactprune.algorithms.data_free.gram import Sums, damped
@@ -41,12 +41,12 @@ def by_the_book(name, rows, found):
 
 def refitted(dense, inputs, step=by_the_book):
     """A copy with changed weights, re-fitted."""
-    model, network = copy.deepcopy(dense), ImageNetwork.of(dense, X)
+    model = copy.deepcopy(dense)
     with torch.no_grad():
         for at, p in enumerate(model.parameters()):
             p.mul_(1 + 0.3 * randn(*p.shape, seed=at)) if p.dim() > 1 else None
     with evaluating(model, changes=True), evaluating(dense):
-        Reconstruction(dense, model, LayerInputs(inputs), network, step=step).run()
+        Reconstruction(dense, model, LayerInputs(inputs), step=step).run()
     return model
 
 
@@ -129,12 +129,11 @@ def _counting(init, seen):
 
 def test_moments_of_a_dense_model_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, inputs = trained("plain", dtype=torch.float32), LayerInputs(randn(40, 3, 12, 12))
-    network = ImageNetwork.of(dense, X)
     names = [name for name, module in dense.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     with evaluating(dense):
-        whole = dense_moments(dense, network, inputs, names)
+        whole = dense_moments(dense, inputs, names)
         monkeypatch.setattr(reconstruction_module, "room_for", lambda size: 16)
-        parted = dense_moments(dense, network, inputs, names)
+        parted = dense_moments(dense, inputs, names)
     for name in names:
         assert whole[name].rows == parted[name].rows
         assert torch.allclose(whole[name].inputs, parted[name].inputs, rtol=1e-4, atol=1e-6)
