@@ -27,6 +27,7 @@ from nncf_compactprune.host.tensors import named_modules
 
 # Of a loss that several layers in a row see: errors of a shared stream add up (chosen on training images).
 SHARED_WORTH = 3.0
+SPARE = 0.15  # share of columns that are gone and still carried along
 
 
 @dataclass
@@ -147,10 +148,16 @@ class _State:
         self.weight = consumer.weight.clone()
         self.columns = torch.as_tensor(consumer.columns, device=consumer.inputs.device)
         self.worth = consumer.worth
+        self.gone: list[Tensor] = []
 
     def costs(self, channels: list[int]) -> Tensor:
         """``[len(channels)]``."""
         columns = self.columns[channels]  # [c, r]
+        if columns.shape[1] == 1:  # the same with less to move
+            column = columns[:, 0]
+            energy = self.weight[:, :, column].square().sum(1)
+            single: Tensor = (energy / self.inverse[:, column, column]).sum(0)
+            return self.worth * single.clamp_min(0).cpu()
         blocks = self.inverse[:, columns.unsqueeze(2), columns.unsqueeze(1)]  # [g, c, r, r]
         part = self.weight[:, :, columns].permute(0, 2, 3, 1)  # [g, c, r, out]
         cost: Tensor = (part * torch.linalg.solve(blocks, part)).sum((0, 2, 3))
@@ -167,3 +174,15 @@ class _State:
         self.weight[:, :, columns] = 0
         self.inverse[:, columns] = 0
         self.inverse[:, :, columns] = 0
+        self.gone.append(columns)
+        if len(self.gone) * len(columns) > SPARE * self.inverse.shape[1]:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Leaves out the columns that are gone, so that later removals have less to go through."""
+        left = torch.ones(self.inverse.shape[1], dtype=torch.bool, device=self.columns.device)
+        left[torch.cat(self.gone)] = False
+        self.inverse = self.inverse[:, left][:, :, left]
+        self.weight = self.weight[:, :, left]
+        self.columns = (left.cumsum(0) - 1)[self.columns]
+        self.gone = []
