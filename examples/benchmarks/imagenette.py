@@ -54,7 +54,8 @@ class Trial:
     :param recipe: a key of :data:`RECIPES`.
     :param lr: at the start of a cosine over all steps, which ends at 0.
     :param start: what makes up for the cut before training: ``"batch_norm"`` statistics re-estimated, or a
-        ``"refit"`` of every layer, each on 500 training pictures.
+        ``"refit"`` of every layer.
+    :param few: training pictures for that, and for the choice of channels.
     """
 
     budget: float
@@ -65,13 +66,13 @@ class Trial:
     lr: float = 0.02
     weight_decay: float = 4e-5
     start: str = "batch_norm"
+    few: int = FEW
 
     @property
     def key(self) -> str:
         """All options, but those that came later and have their default."""
-        options = {
-            name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("start", "batch_norm")
-        }
+        later = [("start", "batch_norm"), ("few", FEW)]
+        options = {name: value for name, value in dataclasses.asdict(self).items() if (name, value) not in later}
         return " ".join(f"{name}={value}" for name, value in options.items())
 
 
@@ -80,6 +81,7 @@ def queue() -> list[Trial]:
         Trial(0.3, "catro", recipe, epochs=5, lr=0.002, start="refit")
         for recipe in ("recovery", "recovery and class scores")
     ]
+    refitted.append(Trial(0.3, "catro", "recovery and class scores", epochs=5, lr=0.002, start="refit", few=2000))
     refitted.append(Trial(0.3, "l2", "recovery", epochs=5, lr=0.002, start="refit"))
     return refitted + [
         Trial(0.3, criterion, recipe) for recipe in ("recovery", "plain") for criterion in ("catro", "l2")
@@ -120,7 +122,7 @@ class Data:
         model.load_state_dict(load_file(self.folder / "mobilenet_v1_075_224_imagenet.safetensors"), strict=False)
         return model.eval()
 
-    def few(self, seed: int, count: int = FEW) -> list[tuple[Tensor, Tensor]]:
+    def few(self, seed: int, count: int) -> list[tuple[Tensor, Tensor]]:
         """Batches of training pictures with ImageNet's labels."""
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))[:count]
         indices = torch.tensor(list(CLASSES.values()))
@@ -154,12 +156,13 @@ def trained(trial: Trial, data: Data, threads: int) -> dict[str, Any]:
         "params": {"schedule": "one_shot", **params},
     }
     if trial.start == "refit":
-        entry["initializer"] = {"refit": {"num_samples": FEW}}
+        entry["initializer"] = {"refit": {"num_samples": trial.few}}
     if catro:
         entry["params"]["classes"] = list(CLASSES.values())
     recipe = RECIPES[trial.recipe]
     document = {"compression": [entry] if recipe is None else [entry, recipe]}
-    controller, model = create_compressed_model(dense, document, data.few(trial.seed), example_inputs=example)
+    few = data.few(trial.seed, trial.few)
+    controller, model = create_compressed_model(dense, document, few, example_inputs=example)
     if not catro:  # the classifier is cut to the ten classes as catro cuts it, and nothing else
         indices = torch.tensor(list(CLASSES.values()))
         classifier: Any = model.conv_preds
@@ -245,7 +248,8 @@ def table(rows: Annotated[Path, typer.Option(help="where rows are kept")] = ROWS
     for row in read:
         trial = Trial(**row["trial"])
         lines.append(
-            f"| {trial.criterion} | {STARTS[trial.start]} | {trial.recipe}, {trial.epochs} epochs, lr {trial.lr:g} | "
+            f"| {trial.criterion} | {STARTS[trial.start]}, {trial.few:,} pictures | "
+            f"{trial.recipe}, {trial.epochs} epochs, lr {trial.lr:g} | "
             f"{row['macs'] / row['macs_dense']:.1%} | "
             f"{row['params'] / 1e3:.0f} K | {row['curve'][0]:.1f} | {row['curve'][-1]:.1f} | "
             f"{mean_and_spread([row['test']])} |"
