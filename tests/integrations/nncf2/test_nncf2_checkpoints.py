@@ -36,6 +36,11 @@ def output(model: nn.Module) -> Tensor:
         return model.eval()(images(torch.float32))  # type: ignore[no-any-return]
 
 
+def computes(model: nn.Module, expected: Tensor) -> None:
+    """Outputs near one, as another processor rounds them."""
+    torch.testing.assert_close(output(model), expected, rtol=0, atol=1e-5)
+
+
 def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -61,8 +66,8 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 def test_the_network_computes_what_it_computed_there(name: str) -> None:
     checkpoint = read(name)
     ctrl, model = resumed(checkpoint)
-    assert torch.equal(output(model), checkpoint["output"])
-    assert not torch.equal(output(model), output(model32(checkpoint["network"])))
+    computes(model, checkpoint["output"])
+    assert not torch.allclose(output(model), output(model32(checkpoint["network"])), atol=1e-3)
     there = checkpoint["compression_state"]["ctrl_state"]
     (epoch,) = {part["scheduler_state"]["current_epoch"] for part in there.values()}
     assert ctrl.scheduler.current_epoch == epoch
@@ -74,9 +79,9 @@ def test_the_small_network_computes_the_same(name: str) -> None:
     checkpoint = read(name)
     ctrl, model = resumed(checkpoint)
     small = ctrl.strip()
-    torch.testing.assert_close(output(small), checkpoint["output"], rtol=0, atol=1e-6)
+    computes(small, checkpoint["output"])
     assert size(small) < 0.75 * size(model32(checkpoint["network"]))
-    assert torch.equal(output(model), checkpoint["output"])  # strip took a copy
+    computes(model, checkpoint["output"])  # strip took a copy
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -118,7 +123,7 @@ def test_a_plain_network_gets_the_zeros(name: str) -> None:
     checkpoint = read(name)
     model = model32(checkpoint["network"])
     load_state(model, checkpoint["state_dict"])
-    assert torch.equal(output(model), checkpoint["output"])
+    computes(model, checkpoint["output"])
 
 
 @pytest.mark.parametrize("name", ["filters", "flops"])
@@ -152,7 +157,7 @@ def test_names_of_nncf_1() -> None:
     renamed = {f"nncf_module.{k.replace('.op._', '.op.')}": v for k, v in checkpoint["state_dict"].items()}
     assert any(key.endswith("op.binary_filter_pruning_mask") for key in renamed)
     ctrl, model = resumed({**checkpoint, "state_dict": renamed})
-    assert torch.equal(output(model), checkpoint["output"])
+    computes(model, checkpoint["output"])
     assert size(ctrl.strip()) < size(model)
 
 
