@@ -86,6 +86,14 @@ def wrapped(example_inputs: Any, examples: Tensor) -> Any:
     return tree_map(lambda leaf: examples if isinstance(leaf, Tensor) else leaf, example_inputs)
 
 
+def leading(inputs: Any) -> Tensor:
+    """The first tensor with rows, which tells how many examples there are.
+
+    :param inputs: of a model, with such a tensor.
+    """
+    return next(tensor for tensor in tensors_of(inputs) if tensor.dim())
+
+
 def tensors_of(inputs: Any) -> list[Tensor]:
     """The tensors in a model's inputs.
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig, check_generation, inputs_for
-from nncf_compactprune.algorithms.data_free.network import tensors_of
+from nncf_compactprune.algorithms.data_free.network import leading, tensors_of
 from nncf_compactprune.algorithms.data_free.reconstruction import Reconstruction, Refits, least_squares
 from nncf_compactprune.algorithms.data_free.sources import REAL_SAMPLES, LayerInputs, is_small
 from nncf_compactprune.config import Section
@@ -44,9 +44,9 @@ class RefitConfig(Section):
         """As the generators read it."""
         if self.source == "inversion":
             return GenerationConfig(source="inversion", samples=self.num_samples)
-        tensors = tensors_of(context.example_inputs)
-        bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / max(len(tensors[0]), 1)
-        fitting = REAL_SAMPLES if is_small(tensors[0].shape[1:]) else LARGE_SAMPLES
+        tensors, examples = tensors_of(context.example_inputs), leading(context.example_inputs)
+        bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / max(len(examples), 1)
+        fitting = REAL_SAMPLES if is_small(examples.shape[1:]) else LARGE_SAMPLES
         fitting = max(1, min(fitting, int(IMAGE_MEMORY / max(bytes_each, 1))))
         return GenerationConfig(source="dataset", samples=self.num_samples or fitting)
 

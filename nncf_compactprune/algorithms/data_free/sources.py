@@ -25,6 +25,7 @@ from nncf_compactprune.algorithms.data_free.network import (
     check_weights,
     example_shape,
     fingerprint,
+    leading,
     tensors_of,
     wrapped,
 )
@@ -75,7 +76,7 @@ class LayerInputs:
 
 
 def _count(batch: Any) -> int:
-    return len(tensors_of(batch)[0])
+    return len(leading(batch))
 
 
 def _has_rows(leaf: Any, count: int) -> bool:
@@ -236,7 +237,7 @@ def _from_batches(batches: Iterator[Any], example_inputs: Any, settings: Generat
     for batch in batches:
         inputs = _as_called(batch, example_inputs)
         if not found:
-            wanted = settings.count(tensors_of(inputs)[0].shape[1:])
+            wanted = settings.count(leading(inputs).shape[1:])
         if found and _form(inputs) != _form(found[0]):
             left += _count(inputs)
             continue
@@ -265,7 +266,7 @@ def _from_batches(batches: Iterator[Any], example_inputs: Any, settings: Generat
 def _as_called(batch: Any, example_inputs: Any) -> Any:
     """A batch as the model is called: where that takes one tensor, the batch's first one in its place."""
     tensors = tensors_of(batch)
-    if not tensors or not tensors[0].dim():
+    if not any(tensor.dim() for tensor in tensors):
         msg = f'generation.source is "dataset", but the train_loader gives {type(batch).__name__} without a tensor.'
         raise DataFreeError(msg)
     if len(tensors_of(example_inputs)) != 1:

@@ -139,6 +139,14 @@ def test_batches_are_joined_example_by_example() -> None:
     assert torch.equal(torch.cat([part["mask"] for part in parts]), inputs.batch["mask"])
 
 
+def test_a_number_in_front_belongs_to_all_examples() -> None:
+    batches = [{"step": torch.tensor(3), "x": randn(4, 5, seed=seed)} for seed in range(2)]
+    inputs = found(batches, {"step": torch.tensor(3), "x": randn(2, 5)})
+    assert len(inputs) == 8
+    assert inputs.rows(0, 3)["x"].shape == (3, 5)
+    assert int(inputs.rows(0, 3)["step"]) == 3
+
+
 def test_batches_of_another_shape_are_left_out_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
     batches = [sentences(length, seed) for seed, length in enumerate((6, 6, 4, 6))]
     inputs = found(batches, {name: batches[0][name] for name in ("words", "mask")})
