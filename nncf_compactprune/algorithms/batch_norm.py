@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from nncf.common.logging import nncf_logger
-from torch import Tensor
 
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.host.distributed import averaged, process_count
 from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
 from nncf_compactprune.host.nncf_versions import batch_norm_adaptation
 from nncf_compactprune.host.tensors import named_modules
-from nncf_compactprune.host.torch_internals import BatchNorm, tree_leaves
+from nncf_compactprune.host.torch_internals import BatchNorm, tensors_of
 
 
 def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False) -> None:
@@ -43,14 +42,15 @@ def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False)
         pool_over_ranks(model)
 
 
+def _norms(model: torch.nn.Module) -> list[Any]:
+    """BatchNorms with running statistics."""
+    return [m for _, m in named_modules(model) if isinstance(m, BatchNorm) and m.running_mean is not None]
+
+
 @contextmanager
 def _plain_means(model: torch.nn.Module) -> Iterator[None]:
     """Inside, running statistics are means over what comes."""
-    norms: list[Any] = [
-        module
-        for _, module in named_modules(model)
-        if isinstance(module, BatchNorm) and module.num_batches_tracked is not None
-    ]
+    norms = [norm for norm in _norms(model) if norm.num_batches_tracked is not None]
     before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = None
@@ -67,11 +67,7 @@ def pool_over_ranks(model: torch.nn.Module) -> None:
     """Mean and variance over the data of all processes: each has seen its own part, all equally much."""
     if process_count() == 1:
         return
-    norms: list[Any] = [
-        module
-        for _, module in named_modules(model)
-        if isinstance(module, BatchNorm) and module.running_mean is not None
-    ]
+    norms = _norms(model)
     means = averaged([norm.running_mean for norm in norms])
     squares = averaged([norm.running_var + norm.running_mean.square() for norm in norms])
     for norm, mean, square in zip(norms, means, squares, strict=True):
@@ -87,9 +83,9 @@ def first_batches(batches: Iterator[Any], samples: int) -> list[Any]:
     """
     chosen, seen = [], 0
     for batch in batches:
-        first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+        first = tensors_of(batch)[:1]
         chosen.append(batch)
-        seen += 1 if first is None else len(first)
+        seen += len(first[0]) if first else 1
         if seen >= samples:
             break
     return chosen

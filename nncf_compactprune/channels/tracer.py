@@ -19,7 +19,7 @@ from nncf_compactprune.channels.running_code import Number, numbers_in_code, use
 from nncf_compactprune.channels.shapes import ShapesOnly, ValuesNeeded
 from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WIDTHS, AttributeTerm, MacTerm
 from nncf_compactprune.errors import TraceError
-from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.calls import call_model, evaluating, with_rows
 from nncf_compactprune.host.marks import Writes
 from nncf_compactprune.host.nncf_quantization import carries_quantizers
 from nncf_compactprune.host.tensors import carries_channels, carries_hooks, model_tensors, named_modules
@@ -28,6 +28,7 @@ from nncf_compactprune.host.torch_internals import (
     original,
     register_module_forward_hook,
     register_module_forward_pre_hook,
+    tensors_of,
     tree_leaves,
 )
 from nncf_compactprune.plugins import Plugins, default_plugins
@@ -101,7 +102,7 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 
 def _batch_size(example_inputs: Any) -> int:
-    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    tensors = with_rows(example_inputs)
     return max(int(tensors[0].shape[0]), 1) if tensors else 1
 
 
@@ -214,7 +215,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         except (TraceError, ValuesNeeded):
             raise
         except Exception as error:
-            shapes = [tuple(x.shape) for x in tree_leaves(example_inputs) if isinstance(x, Tensor)]
+            shapes = [tuple(x.shape) for x in tensors_of(example_inputs)]
             where = f" in module '{self.module}'" if self.module else ""
             msg = (
                 f"{type(self.model).__name__} does not run on the example input of shape {shapes}{where}: "
@@ -446,7 +447,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         :param why: the reason, in front of the operation's name.
         """
         name = str(func.overloadpacket)
-        tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        tensors = tensors_of((args, dict(kwargs)))
         if any(self.has_labels(tensor) for tensor in tensors):
             self.unsupported[name] += 1
             for tensor in tensors:

@@ -34,7 +34,7 @@ from nncf_compactprune.cut.trials import check_inputs
 from nncf_compactprune.errors import FixedAttributeError, SelfCheckError, TraceError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import named_modules
-from nncf_compactprune.host.torch_internals import TorchDispatchMode, tree_leaves, tree_map
+from nncf_compactprune.host.torch_internals import TorchDispatchMode, tensors_of, tree_map
 from nncf_compactprune.plan import PruningPlan, kept_channels, make_plan
 from nncf_compactprune.plugins import Plugins, default_plugins
 
@@ -326,7 +326,7 @@ class _Recorder(Tracer):  # type: ignore[no-untyped-call]
     ) -> Any:
         if self.inside_operation:  # the cut model's run sees the whole operation
             return super().__torch_dispatch__(func, types, args, kwargs)
-        inputs = [self.labels(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [self.labels(leaf) for leaf in tensors_of((args, kwargs))]
         out = super().__torch_dispatch__(func, types, args, kwargs)
         results = _results(out)
         self.records.append(
@@ -356,7 +356,7 @@ def _results(out: Any) -> list[Tensor]:
     """What an operation passes on: of a tuple the first (the others are statistics, indices, sums for backward)."""
     if isinstance(out, tuple):
         out = out[:1]
-    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    return tensors_of(out)
 
 
 def _size(tensor: Tensor) -> float:

@@ -23,7 +23,7 @@ from nncf_compactprune.errors import SelfCheckError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.marks import written_arguments
 from nncf_compactprune.host.tensors import model_tensors
-from nncf_compactprune.host.torch_internals import TorchDispatchMode, tree_leaves, tree_map
+from nncf_compactprune.host.torch_internals import TorchDispatchMode, tensors_of, tree_map
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
 
@@ -224,9 +224,7 @@ def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
     try:
         with evaluating(model, example_inputs):
             output = call_model(model, example_inputs)
-            return [
-                leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()
-            ]
+            return [tensor.clone() for tensor in tensors_of(output) if tensor.is_floating_point()]
     except Exception as error:
         first = str(error).strip().splitlines()
         msg = (
@@ -257,7 +255,7 @@ class _NothingSingle(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
-        kinds = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        kinds = {tensor.dtype for tensor in tensors_of((args, kwargs))}
         if {torch.float32, torch.float64} <= kinds and not written_arguments(func):
             args, kwargs = tree_map(to_double, args), tree_map(to_double, kwargs)
         return func(*args, **kwargs)

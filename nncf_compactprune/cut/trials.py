@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nncf_compactprune.host.torch_internals import tree_leaves, tree_map
+from nncf_compactprune.host.calls import with_rows
+from nncf_compactprune.host.torch_internals import tensors_of, tree_map
 
 LARGE_IMAGE = 128
 PROBED_IMAGE = 96
@@ -22,7 +23,7 @@ def check_inputs(example_inputs: Any) -> list[Any]:
     differs between a masked and a wrongly cut model are channels, at every position. Not every model runs on these, so
     the next one is for when the masked model does not.
     """
-    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    tensors = with_rows(example_inputs)
     if not tensors:
         return [example_inputs]
     candidates = [example_inputs]
@@ -59,7 +60,7 @@ def trials(example_inputs: Any) -> list[Trial]:
 
 def _pair(example_inputs: Any) -> Any:
     """The first two examples, the only one twice; None where the inputs have no leading dimension in common."""
-    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    tensors = with_rows(example_inputs)
     if not tensors or not len(tensors[0]) or any(len(leaf) != len(tensors[0]) for leaf in tensors):
         return None
     if len(tensors[0]) == 1:
@@ -69,8 +70,7 @@ def _pair(example_inputs: Any) -> Any:
 
 def _halved(inputs: Any, least: int) -> Any:
     """Every other row and column of the images among the inputs, None where none has so many pixels a side."""
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    images = [leaf for leaf in tensors if leaf.dim() > 2]
+    images = [leaf for leaf in tensors_of(inputs) if leaf.dim() > 2]
     if len(images) == 1 and images[0].dim() == 4 and min(images[0].shape[2:]) >= least:
         return _on_tensors(lambda leaf: leaf[..., ::2, ::2], inputs, 4)
     return None

@@ -10,8 +10,9 @@ from nncf.common.logging import nncf_logger
 from torch import Tensor
 
 from nncf_compactprune.errors import DataError
+from nncf_compactprune.host.calls import has_rows, with_rows
 from nncf_compactprune.host.distributed import summed
-from nncf_compactprune.host.torch_internals import tree_leaves, tree_map
+from nncf_compactprune.host.torch_internals import tree_map
 
 
 def output_classes(classes: Iterable[int]) -> tuple[int, ...]:
@@ -137,14 +138,13 @@ def taken(inputs: Any, chosen: Tensor, samples: int) -> Any:
     :return: the same nesting.
     :raises DataError: inputs and labels differ in number.
     """
-    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    leaves = with_rows(inputs)
     if not any(len(leaf) == samples for leaf in leaves):
         shapes = [list(leaf.shape) for leaf in leaves]
         msg = f"train_loader: {samples} labels for inputs of shapes {shapes}. Expected one label for each sample."
         raise DataError(msg)
 
     def take(leaf: Any) -> Any:
-        rows = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples
-        return leaf[chosen.to(leaf.device)] if rows else leaf
+        return leaf[chosen.to(leaf.device)] if has_rows(leaf, samples) else leaf
 
     return inputs if len(chosen) == samples else tree_map(take, inputs)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.prepared import Prepared
-from nncf_compactprune.host.torch_internals import TorchDispatchMode, TracerWarning, tree_leaves
+from nncf_compactprune.host.torch_internals import TorchDispatchMode, TracerWarning, tensors_of
 
 # How torch hands values of a tensor to Python.
 _READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"}
@@ -118,12 +118,12 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = tensors_of((args, kwargs))
         if any(id(tensor) in self._derived for tensor in given):
             if func.name().partition(".")[0] in _READS:
                 self._note()
             written = given[:1] if func.name().partition(".")[0].endswith("_") else []
-            for tensor in (*written, *(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))):
+            for tensor in (*written, *tensors_of(result)):
                 self._derived[id(tensor)] = tensor
         return result
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nncf_compactprune.host.marks import Marks, Writes
 from nncf_compactprune.host.tensors import named_modules
-from nncf_compactprune.host.torch_internals import one_way_of_attention
+from nncf_compactprune.host.torch_internals import one_way_of_attention, tensors_of
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
@@ -28,6 +28,23 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
     if isinstance(example_inputs, (tuple, list)):
         return model(*example_inputs)
     return model(example_inputs)
+
+
+def with_rows(inputs: Any) -> list[Tensor]:
+    """The tensors in a model's inputs that have a first dimension, which counts examples in most of them.
+
+    :param inputs: any nesting.
+    """
+    return [tensor for tensor in tensors_of(inputs) if tensor.dim() > 0]
+
+
+def has_rows(leaf: Any, count: int) -> bool:
+    """Whether a value holds an example a row; other values belong to all examples.
+
+    :param leaf: of a model's inputs.
+    :param count: number of examples.
+    """
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from nncf_compactprune.host.torch_internals import (
     TorchDispatchMode,
     UninitializedBuffer,
     UninitializedParameter,
-    tree_leaves,
+    tensors_of,
 )
 
 LEVELS = 3
@@ -70,7 +70,7 @@ class Marks:
             self._look_at_module(vars(module))
         for cls in classes:
             self._classes(cls)
-        self._look_at_all((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), 0)
+        self._look_at_all(tensors_of(inputs), 0)
         self._caches += function_caches(classes)
         for live, name in cached_properties(modules):
             del live[name]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.jit._trace import TracerWarning
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as RunningNorm
@@ -43,6 +44,14 @@ def one_way_of_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors in any nesting of values.
+
+    :param values: inputs or outputs of a model or an operation.
+    """
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
 __all__ = [
     "COMPOSITE",
     "BatchNorm",
@@ -57,6 +66,7 @@ __all__ = [
     "original",
     "register_module_forward_hook",
     "register_module_forward_pre_hook",
+    "tensors_of",
     "tree_leaves",
     "tree_map",
     "tree_structure",

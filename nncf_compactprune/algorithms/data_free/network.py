@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import model_tensors, named_modules
-from nncf_compactprune.host.torch_internals import BatchNorm, tree_leaves, tree_map
+from nncf_compactprune.host.torch_internals import BatchNorm, tensors_of, tree_map
 from nncf_compactprune.storage.digests import tensors_digest
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -86,27 +86,11 @@ def wrapped(example_inputs: Any, examples: Tensor) -> Any:
     return tree_map(lambda leaf: examples if isinstance(leaf, Tensor) else leaf, example_inputs)
 
 
-def leading(inputs: Any) -> Tensor:
-    """The first tensor with rows, which tells how many examples there are.
-
-    :param inputs: of a model, with such a tensor.
-    """
-    return next(tensor for tensor in tensors_of(inputs) if tensor.dim())
-
-
-def tensors_of(inputs: Any) -> list[Tensor]:
-    """The tensors in a model's inputs.
-
-    :param inputs: any nesting.
-    """
-    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-
-
 def scores_of(output: Any) -> Tensor:
     """The first tensor of an output; a mapping's ``logits`` where it has them."""
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]  # type: ignore[no-any-return]
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+    return tensors_of(output)[0]
 
 
 def check_weights(model: nn.Module) -> None:

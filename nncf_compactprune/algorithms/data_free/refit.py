@@ -11,13 +11,13 @@ from torch import nn
 
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.data_free.inputs import GenerationConfig, check_generation, inputs_for
-from nncf_compactprune.algorithms.data_free.network import leading, tensors_of
 from nncf_compactprune.algorithms.data_free.reconstruction import Reconstruction, Refits, least_squares
 from nncf_compactprune.algorithms.data_free.sources import REAL_SAMPLES, LayerInputs, is_small
 from nncf_compactprune.config import Section
 from nncf_compactprune.errors import DataError
-from nncf_compactprune.host.calls import evaluating
+from nncf_compactprune.host.calls import evaluating, with_rows
 from nncf_compactprune.host.tensors import copy_in
+from nncf_compactprune.host.torch_internals import tensors_of
 from nncf_compactprune.plan import PruningPlan
 
 RIDGE = 0.03
@@ -44,7 +44,7 @@ class RefitConfig(Section):
         """As the generators read it."""
         if self.source == "inversion":
             return GenerationConfig(source="inversion", samples=self.num_samples)
-        tensors, examples = tensors_of(context.example_inputs), leading(context.example_inputs)
+        tensors, examples = tensors_of(context.example_inputs), with_rows(context.example_inputs)[0]
         bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / max(len(examples), 1)
         fitting = REAL_SAMPLES if is_small(examples.shape[1:]) else LARGE_SAMPLES
         fitting = max(1, min(fitting, int(IMAGE_MEMORY / max(bytes_each, 1))))

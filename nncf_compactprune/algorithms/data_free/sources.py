@@ -25,13 +25,12 @@ from nncf_compactprune.algorithms.data_free.network import (
     check_weights,
     example_shape,
     fingerprint,
-    leading,
-    tensors_of,
     wrapped,
 )
 from nncf_compactprune.errors import DataFreeError
+from nncf_compactprune.host.calls import has_rows, with_rows
 from nncf_compactprune.host.nncf_progress import track
-from nncf_compactprune.host.torch_internals import tree_map, tree_structure
+from nncf_compactprune.host.torch_internals import tensors_of, tree_map, tree_structure
 from nncf_compactprune.storage.writing import write_whole
 
 Source = Literal["inversion", "bn_sampling", "inversion+bn_sampling", "dataset"]
@@ -64,7 +63,7 @@ class LayerInputs:
         :param end: one behind the last one.
         """
         count = len(self)
-        return tree_map(lambda leaf: leaf[begin:end] if _has_rows(leaf, count) else leaf, self.batch)
+        return tree_map(lambda leaf: leaf[begin:end] if has_rows(leaf, count) else leaf, self.batch)
 
     def split(self, size: int) -> Iterator[Any]:
         """Model inputs with all of the examples, some at a time.
@@ -75,12 +74,9 @@ class LayerInputs:
             yield self.rows(begin, begin + size)
 
 
-def _count(batch: Any) -> int:
-    return len(leading(batch))
-
-
-def _has_rows(leaf: Any, count: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count
+def _count(inputs: Any) -> int:
+    """Number of examples: rows of the first tensor that has any."""
+    return len(with_rows(inputs)[0])
 
 
 @dataclass(frozen=True)
@@ -237,7 +233,7 @@ def _from_batches(batches: Iterator[Any], example_inputs: Any, settings: Generat
     for batch in batches:
         inputs = _as_called(batch, example_inputs)
         if not found:
-            wanted = settings.count(leading(inputs).shape[1:])
+            wanted = settings.count(with_rows(inputs)[0].shape[1:])
         if found and _form(inputs) != _form(found[0]):
             left += _count(inputs)
             continue
@@ -256,7 +252,7 @@ def _from_batches(batches: Iterator[Any], example_inputs: Any, settings: Generat
         )
 
     def joined(leaf: Any, *others: Any) -> Any:
-        rows = _has_rows(leaf, _count(found[0]))
+        rows = has_rows(leaf, _count(found[0]))
         return torch.cat([leaf, *others]) if rows else leaf
 
     everything = LayerInputs(tree_map(joined, *found))
@@ -265,22 +261,19 @@ def _from_batches(batches: Iterator[Any], example_inputs: Any, settings: Generat
 
 def _as_called(batch: Any, example_inputs: Any) -> Any:
     """A batch as the model is called: where that takes one tensor, the batch's first one in its place."""
-    tensors = tensors_of(batch)
-    if not any(tensor.dim() for tensor in tensors):
+    if not with_rows(batch):
         msg = f'generation.source is "dataset", but the train_loader gives {type(batch).__name__} without a tensor.'
         raise DataFreeError(msg)
     if len(tensors_of(example_inputs)) != 1:
         return batch
-    named = [batch[key] for key in example_inputs if key in batch] if _both_name_theirs(batch, example_inputs) else []
-    return wrapped(example_inputs, (tensors_of(named) or tensors)[0])
-
-
-def _both_name_theirs(batch: Any, example_inputs: Any) -> bool:
-    return isinstance(batch, Mapping) and isinstance(example_inputs, Mapping)
+    named = []
+    if isinstance(batch, Mapping) and isinstance(example_inputs, Mapping):
+        named = tensors_of([batch[key] for key in example_inputs if key in batch])
+    return wrapped(example_inputs, (named or tensors_of(batch))[0])
 
 
 def _form(inputs: Any) -> Any:
     """Kinds and shapes of inputs, without the number of examples."""
     count = _count(inputs)
-    forms = [(leaf.shape[1:] if _has_rows(leaf, count) else leaf.shape, leaf.dtype) for leaf in tensors_of(inputs)]
+    forms = [(leaf.shape[1:] if has_rows(leaf, count) else leaf.shape, leaf.dtype) for leaf in tensors_of(inputs)]
     return tree_structure(inputs), forms

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nncf.common.logging import nncf_logger
-from torch import Tensor, nn
+from torch import nn
 
 from nncf_compactprune.algorithms.latency.model import Measured
-from nncf_compactprune.host.torch_internals import tree_leaves
+from nncf_compactprune.host.torch_internals import tensors_of
 from nncf_compactprune.serving.meter import MeterOptions
 
 
@@ -30,7 +30,7 @@ def network_signature(model: nn.Module, example_inputs: Any) -> str:
     :param example_inputs: what it is called with.
     """
     shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
-    inputs = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
+    inputs = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in tensors_of(example_inputs)]
     return repr((type(model).__module__, str(model), shapes, inputs))
 
 

@@ -19,7 +19,7 @@ from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.export.formats import export_formats
 from nncf_compactprune.host.calls import call_model, evaluating
-from nncf_compactprune.host.torch_internals import tree_leaves
+from nncf_compactprune.host.torch_internals import tensors_of
 from nncf_compactprune.integrations.nncf2.checkpoints import Nncf2State
 
 NO_COMPRESSION = "NoCompressionAlgorithm"
@@ -296,8 +296,8 @@ class CompressionController(_Controller):
         example = _with_more(small.example_inputs, model_args)
         model = small.strip()
         with evaluating(model):
-            outputs = [leaf for leaf in tree_leaves(call_model(model, example)) if isinstance(leaf, Tensor)]
-        inputs = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+            outputs = tensors_of(call_model(model, example))
+        inputs = tensors_of(example)
         return export_model(
             model,
             example,

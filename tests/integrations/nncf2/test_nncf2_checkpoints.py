@@ -38,7 +38,7 @@ def output(model: nn.Module) -> Tensor:
 
 def computes(model: nn.Module, expected: Tensor) -> None:
     """Outputs near one, as another processor rounds them."""
-    torch.testing.assert_close(output(model), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output(model), expected, rtol=0, atol=1e-6)
 
 
 def size(model: nn.Module) -> int:
@@ -131,7 +131,7 @@ def test_weights_without_a_compression_state(name: str) -> None:
     checkpoint = read(name)
     ctrl, _ = resumed(checkpoint, None)
     assert ctrl.compression_stage() == CompressionStage.FULLY_COMPRESSED
-    torch.testing.assert_close(output(ctrl.strip()), checkpoint["output"], rtol=0, atol=1e-6)
+    computes(ctrl.strip(), checkpoint["output"])
 
 
 @pytest.mark.parametrize("name", ["shares", "shares_by_default"])
@@ -196,7 +196,7 @@ def test_quantizers_of_a_state_of_quantization_alone_are_measured_on_its_weights
     assert 0 < error < 0.05
     model = model32(checkpoint["network"])
     load_state(model, checkpoint["state_dict"])
-    torch.testing.assert_close(output(model), checkpoint["output"], rtol=0, atol=1e-6)
+    computes(model, checkpoint["output"])
 
 
 @pytest.mark.parametrize("strict", [True, False])
