@@ -26,6 +26,7 @@ from nncf_compactprune.cut.self_check import SelfCheck
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.export.formats import format_of
+from nncf_compactprune.host.calls import rows_of
 from nncf_compactprune.host.distributed import refuse_wrapped
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plan import PruningPlan
@@ -369,7 +370,7 @@ def _states(
 def _first_examples(context: Context) -> Any:
     """Two examples of the first batch; None without a training loader."""
     batch = next(context.batches(), None)
-    return tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
+    return rows_of(batch, 0, 2)
 
 
 def _varied(example_inputs: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.host.marks import Marks, Writes
 from nncf_compactprune.host.tensors import named_modules
-from nncf_compactprune.host.torch_internals import one_way_of_attention, tensors_of
+from nncf_compactprune.host.torch_internals import one_way_of_attention, tensors_of, tree_map
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
@@ -45,6 +45,26 @@ def has_rows(leaf: Any, count: int) -> bool:
     :param count: number of examples.
     """
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count
+
+
+def count_of(inputs: Any) -> int:
+    """Number of examples in a model's inputs: rows of the first tensor that has any; 0 where none has.
+
+    :param inputs: any nesting.
+    """
+    return next(map(len, with_rows(inputs)), 0)
+
+
+def rows_of(inputs: Any, begin: int, end: int) -> Any:
+    """A model's inputs with some of the examples.
+
+    :param inputs: any nesting.
+    :param begin: the first one.
+    :param end: one behind the last one.
+    :return: the same nesting.
+    """
+    count = count_of(inputs)
+    return tree_map(lambda leaf: leaf[begin:end] if has_rows(leaf, count) else leaf, inputs)
 
 
 @contextmanager

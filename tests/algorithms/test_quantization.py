@@ -321,6 +321,30 @@ def test_every_key_reaches_nncf() -> None:
     assert estimator.min.quantile_outlier_prob == pytest.approx(0.01)
 
 
+class Shifted(nn.Module):
+    """Besides images it takes what all examples share: a shift of channels, and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return self.net((x + shift) * scale)
+
+
+def test_what_examples_share_stays_whole_in_calibration() -> None:
+    shared = torch.tensor([0.0, 20.0, -20.0]).view(3, 1, 1), torch.tensor(0.5)
+    model = Shifted().eval()
+    with torch.no_grad():
+        expected = model(X, *shared)
+    loader = [((x, *shared), labels) for x, labels in batches()]
+    ctrl, model = create_compressed_model(model, {"compression": [entry()]}, loader)
+    model = ctrl.strip().eval()
+    with torch.no_grad():
+        found = model(X, *shared)
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.1
+
+
 def test_inputs_stay_in_float_on_request() -> None:
     found = {}
     for asked in (True, False):

@@ -28,7 +28,7 @@ from nncf_compactprune.algorithms.data_free.network import (
     wrapped,
 )
 from nncf_compactprune.errors import DataFreeError
-from nncf_compactprune.host.calls import has_rows, with_rows
+from nncf_compactprune.host.calls import count_of, has_rows, rows_of, with_rows
 from nncf_compactprune.host.nncf_progress import track
 from nncf_compactprune.host.torch_internals import tensors_of, tree_map, tree_structure
 from nncf_compactprune.storage.writing import write_whole
@@ -54,7 +54,7 @@ class LayerInputs:
     resampled: int = 0
 
     def __len__(self) -> int:
-        return _count(self.batch)
+        return count_of(self.batch)
 
     def rows(self, begin: int, end: int) -> Any:
         """Model inputs with some of the examples.
@@ -62,8 +62,7 @@ class LayerInputs:
         :param begin: the first one.
         :param end: one behind the last one.
         """
-        count = len(self)
-        return tree_map(lambda leaf: leaf[begin:end] if has_rows(leaf, count) else leaf, self.batch)
+        return rows_of(self.batch, begin, end)
 
     def split(self, size: int) -> Iterator[Any]:
         """Model inputs with all of the examples, some at a time.
@@ -72,11 +71,6 @@ class LayerInputs:
         """
         for begin in range(0, len(self), size):
             yield self.rows(begin, begin + size)
-
-
-def _count(inputs: Any) -> int:
-    """Number of examples: rows of the first tensor that has any."""
-    return len(with_rows(inputs)[0])
 
 
 @dataclass(frozen=True)
@@ -235,10 +229,10 @@ def _from_batches(batches: Iterator[Any], example_inputs: Any, settings: Generat
         if not found:
             wanted = settings.count(with_rows(inputs)[0].shape[1:])
         if found and _form(inputs) != _form(found[0]):
-            left += _count(inputs)
+            left += count_of(inputs)
             continue
         found.append(inputs)
-        have += _count(inputs)
+        have += count_of(inputs)
         if have >= wanted:
             break
     if not found:
@@ -252,7 +246,7 @@ def _from_batches(batches: Iterator[Any], example_inputs: Any, settings: Generat
         )
 
     def joined(leaf: Any, *others: Any) -> Any:
-        rows = has_rows(leaf, _count(found[0]))
+        rows = has_rows(leaf, count_of(found[0]))
         return torch.cat([leaf, *others]) if rows else leaf
 
     everything = LayerInputs(tree_map(joined, *found))
@@ -274,6 +268,6 @@ def _as_called(batch: Any, example_inputs: Any) -> Any:
 
 def _form(inputs: Any) -> Any:
     """Kinds and shapes of inputs, without the number of examples."""
-    count = _count(inputs)
+    count = count_of(inputs)
     forms = [(leaf.shape[1:] if has_rows(leaf, count) else leaf.shape, leaf.dtype) for leaf in tensors_of(inputs)]
     return tree_structure(inputs), forms

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import nncf
 from nncf.common.logging import nncf_logger
-from torch import Tensor, nn
+from torch import nn
 
 from nncf_compactprune.algorithms.base import MASKED_WEIGHTS, Begins, CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
@@ -22,7 +22,7 @@ from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.decide.scopes import ScopeRules, operations_out_of_scope
 from nncf_compactprune.errors import QuantizationError
-from nncf_compactprune.host.calls import evaluating, with_rows
+from nncf_compactprune.host.calls import count_of, evaluating, rows_of
 from nncf_compactprune.host.nncf_hooks import hooks, remove_hooks
 from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
 from nncf_compactprune.host.nncf_quantization import (
@@ -36,7 +36,6 @@ from nncf_compactprune.host.nncf_quantization import (
 )
 from nncf_compactprune.host.nncf_sparsity import is_mask
 from nncf_compactprune.host.tensors import model_tensors
-from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
 
@@ -196,9 +195,8 @@ def calibration_samples(context: Context, count: int) -> list[Any]:
     """
     samples: list[Any] = []
     for batch in context.batches():
-        size = max(map(len, with_rows(batch)), default=0)
-        for at in range(min(size, count - len(samples))):
-            samples.append(tree_map(lambda leaf, at=at: leaf[at : at + 1] if isinstance(leaf, Tensor) else leaf, batch))
+        wanted = min(count_of(batch), count - len(samples))
+        samples += [rows_of(batch, at, at + 1) for at in range(wanted)]
         if len(samples) >= count:
             return samples
     if not samples:
