@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from nncf.common.logging import nncf_logger
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import nn
 
 from nncf_compactprune.algorithms.base import Context
 from nncf_compactprune.algorithms.batch_norm import first_batches
 from nncf_compactprune.config import Section
 from nncf_compactprune.config.registered import qualified_name
-from nncf_compactprune.decide.labelled import checked_labels, class_scores
+from nncf_compactprune.decide.labelled import scored
 from nncf_compactprune.errors import CompactPruneError, DataError
-from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.distributed import summed
 
 MOST_TRIALS = 64
@@ -160,8 +160,9 @@ def search(
     :param config: the section.
     :param settings: keys and values of ``params``, one dict a trial.
     :param cut: cuts the network of the context that it is given, by the settings that it is given.
-    :raises DataError: the loader has no class labels, or nothing beyond the images that judge.
-    :raises CompactPruneError: the network is no classifier, or no trial has a finite loss.
+    :raises DataError: the network is no classifier, the loader has no class labels, or nothing beyond the images that
+        judge.
+    :raises CompactPruneError: no trial has a finite loss.
     """
     started = time.perf_counter()
     with torch.random.fork_rng():
@@ -174,6 +175,9 @@ def search(
                 "and none are left to try settings with. Lower num_samples."
             )
             raise DataError(msg)
+        inputs, labels = judges[0]
+        with evaluating(context.model):  # what cannot be judged by is told before the cuts
+            scored(context.model, inputs, labels, "initializer.search")
         trials = [_begun(at, one, context, few, config, cut) for at, one in enumerate(settings)]
         ranked = _halved(trials, judges, itertools.chain(few, batches), config)
     if math.isnan(ranked[0].loss):
@@ -239,7 +243,7 @@ def _train(trials: Sequence[Trial], batches: Iterator[tuple[Any, Any]], config: 
                 group["lr"] = config.learning_rate * (1 - step / config.steps)
             trial.model.train()
             trial.optimizer.zero_grad()
-            scores, wanted = _scores(trial.model, *batch)
+            scores, wanted = scored(trial.model, *batch)
             nn.functional.cross_entropy(scores.float(), wanted).backward()  # type: ignore[no-untyped-call]
             trial.optimizer.step()
             trial.steps += 1
@@ -251,19 +255,9 @@ def _judge(trial: Trial, judges: Sequence[tuple[Any, Any]]) -> None:
     loss, right, count = torch.zeros(3, dtype=torch.float64).unbind()
     for inputs, labels in judges:
         with evaluating(trial.model):
-            scores, wanted = _scores(trial.model, inputs, labels)
+            scores, wanted = scored(trial.model, inputs, labels)
         loss += nn.functional.cross_entropy(scores.double(), wanted, reduction="sum").cpu()
         right += (scores.argmax(1) == wanted).sum().cpu()
         count += len(wanted)
     loss, right, count = summed([loss, right, count])
     trial.loss, trial.accuracy = float(loss / count), float(right / count)
-
-
-def _scores(model: nn.Module, inputs: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """Class scores ``[n, classes]`` and labels ``[n]``."""
-    scores: Any = class_scores(call_model(model, inputs))
-    if not isinstance(scores, Tensor) or scores.dim() != 2:
-        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        msg = f"initializer.search judges classifiers: expected scores of shape [n, classes], got {got}. Leave it out."
-        raise CompactPruneError(msg)
-    return scores, checked_labels(labels, scores.shape[1]).to(scores.device)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from nncf.common.logging import nncf_logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from nncf_compactprune.errors import DataError
-from nncf_compactprune.host.calls import has_rows, with_rows
+from nncf_compactprune.host.calls import call_model, has_rows, with_rows
 from nncf_compactprune.host.distributed import summed
 from nncf_compactprune.host.torch_internals import tree_map
 
@@ -64,6 +64,27 @@ def checked_labels(labels: Any, classes: int, where: str = "train_loader") -> Te
         msg = f"{where}: label {int(outside[0])} is out of range: the model has {classes} classes, 0 to {classes - 1}."
         raise DataError(msg)
     return values
+
+
+def scored(model: nn.Module, inputs: Any, labels: Any, where: str = "train_loader") -> tuple[Tensor, Tensor]:
+    """Runs a classifier on labelled samples.
+
+    :param model: in the mode that it is in.
+    :param inputs: as it is called.
+    :param labels: see :func:`checked_labels`.
+    :param where: what asks for them, in messages.
+    :return: class scores ``[n, classes]``, and labels ``[n]`` on their device.
+    :raises DataError: the model gives no such scores, or labels are wrong.
+    """
+    scores: Any = class_scores(call_model(model, inputs))
+    if not isinstance(scores, Tensor) or scores.dim() != 2:
+        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        msg = (
+            f"{where}: labels are compared with class scores of shape [n, classes], but {type(model).__name__} gives "
+            f"{got}. Choose what needs no labels."
+        )
+        raise DataError(msg)
+    return scores, checked_labels(labels, scores.shape[1], where).to(scores.device)
 
 
 class FewPerClass:

@@ -34,9 +34,9 @@ from nncf_compactprune.algorithms.filter_pruning.config import LegrParams
 from nncf_compactprune.algorithms.filter_pruning.importance import Norms, Ranking, importances
 from nncf_compactprune.cut.masks import Masks
 from nncf_compactprune.decide.budgets import choose
-from nncf_compactprune.decide.labelled import checked_labels, class_scores
+from nncf_compactprune.decide.labelled import scored
 from nncf_compactprune.errors import DataError
-from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.distributed import averaged
 from nncf_compactprune.host.nncf_progress import track
 from nncf_compactprune.plan import make_plan
@@ -218,6 +218,5 @@ def _first(context: Context) -> Iterator[tuple[Any, Any]]:
 
 
 def _cross_entropy(model: nn.Module, inputs: Any, labels: Any, reduction: str) -> Tensor:
-    scores = class_scores(call_model(model, inputs))
-    wanted = checked_labels(labels, scores.shape[1]).to(scores.device)
+    scores, wanted = scored(model, inputs, labels)
     return functional.cross_entropy(scores.float(), wanted, reduction=reduction)

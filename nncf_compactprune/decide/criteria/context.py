@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from nncf_compactprune.channels import ChannelGraph, ChannelGroup, Member
 from nncf_compactprune.decide.criteria.observed import input_squares, output_changes
-from nncf_compactprune.decide.labelled import checked_labels, class_scores
+from nncf_compactprune.decide.labelled import scored
 from nncf_compactprune.errors import DataError
-from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.distributed import summed
 from nncf_compactprune.host.tensors import model_tensors
 
@@ -98,8 +98,7 @@ def mean_gradients(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict
             parameter.requires_grad_(True)
         for inputs, labels in batches:
             with evaluating(model), torch.enable_grad():
-                scores = class_scores(call_model(model, inputs))
-                wanted = checked_labels(labels, scores.shape[1]).to(scores.device)
+                scores, wanted = scored(model, inputs, labels)
                 loss = nn.functional.cross_entropy(scores.float(), wanted, reduction="sum")
                 # before the context takes back what the forward pass wrote: autograd may have kept it
                 found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_compactprune.decide.labelled import checked_labels, class_scores
+from nncf_compactprune.decide.labelled import class_scores, scored
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import named_modules
@@ -60,8 +60,7 @@ def output_changes(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> dict
     for inputs, labels in batches:
         seen: dict[str, list[Tensor]] = {}
         with _watched(model, writes_plainly, outputs_to=seen), evaluating(model), torch.enable_grad():
-            scores = class_scores(call_model(model, inputs))
-            wanted = checked_labels(labels, scores.shape[1]).to(scores.device)
+            scores, wanted = scored(model, inputs, labels)
             loss = nn.functional.cross_entropy(scores.float(), wanted, reduction="sum")
             outputs = [z for each in seen.values() for z in each]
             gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
