@@ -1,0 +1,308 @@
+"""A family of MobileNetV1-0.75 for ten ImageNet classes, ours and Torch-Pruning's, beside the unpruned 0.25.
+
+    python examples/benchmarks/family.py run --data FOLDER [--epochs 10]   # members that are missing in family.jsonl
+    python examples/benchmarks/family.py table                             # family.md and family.png
+
+Every member is cut from the trained one before it, to a share of the dense network's MACs, and trained like all others
+on 3,600 pictures (the held-out ones are those of ``imagenette.py``), with the dense network as teacher: this package's
+and Torch-Pruning's differ in the cut and in what follows it at once, a re-fit or BatchNorm statistics, both on the same
+2,000 pictures. Networks that are not pruned are trained as long, the smaller one with that teacher, too.
+The validation pictures judge once, after a member's last epoch. A member that was trained is kept in ``runs/family``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from imagenette import CLASSES, Data, accuracy, normalised
+from recovery import append, commit, mean_and_spread, read_rows
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nncf_compactprune import analyse, create_compressed_model, prune
+from nncf_compactprune.run.datasets.augment import resized_crop_and_flip
+from nncf_compactprune.run.networks.mobilenet_v1 import mobilenet_v1
+
+HERE = Path(__file__).parent
+ROWS, STATES = HERE / "family.jsonl", HERE.parent.parent / "runs" / "family"
+BUDGETS = (0.5, 0.35, 0.2, 0.126)  # the last is what width 0.25 costs
+FEW, BATCH, DECAY = 2000, 32, 1e-4
+RECIPE = {"algorithm": "recovery", "distillation": {"logits_weight": 1.0}}
+ARMS = {"ours": "catro, layers re-fitted", "torch_pruning": "Torch-Pruning, group norm"}
+UNPRUNED = {"dense": 0.75, "sibling": 0.25}
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One training run.
+
+    :param arm: who cuts, or which network stays whole.
+    :param budget: share of the dense MACs; 1 for networks that stay whole.
+    """
+
+    arm: str
+    budget: float = 1.0
+    seed: int = 0
+    epochs: int = 10
+    lr: float = 5e-4
+
+    @property
+    def key(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
+
+    @property
+    def before(self) -> Member | None:
+        """The member that it is cut from; None where that is the dense network."""
+        at = BUDGETS.index(self.budget)
+        return dataclasses.replace(self, budget=BUDGETS[at - 1]) if at else None
+
+
+def queue(epochs: int, seed: int) -> list[Member]:
+    """Both families, member by member, then the networks that stay whole."""
+    members = [Member(arm, budget, seed, epochs) for budget in BUDGETS for arm in ARMS]
+    return members + [Member(arm, 1.0, seed, epochs) for arm in ("sibling", "dense")]
+
+
+def network(folder: Path, width: float) -> nn.Module:
+    """A trained network with the ten classes' outputs only."""
+    tensors = load_file(folder / f"mobilenet_v1_{round(100 * width):03d}_224_imagenet.safetensors")
+    indices = torch.tensor(list(CLASSES.values()))
+    model = mobilenet_v1(width, classes=len(CLASSES))
+    cut = {name: t[indices] if name.startswith("conv_preds") else t for name, t in tensors.items()}
+    model.load_state_dict(cut, strict=False)
+    return model.eval()
+
+
+def macs(model: nn.Module) -> int:
+    return analyse(copy.deepcopy(model), torch.zeros(1, 3, 224, 224), trial=False).macs
+
+
+def by_torch_pruning(model: nn.Module, most: float) -> nn.Module:
+    """Group norm, one ratio in all layers, bisected to the largest network within the budget."""
+    import torch_pruning as tp
+
+    def pruned(ratio: float) -> nn.Module:
+        cut = copy.deepcopy(model)
+        pruner = tp.pruner.BasePruner(
+            cut, torch.zeros(2, 3, 224, 224), importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=ratio, ignored_layers=[cut.get_submodule("conv_preds")],
+        )  # fmt: skip
+        pruner.step()
+        cut.zero_grad()
+        return cut
+
+    low, high = 0.0, 0.9
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (low, middle) if macs(pruned(middle)) <= most else (middle, high)
+    return pruned(high)
+
+
+@torch.no_grad()
+def adapted(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    """BatchNorm statistics of these pictures: plain means over batches."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    for images, _ in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+def cut(member: Member, model: nn.Module, most: float, data: Data) -> nn.Module:
+    """The member before this one, pruned."""
+    batches = few(data, member.seed)
+    if member.arm == "torch_pruning":
+        return adapted(by_torch_pruning(model, most), batches)
+    prune(
+        model, normalised(data.images[:2]), "catro", budget={"macs": int(most)}, max_ratio=0.95,
+        train_loader=batches, initializer={"refit": {"num_samples": FEW}},
+    )  # fmt: skip
+    return model
+
+
+def few(data: Data, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches of training pictures."""
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))[:FEW]
+    return [(normalised(data.images[part]), data.labels[part]) for part in order.split(50)]
+
+
+def trained(member: Member, data: Data, load: Callable[[Member], nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
+    """Cuts and trains a member.
+
+    :param load: gives the member before.
+    """
+    torch.manual_seed(member.seed)
+    dense = network(data.folder, UNPRUNED["dense"])
+    whole = macs(dense)
+    started = time.process_time()
+    if member.arm in UNPRUNED:
+        model = network(data.folder, UNPRUNED[member.arm])
+    else:
+        before = member.before
+        model = cut(member, copy.deepcopy(dense) if before is None else load(before), member.budget * whole, data)
+    after_cut = accuracy(model, data.held, data.held_labels)
+    cutting = time.process_time() - started
+    controller: Any = None
+    model = model.to(memory_format=torch.channels_last)
+    if member.arm != "dense":
+        teacher = dense.to(memory_format=torch.channels_last)
+        example = normalised(data.images[:2])
+        controller, model = create_compressed_model(
+            model, {"compression": [RECIPE]}, example_inputs=example, teacher=teacher
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), member.lr, weight_decay=DECAY)
+    if controller is not None:
+        controller.attach(optimizer=optimizer)
+    batches = len(data.labels) // BATCH
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, member.epochs * batches)
+    generator = torch.Generator().manual_seed(member.seed)
+    curve, seconds = [after_cut], []
+    for epoch in range(member.epochs):
+        started = time.process_time()
+        model.train()
+        if controller is not None:
+            controller.scheduler.epoch_step(epoch)
+        for part in torch.randperm(len(data.labels), generator=generator).split(BATCH)[:batches]:
+            images = resized_crop_and_flip(normalised(data.images[part]), generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                scores = model(images.to(memory_format=torch.channels_last))
+            loss = nn.functional.cross_entropy(scores.float(), data.labels[part])
+            if controller is not None:
+                loss = loss + controller.loss()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        seconds.append(time.process_time() - started)
+        curve.append(accuracy(model, data.held, data.held_labels))
+        print(f"  {member.key}: epoch {epoch + 1} held out {curve[-1]:.2f} {seconds[-1]:.0f} s of CPU", flush=True)
+    if controller is not None:
+        model = controller.strip()
+    return model, {
+        "key": member.key, "member": dataclasses.asdict(member), "test": accuracy(model, *data.test()),
+        "curve": curve, "macs": macs(model), "macs_dense": whole, "params": sum(p.numel() for p in model.parameters()),
+        "cpu_seconds_of_cut": cutting, "cpu_seconds_per_epoch": statistics.median(seconds or [0.0]),
+        "threads": torch.get_num_threads(), "commit": commit(),
+    }  # fmt: skip
+
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+@app.command()
+def run(
+    data: Annotated[Path, typer.Option(help="folder of pictures and weights")] = Path("../shared/data"),
+    rows: Annotated[Path, typer.Option(help="where rows are kept")] = ROWS,
+    states: Annotated[Path, typer.Option(help="where trained members are kept")] = STATES,
+    epochs: int = 10,
+    seed: int = 0,
+    threads: int = 1,
+    only: Annotated[str, typer.Option(help="arms, comma between")] = "",
+) -> None:
+    """Cuts and trains what is missing, the larger members first."""
+    torch.set_num_threads(threads)
+    states.mkdir(parents=True, exist_ok=True)
+    read: Data | None = None
+
+    def file(member: Member) -> Path:
+        return states / f"{member.key.replace(' ', '_')}.pt"
+
+    for member in queue(epochs, seed):
+        if (only and member.arm not in only.split(",")) or (member.key in read_rows(rows) and file(member).exists()):
+            continue
+        read = read or Data(data)
+        model, row = trained(member, read, lambda before: torch.load(file(before), weights_only=False))
+        torch.save(model, file(member))
+        if member.key not in read_rows(rows):
+            append(rows, row)
+        print(json.dumps({"key": member.key, "test": row["test"], "held out": row["curve"][-1]}), flush=True)
+
+
+@app.command()
+def table(rows: Annotated[Path, typer.Option(help="where rows are kept")] = ROWS) -> None:
+    """Writes family.md and family.png."""
+    found = list(read_rows(rows).values())
+    lines = [
+        "# A family of MobileNetV1-0.75 for ten of its thousand classes", "",
+        "Written by `family.py table`. Every member is cut from the one before and trained on 3,600 pictures, taught",
+        "by the dense network; both families alike. Top-1 of 1,500 validation pictures, percent; after the cut that",
+        "of 400 held-out training pictures.", "",
+    ]  # fmt: skip
+    for epochs in sorted({row["member"]["epochs"] for row in found}):
+        here = [row for row in found if row["member"]["epochs"] == epochs]
+        lines += [f"## {epochs} epochs a member", "", *_members(here), *_whole(here)]
+        ours = [row for row in here if row["member"]["arm"] == "ours"]
+        hours = sum(row["cpu_seconds_of_cut"] + epochs * row["cpu_seconds_per_epoch"] for row in ours) / 3600
+        lines += [f"The first family took {hours:.1f} hours of one core, beside which other work ran.", ""]
+    (HERE / "family.md").write_text("\n".join(lines).rstrip() + "\n")
+    _picture(found)
+
+
+def _members(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| MACs | " + " | ".join(f"{title}: right after the cut | trained" for title in ARMS.values()) + " |",
+        "|---" * (1 + 2 * len(ARMS)) + "|",
+    ]
+    for budget in BUDGETS:
+        cells = [f"{budget:.1%}"]
+        for arm in ARMS:
+            found = [row for row in rows if (row["member"]["arm"], row["member"]["budget"]) == (arm, budget)]
+            cells.append(mean_and_spread([row["curve"][0] for row in found]) if found else "")
+            cells.append(mean_and_spread([row["test"] for row in found]) if found else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _whole(rows: list[dict[str, Any]]) -> list[str]:
+    """The networks that are not pruned."""
+    lines = []
+    for arm, title in (("sibling", "The unpruned 0.25"), ("dense", "The dense 0.75")):
+        found = [row for row in rows if row["member"]["arm"] == arm]
+        if found:
+            before, after = (mean_and_spread(v) for v in ([r["curve"][0] for r in found], [r["test"] for r in found]))
+            share = f"{found[0]['macs'] / found[0]['macs_dense']:.1%} of the MACs"
+            lines += [f"{title}, {share}: {before} of the held-out pictures before, trained as long {after}.", ""]
+    return lines
+
+
+def _picture(found: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    epochs = max(row["member"]["epochs"] for row in found)
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    titles = ARMS | {"sibling": "unpruned 0.25", "dense": "dense 0.75"}
+    for arm, title in titles.items():
+        points = sorted(
+            (100 * row["macs"] / row["macs_dense"], row["test"])
+            for row in found
+            if row["member"]["arm"] == arm and row["member"]["epochs"] == epochs
+        )
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=title)
+    axes.set(xlabel="MACs, percent of the dense network", ylabel="top-1 of ten classes, percent")
+    axes.set_title(f"{epochs} epochs a member")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(HERE / "family.png", dpi=120)
+
+
+if __name__ == "__main__":
+    app()
