@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nncf_compactprune.config import AlgorithmConfig
+from nncf_compactprune.host.calls import is_image_list
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plugins import Plugins
 
@@ -102,11 +103,12 @@ class Context:
 
 
 def model_inputs(batch: Any) -> Any:
-    """The inputs of a batch: ``(inputs, targets)`` gives inputs, a mapping loses its label keys."""
+    """The inputs of a batch: ``(inputs, targets)`` gives inputs, a mapping loses its label keys. A list of pictures is
+    one argument."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
     if isinstance(batch, (tuple, list)):
-        return batch[0]
+        return (list(batch[0]),) if is_image_list(batch[0]) else batch[0]
     return batch
 
 

@@ -10,11 +10,12 @@ import torch
 from nncf.common.logging import nncf_logger
 
 from nncf_compactprune.algorithms.base import Context
+from nncf_compactprune.host.calls import count_of
 from nncf_compactprune.host.distributed import averaged, process_count
 from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
 from nncf_compactprune.host.nncf_versions import batch_norm_adaptation
 from nncf_compactprune.host.tensors import named_modules
-from nncf_compactprune.host.torch_internals import BatchNorm, tensors_of
+from nncf_compactprune.host.torch_internals import BatchNorm
 
 
 def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False) -> None:
@@ -83,9 +84,8 @@ def first_batches(batches: Iterator[Any], samples: int) -> list[Any]:
     """
     chosen, seen = [], 0
     for batch in batches:
-        first = tensors_of(batch)[:1]
         chosen.append(batch)
-        seen += len(first[0]) if first else 1
+        seen += count_of(batch) or 1
         if seen >= samples:
             break
     return chosen

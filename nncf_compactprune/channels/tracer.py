@@ -19,7 +19,7 @@ from nncf_compactprune.channels.running_code import Number, numbers_in_code, use
 from nncf_compactprune.channels.shapes import ShapesOnly, ValuesNeeded
 from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WIDTHS, AttributeTerm, MacTerm
 from nncf_compactprune.errors import TraceError
-from nncf_compactprune.host.calls import call_model, evaluating, with_rows
+from nncf_compactprune.host.calls import call_model, count_of, evaluating
 from nncf_compactprune.host.marks import Writes
 from nncf_compactprune.host.nncf_quantization import carries_quantizers
 from nncf_compactprune.host.tensors import carries_channels, carries_hooks, model_tensors, named_modules
@@ -102,8 +102,7 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 
 def _batch_size(example_inputs: Any) -> int:
-    tensors = with_rows(example_inputs)
-    return max(int(tensors[0].shape[0]), 1) if tensors else 1
+    return max(count_of(example_inputs), 1)
 
 
 class Tracer(Writes):  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nncf_compactprune.host.calls import with_rows
+from nncf_compactprune.host.calls import image_lists, rows_of, with_rows
 from nncf_compactprune.host.torch_internals import tensors_of, tree_map
 
 LARGE_IMAGE = 128
@@ -23,6 +23,8 @@ def check_inputs(example_inputs: Any) -> list[Any]:
     differs between a masked and a wrongly cut model are channels, at every position. Not every model runs on these, so
     the next one is for when the masked model does not.
     """
+    if image_lists(example_inputs):
+        return [rows_of(example_inputs, 0, 1), example_inputs]
     tensors = with_rows(example_inputs)
     if not tensors:
         return [example_inputs]
@@ -59,9 +61,12 @@ def trials(example_inputs: Any) -> list[Trial]:
 
 
 def _pair(example_inputs: Any) -> Any:
-    """The first two examples, the only one twice; None where the inputs have no leading dimension in common."""
+    """The first two examples, the only one twice; None where the inputs have no leading dimension in common, or are
+    pictures each of its own size."""
     tensors = with_rows(example_inputs)
-    if not tensors or not len(tensors[0]) or any(len(leaf) != len(tensors[0]) for leaf in tensors):
+    if image_lists(example_inputs) or not tensors or not len(tensors[0]):
+        return None
+    if any(len(leaf) != len(tensors[0]) for leaf in tensors):
         return None
     if len(tensors[0]) == 1:
         return _on_tensors(lambda leaf: torch.cat([leaf, leaf]), example_inputs, 1)

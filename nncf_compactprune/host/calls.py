@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -47,12 +47,52 @@ def has_rows(leaf: Any, count: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count
 
 
+def is_image_list(value: Any) -> bool:
+    """Whether it is a list of pictures ``[1, 3 or 4 channels, h, w]``, each of its own size, as torchvision's detectors
+    take them: then every item is an example.
+
+    :param value: a part of a model's inputs.
+    """
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, Tensor) for one in value):
+        return False
+    channels = {one.shape[0] for one in value if one.dim() == 3 and one.is_floating_point()}
+    return all(one.dim() == 3 for one in value) and len(channels) == 1 and channels <= {1, 3, 4}
+
+
+def image_lists(inputs: Any) -> list[Sequence[Tensor]]:
+    """The lists of pictures among a model's inputs.
+
+    :param inputs: as a model is called: a tuple at the outside holds its arguments.
+    """
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
+    return [part for part in parts if is_image_list(part)]
+
+
+def one_of(parts: Sequence[Any]) -> Callable[[Any], bool]:
+    """Whether something is one of these very objects.
+
+    :param parts: which.
+    """
+    known = {id(part) for part in parts}
+    return lambda part: id(part) in known
+
+
 def count_of(inputs: Any) -> int:
-    """Number of examples in a model's inputs: rows of the first tensor that has any; 0 where none has.
+    """Number of examples in a model's inputs: pictures of the first list of them, otherwise rows of the first tensor
+    that has any; 0 where none has.
 
     :param inputs: any nesting.
     """
-    return next(map(len, with_rows(inputs)), 0)
+    return next(map(len, image_lists(inputs) or with_rows(inputs)), 0)
+
+
+def shape_of_one(inputs: Any) -> tuple[int, ...]:
+    """The shape of the first example of a model's inputs.
+
+    :param inputs: with at least one tensor that has rows.
+    """
+    pictures = image_lists(inputs)
+    return tuple(pictures[0][0].shape if pictures else with_rows(inputs)[0].shape[1:])
 
 
 def rows_of(inputs: Any, begin: int, end: int) -> Any:
@@ -63,8 +103,12 @@ def rows_of(inputs: Any, begin: int, end: int) -> Any:
     :param end: one behind the last one.
     :return: the same nesting.
     """
-    count = count_of(inputs)
-    return tree_map(lambda leaf: leaf[begin:end] if has_rows(leaf, count) else leaf, inputs)
+    count, is_pictures = count_of(inputs), one_of(image_lists(inputs))
+
+    def take(part: Any) -> Any:
+        return part[begin:end] if is_pictures(part) or has_rows(part, count) else part
+
+    return tree_map(take, inputs, is_leaf=is_pictures)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from nncf_compactprune.algorithms.data_free.reconstruction import Reconstruction
 from nncf_compactprune.algorithms.data_free.sources import REAL_SAMPLES, LayerInputs, is_small
 from nncf_compactprune.config import Section
 from nncf_compactprune.errors import DataError
-from nncf_compactprune.host.calls import evaluating, with_rows
+from nncf_compactprune.host.calls import count_of, evaluating, shape_of_one
 from nncf_compactprune.host.tensors import copy_in
 from nncf_compactprune.host.torch_internals import tensors_of
 from nncf_compactprune.plan import PruningPlan
@@ -44,9 +44,9 @@ class RefitConfig(Section):
         """As the generators read it."""
         if self.source == "inversion":
             return GenerationConfig(source="inversion", samples=self.num_samples)
-        tensors, examples = tensors_of(context.example_inputs), with_rows(context.example_inputs)[0]
-        bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / max(len(examples), 1)
-        fitting = REAL_SAMPLES if is_small(examples.shape[1:]) else LARGE_SAMPLES
+        tensors, count = tensors_of(context.example_inputs), count_of(context.example_inputs)
+        bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / max(count, 1)
+        fitting = REAL_SAMPLES if is_small(shape_of_one(context.example_inputs)) else LARGE_SAMPLES
         fitting = max(1, min(fitting, int(IMAGE_MEMORY / max(bytes_each, 1))))
         return GenerationConfig(source="dataset", samples=self.num_samples or fitting)
 

@@ -3,6 +3,7 @@ from."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +29,17 @@ from nncf_compactprune.algorithms.data_free.network import (
     wrapped,
 )
 from nncf_compactprune.errors import DataFreeError
-from nncf_compactprune.host.calls import count_of, has_rows, rows_of, with_rows
+from nncf_compactprune.host.calls import (
+    count_of,
+    has_rows,
+    image_lists,
+    one_of,
+    rows_of,
+    shape_of_one,
+    with_rows,
+)
 from nncf_compactprune.host.nncf_progress import track
-from nncf_compactprune.host.torch_internals import tensors_of, tree_map, tree_structure
+from nncf_compactprune.host.torch_internals import tensors_of, tree_leaves, tree_map, tree_structure
 from nncf_compactprune.storage.writing import write_whole
 
 Source = Literal["inversion", "bn_sampling", "inversion+bn_sampling", "dataset"]
@@ -227,7 +236,7 @@ def _from_batches(batches: Iterator[Any], example_inputs: Any, settings: Generat
     for batch in batches:
         inputs = _as_called(batch, example_inputs)
         if not found:
-            wanted = settings.count(with_rows(inputs)[0].shape[1:])
+            wanted = settings.count(shape_of_one(inputs))
         if found and _form(inputs) != _form(found[0]):
             left += count_of(inputs)
             continue
@@ -245,12 +254,14 @@ def _from_batches(batches: Iterator[Any], example_inputs: Any, settings: Generat
             left + have,
         )
 
-    def joined(leaf: Any, *others: Any) -> Any:
-        rows = has_rows(leaf, count_of(found[0]))
-        return torch.cat([leaf, *others]) if rows else leaf
+    count, is_pictures = count_of(found[0]), one_of(image_lists(found[0]))
 
-    everything = LayerInputs(tree_map(joined, *found))
-    return everything.rows(0, wanted)
+    def joined(part: Any, *others: Any) -> Any:
+        if is_pictures(part):
+            return list(itertools.chain(part, *others))
+        return torch.cat([part, *others]) if has_rows(part, count) else part
+
+    return LayerInputs(tree_map(joined, *found, is_leaf=is_pictures)).rows(0, wanted)
 
 
 def _as_called(batch: Any, example_inputs: Any) -> Any:
@@ -258,7 +269,7 @@ def _as_called(batch: Any, example_inputs: Any) -> Any:
     if not with_rows(batch):
         msg = f'generation.source is "dataset", but the train_loader gives {type(batch).__name__} without a tensor.'
         raise DataFreeError(msg)
-    if len(tensors_of(example_inputs)) != 1:
+    if len(tensors_of(example_inputs)) != 1 or image_lists(example_inputs):
         return batch
     named = []
     if isinstance(batch, Mapping) and isinstance(example_inputs, Mapping):
@@ -268,6 +279,14 @@ def _as_called(batch: Any, example_inputs: Any) -> Any:
 
 def _form(inputs: Any) -> Any:
     """Kinds and shapes of inputs, without the number of examples."""
-    count = count_of(inputs)
-    forms = [(leaf.shape[1:] if has_rows(leaf, count) else leaf.shape, leaf.dtype) for leaf in tensors_of(inputs)]
-    return tree_structure(inputs), forms
+    count, is_pictures = count_of(inputs), one_of(image_lists(inputs))
+
+    def form(part: Any) -> Any:
+        if is_pictures(part):
+            return "pictures", part[0].dtype, len(part[0])
+        if isinstance(part, Tensor):
+            return part.shape[1:] if has_rows(part, count) else part.shape, part.dtype
+        return None
+
+    leaves = tree_leaves(inputs, is_leaf=is_pictures)
+    return tree_structure(inputs, is_leaf=is_pictures), [form(part) for part in leaves]
