@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.options import ExportOptions
-from nncf_compactprune.host.calls import evaluating, unmarked
+from nncf_compactprune.host.calls import evaluating, image_lists, unmarked
 from nncf_compactprune.host.huggingface import set_for_files
 from nncf_compactprune.host.marks import Writes
 from nncf_compactprune.host.nncf_hooks import hooks
@@ -66,6 +66,11 @@ class ModelInputs:
         if wrong or not values:
             came = wrong[0] if wrong else f"{type(example_inputs).__name__} without a tensor"
             msg = f"example_inputs: expected a tensor, a tuple of tensors, or a dict of keyword arguments, got {came}."
+            if image_lists(example_inputs):
+                msg += (
+                    " Files take batches of pictures of one size: export the part that does (a detector's backbone), or "
+                    "a module of your own that stacks them."
+                )
             raise ExportError(msg)
         on_cpu = tuple(value.detach().to("cpu") for value in values)
         return cls(names, on_cpu, isinstance(example_inputs, Mapping), constants)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support.networks import conv_bn
 from torch import Tensor, nn
 
-from nncf_compactprune import analyse, create_compressed_model, prune
+from nncf_compactprune import ExportError, analyse, create_compressed_model, export_model, prune
 
 SIZES = ((16, 20), (12, 16), (20, 12), (16, 16), (8, 24))
 
@@ -100,3 +100,9 @@ def test_ranges_are_measured_on_lists() -> None:
     expected = scores(net, held_out)
     controller, net = create_compressed_model(net, {"compression": {"algorithm": "quantization"}}, loader(4, 4))
     assert 0 < distance(controller.strip().eval(), held_out, expected) < 0.1
+
+
+def test_files_of_them_are_refused_with_the_way_out(tmp_path) -> None:
+    with pytest.raises(ExportError, match=r"got list\. Files take batches of pictures of one size: export the part"):
+        export_model(network(), (pictures(2),), tmp_path)
+    assert not list(tmp_path.iterdir())
