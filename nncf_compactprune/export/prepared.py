@@ -68,8 +68,8 @@ class ModelInputs:
             msg = f"example_inputs: expected a tensor, a tuple of tensors, or a dict of keyword arguments, got {came}."
             if image_lists(example_inputs):
                 msg += (
-                    " Files take batches of pictures of one size: export the part that does (a detector's backbone), or "
-                    "a module of your own that stacks them."
+                    " Files take batches of pictures of one size: export the part that does (a detector's backbone), "
+                    "or a module of your own that stacks them."
                 )
             raise ExportError(msg)
         on_cpu = tuple(value.detach().to("cpu") for value in values)
