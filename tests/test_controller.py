@@ -85,6 +85,16 @@ def test_without_an_optimizer_masks_stay_until_strip():
     torch.testing.assert_close(masked, compact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("epochs", "told"), [(0, False), (2, True), (9, False)])
+def test_a_schedule_that_training_did_not_finish_is_told(epochs, told, caplog):
+    ctrl, _ = create_compressed_model(model32(), config(schedule="exponential", pruning_steps=6))
+    for _ in range(epochs):
+        ctrl.scheduler.epoch_step()
+        ctrl.scheduler.step()
+    ctrl.strip()
+    assert ("fbnet_pruning: training ended before the schedule did" in caplog.text) == told
+
+
 def test_training_starts_only_after_num_init_steps():
     ctrl, _ = create_compressed_model(model32(), config(schedule="exponential", num_init_steps=2, pruning_init=0.1))
     rates = []

@@ -441,6 +441,11 @@ class ChannelPruning(CompressionAlgorithm):
 
     def strip(self) -> None:
         if not self._done:
+            if self._scheduled and self._rate < self._goal - 1e-6 and (self._trained_masked or self._rate > 0):
+                nncf_logger.warning(
+                    f"{self.name}: training ended before the schedule did, at {self._rate:.0%} of {self._goal:.0%} "
+                    "removed. The rest goes now, and no training follows it: shorten the schedule, or train longer."
+                )
             self._prune_now()
 
     def stage(self) -> CompressionStage:

@@ -208,6 +208,9 @@ def inside_a_part(document: dict[str, Any]) -> str:
     :param document: the top level.
     :return: a sentence; empty where it holds no such part.
     """
+    whole = document.get("nncf_config")
+    if isinstance(whole, dict) and whole.get("compression"):
+        return ' This file has it in "nncf_config": give that object.'
     parts = [
         key
         for key, part in document.items()

@@ -83,7 +83,12 @@ def _device(result: dict[str, Any], warnings: list[Finding]) -> None:
     device = result.get("target_device")
     if isinstance(device, str) and device in _DEVICES:
         result["target_device"] = _DEVICES[device]
-        warnings.append((("target_device",), f"{show(device)} is {show(_DEVICES[device])} today. That is taken."))
+        said = (
+            '"TRIAL" had the limits of no device, and NNCF 3 knows no such one. "ANY" is taken.'
+            if device == "TRIAL"
+            else f"{show(device)} is {show(_DEVICES[device])} today. That is taken."
+        )
+        warnings.append((("target_device",), said))
 
 
 def _accuracy(result: dict[str, Any], warnings: list[Finding]) -> None:

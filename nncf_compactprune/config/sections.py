@@ -70,7 +70,8 @@ class OneOrMany:
 
 
 class NotYet:
-    """Marks a key of NNCF's grammar that nothing acts on yet: it is refused with a reason, unless it is null.
+    """Marks a key of NNCF's grammar that nothing acts on yet: it is refused with a reason, unless it says nothing: null,
+    or an empty list or object.
 
     :param reason: what is not there yet, and what to do instead.
     """
@@ -87,7 +88,7 @@ class NotYet:
         return {"type": "null", "description": self.reason}
 
     def _refuse(self, value: Any) -> None:
-        if value is not None:
+        if value is not None and value not in ([], {}):
             raise ValueError(self.reason)
 
 

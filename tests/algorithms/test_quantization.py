@@ -378,7 +378,16 @@ def test_half_the_range_is_what_the_overflow_fix_leaves() -> None:
         ({"initializer": {"range": {"num_init_samples": False}}}, r"num_init_samples: expected .*got false"),
         ({"disable_saturation_fix": "yes"}, r'disable_saturation_fix: expected .*got "yes"'),
         ({"preset": "fast"}, r"preset: expected .*performance"),
-        ({"activations": {"unified_scale_ops": []}}, r"unified_scale_ops: NNCF 3 knows"),
+        ({"activations": {"unified_scale_ops": [["conv2d"]]}}, r"unified_scale_ops: NNCF 3 knows"),
+        (
+            {"params": {"weights_quant_start_epoch": 1, "activations_quant_start_epoch": 0}},
+            r"start_epoch: .*same epoch",
+        ),
+        ({"compression_lr_multiplier": 2}, r"compression_lr_multiplier: one learning rate serves"),
+        (
+            {"weights": {"mode": "asymmetric"}, "overflow_fix": "enable"},
+            r"'overflow_fix' is \"enable\": NNCF 3 halves ranges of \"symmetric\" weights only",
+        ),
         ({"params": {"target_device": "NPUU"}}, r"target_device: .*Did you mean 'NPU'"),
         ({"params": {"start_epoch": -1}}, r"start_epoch: expected"),
         (
@@ -390,6 +399,13 @@ def test_half_the_range_is_what_the_overflow_fix_leaves() -> None:
 def test_what_cannot_be_done_is_refused_with_the_reason(keys, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config({"compression": entry(**keys)})
+
+
+@pytest.mark.parametrize("device", ["ANY", "CPU", "NPU"])
+def test_asymmetric_weights_are_quantized_for_every_device(device: str) -> None:
+    dense = network()
+    ctrl, _ = compress(copy.deepcopy(dense), entry(weights={"mode": "asymmetric"}, params={"target_device": device}))
+    assert 0 < distance(ctrl.strip(), dense) < 0.1
 
 
 def test_wrong_data_and_models_are_refused_and_the_model_stays() -> None:

@@ -140,6 +140,11 @@ def test_devices(old, device):
     assert load(pruning(), **old).target_device == device
 
 
+def test_a_device_without_limits_is_told_as_what_it_was(caplog):
+    load(pruning(), target_device="TRIAL")
+    assert '"TRIAL" had the limits of no device, and NNCF 3 knows no such one. "ANY" is taken.' in caplog.text
+
+
 def test_accuracy_aware_training_inside_an_entry_moves_up(caplog):
     inner = {"maximal_accuracy_degradation": 1.0, "initial_training_phase_epochs": 100, "patience_epochs": 30}
     config = load([pruning({}, accuracy_aware_training=inner)])
@@ -263,6 +268,8 @@ def test_an_empty_list_is_nothing_to_do_in_nncf_2_x_scripts() -> None:
         ({"base": {"nncf_config": {"compression": []}},
           "nncf_quantization": {"nncf_config": {"compression": [QUANTIZATION]}}},
          'compression: missing.*This file has it in "nncf_quantization", below "nncf_config": give that object'),
+        ({"nncf_config": {"compression": [QUANTIZATION]}},
+         'compression: missing.*This file has it in "nncf_config": give that object'),
         ({"bootstrapNAS": {"training": {}}}, "bootstrapNAS: not supported: NNCF dropped its search"),
         ({"compression": {"algorithm": "fracbits_quantization"}}, "NNCF dropped it. Use \"quantization\""),
         ({"compression": {**QUANTIZATION, "initializer": {"batchnorm_adaptation": {"num_bn_adaptation_steps": 3}}}},
@@ -284,6 +291,12 @@ def test_what_it_cannot_be_says_where_to_go(document, message: str) -> None:
         ({"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 9, "num_bn_forget_samples": 4}}},
          {"initializer": {"batchnorm_adaptation": {"num_bn_adaptation_samples": 9}}},
          "num_bn_forget_samples: nothing reads it"),
+        ({"quantize_patterns": ["conv2d"]}, {}, "nothing reads it any more: NNCF 3 knows"),
+        ({"params": {"base_lr": 1e-4}}, {}, "base_lr: nothing reads it any more: it belonged to NNCF 2.x's training"),
+        ({"params": {"activations_quant_start_epoch": 2, "weights_quant_start_epoch": 2}},
+         {"params": {"start_epoch": 2}}, ""),
+        ({"scope_overrides": {}, "activations": {"linked_quantizer_scopes": []}, "compression_lr_multiplier": 1.0}, {},
+         ""),
         ({"initializer": {"range": {"num_init_samples": 0}}}, {}, ""),
         ({"initializer": {"precision": {"bits": [8]}}}, {}, ""),
         ({"validate_scopes": False}, {"validate_scopes": False}, ""),

@@ -22,12 +22,21 @@ _PART_SCOPES = (
 _LOGARITHM = "scales are stored as they are. Leave it out."
 _UNIFIED = "NNCF 3 knows which operations share a quantizer. Leave it out."
 _OVERRIDES = (
-    "NNCF 3 gives all layers the same bits and modes. Name the layers in ignored_scopes to leave them in float."
+    "NNCF 3 gives all layers the same bits and modes. Name the layers in ignored_scopes to leave them in float; "
+    'networks with attention have modes of their own with params.model_type "transformer".'
 )
 _PRECISION = "mixed precision is not supported: no runtime here executes it. Leave it out for 8 bits everywhere."
 _MULTIPLIER = "one learning rate serves weights and ranges. Set it in the optimizer."
-_STAGED = "weights and activations are quantized together. Use params.start_epoch."
-_SCHEDULE = "belongs to NNCF 2.x's training in stages. Use the training script's learning rate schedule."
+_STAGED = "weights and activations are quantized in the same epoch. Use params.start_epoch."
+_HALVES = (
+    'NNCF 3 halves ranges of "symmetric" weights only, and these are "asymmetric". Write "disable", or leave it out.'
+)
+_SCHEDULE = "it belonged to NNCF 2.x's training in stages, and the training script's learning rate schedule counts"
+_SCHEDULE_KEYS = (
+    "batch_multiplier", "base_lr", "base_wd", "lr_poly_drop_start_epoch", "lr_poly_drop_duration_epochs",
+    "disable_wd_start_epoch",
+)  # fmt: skip
+_PATTERNS = "NNCF 3 knows which operations are computed in one"
 _STEPS = "counted batches in NNCF 1.x. Write num_init_samples: that number times the batch size."
 _RANGES = (
     "NNCF 3 finds the ranges of all activations in one way: expected one object, or a list with one entry for "
@@ -135,6 +144,9 @@ class QuantizedActivations(Quantized):
     linked_quantizer_scopes: Annotated[None, NotYet(_UNIFIED)] = None
 
 
+_START_EPOCHS = ("activations_quant_start_epoch", "weights_quant_start_epoch")
+
+
 class QuantizationParams(Section):
     """How ``nncf.quantize`` is called, and when.
 
@@ -151,12 +163,15 @@ class QuantizationParams(Section):
     start_epoch: int | None = Field(default=0, ge=0)
     activations_quant_start_epoch: Annotated[None, NotYet(_STAGED)] = None
     weights_quant_start_epoch: Annotated[None, NotYet(_STAGED)] = None
-    batch_multiplier: Annotated[None, NotYet(_SCHEDULE)] = None
-    base_lr: Annotated[None, NotYet(_SCHEDULE)] = None
-    base_wd: Annotated[None, NotYet(_SCHEDULE)] = None
-    lr_poly_drop_start_epoch: Annotated[None, NotYet(_SCHEDULE)] = None
-    lr_poly_drop_duration_epochs: Annotated[None, NotYet(_SCHEDULE)] = None
-    disable_wd_start_epoch: Annotated[None, NotYet(_SCHEDULE)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_stage(cls, value: Any) -> Any:
+        """Both start epochs of NNCF 2.x's training in stages, where they are the same."""
+        epochs = [value[key] for key in _START_EPOCHS if key in value] if isinstance(value, Mapping) else []
+        if len(epochs) != len(_START_EPOCHS) or epochs[0] != epochs[1] or "start_epoch" in value:
+            return value
+        return {key: one for key, one in value.items() if key not in _START_EPOCHS} | {"start_epoch": epochs[0]}
 
 
 class AccuracyControl(Section):
@@ -185,7 +200,9 @@ class QuantizationConfig(Nncf2Entry):
 
     spellings: ClassVar[Mapping[str, Spelling]] = {"disable_saturation_fix": Spelling("overflow_fix", _overflow_fix)}
     leftovers: ClassVar[Mapping[str, str]] = {
-        "quantizable_subgraph_patterns": "NNCF 3 knows which operations are computed in one",
+        "quantizable_subgraph_patterns": _PATTERNS,
+        "quantize_patterns": _PATTERNS,
+        **{f"params.{key}": _SCHEDULE for key in _SCHEDULE_KEYS},
     }
 
     initializer: QuantizationInitializer = QuantizationInitializer()  # type: ignore[assignment]
@@ -200,6 +217,18 @@ class QuantizationConfig(Nncf2Entry):
     export_to_onnx_standard_ops: bool = True
     compression_lr_multiplier: Annotated[None, NotYet(_MULTIPLIER)] = None
     params: QuantizationParams = QuantizationParams()
+
+    @field_validator("compression_lr_multiplier", mode="before")
+    @classmethod
+    def _that_changes_nothing(cls, value: Any) -> Any:
+        return None if value == 1 else value
+
+    @model_validator(mode="after")
+    def _half_ranges_are_symmetric(self) -> QuantizationConfig:
+        if self.weights.mode == "asymmetric" and self.overflow_fix in ("enable", "first_layer_only"):
+            msg = f"'overflow_fix' is \"{self.overflow_fix}\": {_HALVES}"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _one_number_of_samples(self) -> QuantizationConfig:

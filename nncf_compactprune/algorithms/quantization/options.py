@@ -30,9 +30,12 @@ def quantize_options(config: QuantizationConfig, samples: int, ignored: Collecti
     :param samples: how many there are.
     :param ignored: NNCF's names of operations that are not quantized.
     """
+    fix = config.overflow_fix
+    if fix is None and config.weights.mode == "asymmetric":
+        fix = "disable"  # NNCF's own choice for some devices halves ranges, and does so for symmetric weights only
     advanced = AdvancedQuantizationParameters(
         quantize_outputs=config.quantize_outputs,
-        overflow_fix=None if config.overflow_fix is None else OverflowFix(config.overflow_fix),
+        overflow_fix=None if fix is None else OverflowFix(fix),
         weights_quantization_params=_parameters(config.weights),
         activations_quantization_params=_parameters(config.activations),
         activations_range_estimator_params=_estimator(config.initializer.range),
