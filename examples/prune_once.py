@@ -5,8 +5,6 @@ BatchNorm statistics.
 """
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from nncf_compactprune import load_pruned, prune, save_pruned
 from nncf_compactprune.run.networks.digits_net import digits_net
@@ -20,7 +18,5 @@ save_pruned(model, "runs/prune_once")  # model.safetensors and plan.json
 again = load_pruned(digits_net(), "runs/prune_once")  # a fresh dense network, cut and filled
 assert torch.equal(model.eval()(images), again(images))
 
-table = Table("Group", "Channels", "Kept")
 for group in result.plan.groups:
-    table.add_row(group.name, str(group.before), str(group.after))
-Console().print(table)
+    print(f"{group.name}: {group.after} of {group.before} channels")

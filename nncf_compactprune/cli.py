@@ -29,6 +29,7 @@ from nncf_compactprune.export import Pixels, export_model
 from nncf_compactprune.integrations.layouts import export_to_layout
 from nncf_compactprune.plugins import default_plugins
 from nncf_compactprune.report import rich_table
+from nncf_compactprune.report.page import PAGE_FILE
 from nncf_compactprune.report.summary import summary_schema
 from nncf_compactprune.run.families.settings import family_schema
 from nncf_compactprune.run.inspection import Inspection, inspect_model
@@ -90,7 +91,8 @@ def _run(config: Path, changes: Mapping[str, Any]) -> None:
     with bars_on(console):
         outcome = run(config, overrides=changes, say=lambda line: console.print(escape(line), soft_wrap=True))
     console.print(rich_table(outcome.comparison))
-    console.print(escape(f"Written to {outcome.directory}: start with report.html or report.md."), soft_wrap=True)
+    first = PAGE_FILE if (outcome.directory / PAGE_FILE).exists() else "report.md"
+    console.print(escape(f"Written to {outcome.directory}: start with {first}."), soft_wrap=True)
 
 
 @app.command("inspect")

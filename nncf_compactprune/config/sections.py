@@ -70,8 +70,8 @@ class OneOrMany:
 
 
 class NotYet:
-    """Marks a key of NNCF's grammar that nothing acts on yet: it is refused with a reason, unless it says nothing: null,
-    or an empty list or object.
+    """Marks a key of NNCF's grammar that nothing acts on yet. It is refused with a reason, unless it says nothing:
+    null, or an empty list or object.
 
     :param reason: what is not there yet, and what to do instead.
     """
