@@ -13,11 +13,13 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
 from nncf_compactprune import create_compressed_model, export_model, load_pruned, prune, save_pruned
+from nncf_compactprune.run.pipeline import run
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+CONFIGS = Path(__file__).parent.parent / "configs"
 CONFIG = {
     "input_info": {"sample_size": [2, 3, 12, 12]},
     "compression": {
@@ -105,3 +107,13 @@ def test_compiled_after_the_cut() -> None:
     prune(model, x, budget={"macs": 0.5}, round_to=1)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model.eval())(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_trains_on_the_device_and_its_files_hold(tmp_path: Path) -> None:
+    said: list[str] = []
+    changes = {"epochs": 2, "pretrain_epochs": 1, "output_dir": str(tmp_path / "run")}
+    before = torch.cuda.max_memory_allocated()
+    outcome = run(CONFIGS / "digits_fbnet.json", overrides=changes, say=said.append)
+    assert torch.cuda.max_memory_allocated() > before
+    assert outcome.plan.after.macs < outcome.plan.before.macs
+    assert (tmp_path / "run" / "plan.json").is_file()

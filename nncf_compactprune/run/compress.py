@@ -71,7 +71,7 @@ def compress(run: Run, dense: Network) -> Compressed:
         run.settings.compression,
         None if run.dataset is None else _SameBatches(run.dataset, run.config),
         compression_state=state,
-        example_inputs=run.example,
+        example_inputs=run.inputs,
         plugins=run.plugins,
     )
     plan = plan_of(model)
@@ -137,7 +137,7 @@ def _fine_tune(run: Run, dataset: ResolvedDataset, controller: CompressionContro
 
 def _plan_of_whole(run: Run, dense: nn.Module) -> PruningPlan:
     """The plan of a run that removed no channels (quantization, sparsity): everything stays."""
-    graph = trace(dense, run.example, plugins=run.plugins)
+    graph = trace(dense, run.inputs, plugins=run.plugins)
     algorithms = ", ".join(entry.algorithm for entry in run.settings.compression.compression)
     return make_plan(graph, [np.ones(group.size, bool) for group in graph.groups], algorithm=algorithms)
 

@@ -33,7 +33,7 @@ def _pretrain(run: Run, dataset: ResolvedDataset) -> None:
         copy.deepcopy(run.model),
         run.settings.compression,
         dataset.train_loader(config.batch_size, seed=config.seed),
-        example_inputs=run.example,
+        example_inputs=run.inputs,
         plugins=run.plugins,
     )
     say(f"Training the dense model for {config.pretrain_epochs} epochs")

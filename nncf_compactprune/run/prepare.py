@@ -63,6 +63,7 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
         dataset = normalised_for(resolved, dataset)
         example = real_example(resolved, dataset)
         check_classes(resolved, example, dataset)
+    resolved.model.to(training_device(config.device, settings.source))
     for warning in late_schedules(settings, plugins):
         say(f"Warning: {warning}")
     if settings.compression.accuracy_aware_training is not None and "epochs" in settings.document:
@@ -216,6 +217,25 @@ def normalised_for(resolved: ResolvedModel, dataset: ResolvedDataset) -> Resolve
     if not dataset.model_normalises or resolved.mean is None or resolved.std is None:
         return dataset
     return replace(dataset, mean=resolved.mean, std=resolved.std)
+
+
+def training_device(asked: str, source: str) -> torch.device:
+    """Where networks train.
+
+    :param asked: ``"auto"``, or a name of PyTorch's.
+    :param source: the config's name, for messages.
+    :raises ConfigError: there is no such device here.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        message = f'no such device here: {first} Write "auto", "cpu", or a device that PyTorch finds.'
+        raise ConfigError(source, [Problem("device", message)]) from error
+    return device
 
 
 def real_example(resolved: ResolvedModel, dataset: ResolvedDataset) -> ExampleInputs:

@@ -120,6 +120,8 @@ class RunConfig(Section):
     :param lr_schedule: how the learning rate falls, by epoch: ``"cosine"`` or ``"constant"``.
     :param autocast: ``"bfloat16"`` trains in mixed precision, on channels-last images, about twice as fast where the
         device has instructions for it; ``"auto"`` does so only there; null trains in float32.
+    :param device: where the network trains: ``"auto"`` is a GPU of CUDA where there is one, other values are names of
+        PyTorch's, such as ``"cpu"`` and ``"cuda:1"``. Files are written, checked and timed on the CPU.
     :param seed: of weights, batches and augmentation.
     :param output_dir: where everything is written.
     """
@@ -138,6 +140,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     autocast: Autocast | None = None
+    device: str = "auto"
     seed: int = Field(default=0, ge=0)
     export: ExportConfig = ExportConfig()
     output_dir: str = "runs/compactprune"

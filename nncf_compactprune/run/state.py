@@ -8,11 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
+from nncf_compactprune.algorithms.base import to_device
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.run.datasets import ResolvedDataset
 from nncf_compactprune.run.models import ExampleInputs
 from nncf_compactprune.run.settings import RunConfig, Settings
-from nncf_compactprune.run.training import EpochRecord, evaluate
+from nncf_compactprune.run.training import EpochRecord, device_of, evaluate
 from nncf_compactprune.storage.snapshots import Snapshot, Snapshots
 
 Say = Callable[[str], None]
@@ -67,6 +68,12 @@ class Run:
     def directory(self) -> Path:
         """Where the artefacts go."""
         return Path(self.config.output_dir)
+
+    @property
+    def inputs(self) -> ExampleInputs:
+        """The example, on the model's device."""
+        moved: ExampleInputs = to_device(self.example, device_of(self.model))
+        return moved
 
     def resume(self, phase: int) -> Snapshot | None:
         """The snapshot to go on from, if it is of this phase."""

@@ -85,7 +85,7 @@ def train_epoch(
     :param title: what the progress bar is called, where one is shown.
     :return: mean loss per image and top-1 in [0, 1].
     """
-    device = _device(model)
+    device = device_of(model)
     mixed = autocast == "bfloat16" or (autocast == "auto" and computes_in_bfloat16(device.type))
     model.train()
     loss_sum, correct, images = 0.0, 0, 0
@@ -118,7 +118,7 @@ def evaluate(model: nn.Module, batches: Batches) -> float:
     :param batches: inputs and labels ``[n]``.
     :return: top-1 accuracy in [0, 1].
     """
-    device = _device(model)
+    device = device_of(model)
     correct, images = 0, 0
     with evaluating(model), tracked(batches, "Evaluating") as shown:
         for inputs, labels in shown:
@@ -186,6 +186,6 @@ def fit(
     return records
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device

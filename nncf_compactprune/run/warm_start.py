@@ -48,7 +48,7 @@ def warm_started(run: Run, dense: Network) -> Run:
     start = run.config.warm_start
     if start is None:
         return run
-    graph = trace(dense.model, run.example, plugins=run.plugins)
+    graph = trace(dense.model, run.inputs, plugins=run.plugins)
     load_pruned(run.model, start, plugins=run.plugins)
     run.say(f"Going on from the network of {start}")
     cost = Cost(graph.macs, graph.params)

@@ -117,3 +117,12 @@ def test_refused_config_removes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         pipeline.run(write_config(tmp_path, epochs=-1))
     assert (tmp_path / "out" / "plan.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_told_before_anything_is_removed(device: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.json").write_text("old")
+    with pytest.raises(ConfigError, match=r'device: no such device here: .* Write "auto", "cpu", or'):
+        pipeline.run(write_config(tmp_path, device=device))
+    assert (tmp_path / "out" / "plan.json").read_text() == "old"

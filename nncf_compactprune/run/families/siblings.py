@@ -15,6 +15,7 @@ from nncf_compactprune.run.families.check import Network
 from nncf_compactprune.run.families.settings import Family, Sibling
 from nncf_compactprune.run.families.spent import Meter, spent_in
 from nncf_compactprune.run.models import save_weights
+from nncf_compactprune.run.prepare import training_device
 from nncf_compactprune.run.state import DENSE_FILE, SNAPSHOTS, Say
 from nncf_compactprune.run.training import EpochRecord, evaluate, fit
 from nncf_compactprune.storage.digests import file_digest
@@ -48,7 +49,8 @@ def sibling_point(
     snapshots = Snapshots(directory / SNAPSHOTS, identity)
     found = snapshots.newest()
     meter = Meter(directory, anew=found is None)
-    run, model, data = family.run, network.resolved.model, network.dataset
+    run, data = family.run, network.dataset
+    model = network.resolved.model.to(training_device(run.device, family.source))
     if sibling.epochs:
         say(
             f"{name}: fine-tuning for {sibling.epochs} epochs"
