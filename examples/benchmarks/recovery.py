@@ -167,8 +167,8 @@ def queue() -> list[Trial]:
             trials += [whole(budget, "catro", "greedy", recipe, seed) for recipe in RECIPES if recipe != "recovery"]
     for seed in SEEDS:
         for budget in BUDGETS_56:
-            for way in others[:2]:
-                trials.append(whole(budget, *way, "recovery", seed, depth=56))
+            trials += [whole(budget, "catro", "greedy", recipe, seed, depth=56) for recipe in reversed(MAIN)]
+            trials.append(whole(budget, *others[1], "recovery", seed, depth=56))
             trials.append(whole(budget, PEER, "uniform", "plain", seed, depth=56))
     return trials
 
