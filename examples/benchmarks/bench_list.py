@@ -156,7 +156,7 @@ BENCHMARKS = (
         seeds="as each row says",
         peer="torch-pruning",
         behind=(
-            "Most rows have one seed, and trainings of 12 epochs of 10,000 images. So far ResNet-56 stays a point below "
+            "Most rows have one seed, and trainings of 12 epochs of 10,000 images. ResNet-56 stays a point below "
             "the dense network, half a point after 20 epochs of 45,000 images (92.92), and ResNet-20 at half of its "
             "MACs two.",
         ),

@@ -188,6 +188,11 @@ def _own_shapes(module: nn.Module, dims: Mapping[int, Mapping[int, tuple[int, ..
         for original in own_tensors(parametrization).values():
             cut_dims.update(dims.get(id(original), {}))
         own[name] = (getattr(module, name).shape, cut_dims)
+    for name, made in vars(module).items():  # by old weight_norm and spectral_norm, and torch.nn.utils.prune
+        parts = [part for key, part in own.items() if key.startswith(f"{name}_")]
+        if isinstance(made, Tensor) and parts:
+            alike = [kept for shape, kept in parts if len(shape) == made.dim()]
+            own[name] = (made.shape, {dim: positions for kept in alike for dim, positions in kept.items()})
     if not any(kept for _, kept in own.values()):
         return {}
     return {

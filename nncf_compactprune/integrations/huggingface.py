@@ -15,6 +15,7 @@ channels are masked.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +42,7 @@ logger = logging.getLogger("nncf")
 
 STATE_FILE = "compression_state.json"
 PREFIX = "checkpoint-"
+_ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 IGNORED = -100  # labels that transformers does not count
 # What a resumed Trainer reads; other ranks' random states may still be on their way.
 RESUMED_FILES = ("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -119,7 +121,23 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         if self._task_loss is not None:
             return self._task_loss(outputs, labels)
         model: Any = self._model
-        loss: Tensor = model.loss_function(labels, outputs["logits"], model.config)
+        logits = outputs["logits"]
+        given = {"labels": labels, "logits": logits, "pooled_logits": logits, "config": model.config}
+        if getattr(model.config, "vocab_size", None) is not None:
+            given["vocab_size"] = model.config.vocab_size
+        asked = inspect.signature(model.loss_function).parameters
+        missing = [
+            name
+            for name, parameter in asked.items()
+            if name not in given and parameter.default is parameter.empty and parameter.kind not in _ANY_NUMBER
+        ]
+        if missing:
+            msg = (
+                f"CompressionCallback: the loss of {type(model).__name__} is not one of its logits and labels (it asks "
+                f"for '{missing[0]}'). Give task_loss, a function of outputs and labels."
+            )
+            raise CompactPruneError(msg)
+        loss: Tensor = model.loss_function(**{name: value for name, value in given.items() if name in asked})
         return loss
 
     # -- the Trainer's events --------------------------------------------------------------------------------------
@@ -139,6 +157,13 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
             msg = (
                 "CompressionCallback: torch_compile does not see masks, nor a model that shrinks later. "
                 'Use "schedule": "one_shot", which prunes before the Trainer compiles.'
+            )
+            raise CompactPruneError(msg)
+        checkpointing = args.gradient_checkpointing or getattr(self._model, "is_gradient_checkpointing", False)
+        if checkpointing and not all(algorithm.settled for algorithm in self.controller.algorithms):
+            msg = (
+                "CompressionCallback: gradient checkpointing runs layers again without their masks, so gradients would "
+                'be wrong. Use "schedule": "one_shot", or train without it.'
             )
             raise CompactPruneError(msg)
         if args.world_size > 1 or args.n_gpu > 1:

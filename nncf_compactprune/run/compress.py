@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -73,6 +74,8 @@ def compress(run: Run, dense: Network) -> Compressed:
         compression_state=state,
         example_inputs=run.inputs,
         plugins=run.plugins,
+        # where this run starts from a smaller network, the dense one still teaches
+        teacher=None if run.config.warm_start is None else copy.deepcopy(dense.model),
     )
     plan = plan_of(model)
     if run.dataset is not None and plan is not None and plan.output_classes:

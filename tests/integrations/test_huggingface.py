@@ -305,6 +305,31 @@ def pull() -> Plugins:
     return with_pull()
 
 
+def tiny_bert(kind: str) -> Any:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_labels=3
+    )
+    return getattr(transformers, kind)(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["BertForTokenClassification", "BertForMaskedLM", "BertForSequenceClassification"])
+def test_the_models_own_loss_is_what_the_model_gives(kind: str, pull: Plugins) -> None:
+    model = tiny_bert(kind)
+    callback = CompressionCallback(model, {"compression": {"algorithm": "pull"}}, plugins=pull)
+    words = torch.randint(0, 50, (2, 7))
+    labels = torch.randint(0, 3, (2,) if "Sequence" in kind else (2, 7))
+    given = model(input_ids=words, labels=labels)
+    torch.testing.assert_close(callback.compute_loss(model(input_ids=words), labels), given.loss)
+
+
+def test_a_loss_of_more_than_logits_asks_for_one(pull: Plugins) -> None:
+    model = tiny_bert("BertForQuestionAnswering")
+    callback = CompressionCallback(model, {"compression": {"algorithm": "pull"}}, plugins=pull)
+    outputs = {"logits": torch.zeros(2, 7)}
+    with pytest.raises(CompactPruneError, match=r"loss of BertForQuestionAnswering is not one of .* Give task_loss"):
+        callback.compute_loss(outputs, torch.zeros(2, dtype=torch.long))
+
+
 def test_accumulated_batches_make_the_gradient_of_one_large_batch(examples: Any, tmp_path: Path, pull: Plugins) -> None:
     weights = []
     torch.manual_seed(0)
@@ -354,6 +379,13 @@ def test_mistakes_are_told_before_they_cost_anything(examples: Any, tmp_path: Pa
     with pytest.raises(CompactPruneError, match=r'torch_compile does not see masks.*"one_shot"'):
         callback.on_train_begin(
             dataclasses.replace(arguments(tmp_path), torch_compile=True), transformers.TrainerState(), None, model=model
+        )
+    with pytest.raises(CompactPruneError, match=r'gradient checkpointing runs layers again without.*"one_shot"'):
+        callback.on_train_begin(
+            dataclasses.replace(arguments(tmp_path), gradient_checkpointing=True),
+            transformers.TrainerState(),
+            None,
+            model=model,
         )
     shrinking = CompressionCallback(resnet(), document(shrink_every=1))
     several = arguments(tmp_path)

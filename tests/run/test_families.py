@@ -12,16 +12,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.user_files import NET_SOURCE
 
+from nncf_compactprune import create_compressed_model
 from nncf_compactprune.cli import main
 from nncf_compactprune.errors import CompactPruneError, ConfigError
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.report.families import Point, Results, beside_siblings, family_markdown
 from nncf_compactprune.report.family_charts import fronts
 from nncf_compactprune.report.summary import read_summary
+from nncf_compactprune.run import compress
 from nncf_compactprune.run.families import members
 from nncf_compactprune.run.families.members import FamilyOutcome, make_family
 from nncf_compactprune.run.models import resolve_model
-from nncf_compactprune.run.pipeline import load_run, run_settings
+from nncf_compactprune.run.pipeline import load_run, run, run_settings
 from nncf_compactprune.run.settings import read_settings
 from nncf_compactprune.run.warm_start import check_warm_start
 
@@ -90,6 +92,27 @@ def test_members_fall_and_speak_of_the_dense_network(made: FamilyOutcome) -> Non
     assert {"family.md", "family.json"} <= {path.name for path in made.directory.iterdir()}
     document = json.loads((made.directory / "family.json").read_text())
     assert [point["name"] for point in document["points"]] == ["dense", first.name, second.name, "other"]
+
+
+def test_a_warm_start_is_taught_by_the_dense_network(
+    made: FamilyOutcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers = []
+
+    def create(*args: Any, teacher: Any = None, **kwargs: Any) -> Any:
+        teachers.append(teacher)
+        return create_compressed_model(*args, teacher=teacher, **kwargs)
+
+    monkeypatch.setattr(compress, "create_compressed_model", create)
+    first = made.results.points[1]
+    document = json.loads((made.directory / first.name / "config.json").read_text())
+    path = tmp_path / "further.json"
+    changes = {"warm_start": str(made.directory / first.name), "epochs": 1, "output_dir": str(tmp_path / "out")}
+    entry = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.4}, "params": {"schedule": "one_shot"}}
+    path.write_text(json.dumps({**document, **changes, "compression": [entry, {"algorithm": "recovery"}]}))
+    run(path, say=quiet)
+    (teacher,) = teachers
+    assert sum(p.numel() for p in teacher.parameters()) == made.results.points[0].params
 
 
 def test_what_is_finished_is_not_run_again(

@@ -68,8 +68,24 @@ class OrthogonalSteps:
         """Leaves the optimizer as it was."""
         self._handle.remove()
 
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """A step with a closure computes its gradients in there (Lightning's do): then they turn behind it."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._turn(optimizer)
+            return None
+
+        def turned() -> Any:
+            loss = closure()
+            self._turn(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": turned}
+        return (args[0], turned, *args[2:]), kwargs
+
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _turn(self, optimizer: Optimizer) -> None:
         """Weights of one shape go together: a few large products instead of many small ones."""
         alike: dict[Any, list[tuple[nn.Parameter, Geometry]]] = defaultdict(list)
         for weight, geometry in self._weights.items():

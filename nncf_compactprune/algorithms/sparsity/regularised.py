@@ -54,8 +54,7 @@ class RBSparsity(ScheduledSparsity):
             return
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         new = [parameter for parameter in self._sparsity.mask_parameters() if id(parameter) not in known]
-        if new:
-            optimizer.add_param_group({"params": new})
+        optimizer.param_groups[0]["params"] += new  # a group of their own would be one that LR schedulers do not know
 
     def set_level(self, value: float) -> None:
         super().set_level(value)

@@ -90,6 +90,31 @@ def test_a_step_moves_every_kind_of_weight_by_the_same_share(kind) -> None:
     assert torch.equal(layer.weight.grad, gradient), "a plain optimizer again"
 
 
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_step_with_a_closure_turns_the_gradients_that_it_makes(by_keyword) -> None:
+    stepped = []
+    for with_closure in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(6, 10, 3, bias=False)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        OrthogonalSteps(optimizer, {layer.weight: Geometry.of(layer)}, STEP_SIZE)
+
+        def closure(layer=layer, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = layer(torch.ones(1, 6, 5, 5)).square().sum()
+            loss.backward()
+            return loss
+
+        if with_closure:
+            loss = optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
+            assert float(loss.detach()) > 0
+        else:
+            closure()
+            optimizer.step()
+        stepped.append(layer.weight.detach())
+    assert torch.equal(*stepped)
+
+
 def test_the_loss_may_be_scaled_and_a_fused_optimizer_unscales() -> None:
     layers = []
     for loss_scale, fused_scale in ((1.0, None), (4096.0, None), (1.0, torch.tensor(256.0))):

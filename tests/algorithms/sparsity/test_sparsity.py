@@ -197,6 +197,20 @@ def test_masks_are_learned_to_the_level():
     assert zeros(model) == pytest.approx(found)
 
 
+def test_masks_join_a_group_that_schedulers_of_the_learning_rate_know():
+    torch.manual_seed(0)
+    ctrl, model = compressed({"algorithm": "rb_sparsity", "sparsity_init": 0.5})
+    masks = {p for name, p in model.named_parameters() if name.endswith("mask")}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p not in masks], 0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 4)
+    ctrl.attach(optimizer=optimizer)
+    assert masks <= set(optimizer.param_groups[0]["params"])
+    for _ in range(2):
+        ctrl.loss().backward()
+        optimizer.step()
+        schedule.step()
+
+
 def test_gradients_of_masks_are_multiplied():
     def gradient(**top):
         torch.manual_seed(0)
