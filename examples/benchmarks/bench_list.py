@@ -177,14 +177,15 @@ BENCHMARKS = (
         "MobileNetV1-0.75 for ten classes, pruned to four sizes by this package and by Torch-Pruning, trained alike",
         (
             script("family", "run --data {data} --epochs 3"),
-            script("family", "run --data {data} --epochs 3 --only ours,sibling --lr 1e-4"),
-            script("family", "run --data {data} --epochs 3 --only torch_pruning --lr 2e-3"),
             script("family", "table"),
         ),
         120,
-        ("family.md", "family.png", "family.jsonl"),
+        ("family.md", "family.jsonl"),
         peer="torch-pruning",
-        behind=("BEHIND",),
+        behind=(
+            "The unpruned 0.25 was trained on all of ImageNet, and has 93.73 where the member of its size has 87.53 "
+            "after 3 epochs of 3,600 pictures. Other learning rates did not bring it nearer.",
+        ),
     ),
     Benchmark(
         "lop_accuracy",

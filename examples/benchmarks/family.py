@@ -242,9 +242,9 @@ def table(rows: Annotated[Path, typer.Option(help="where rows are kept")] = ROWS
     lines = [
         "# A family of MobileNetV1-0.75 for ten of its thousand classes", "",
         "Written by `family.py table`. Every member is cut from the one before and trained on 3,600 pictures, taught",
-        "by the dense network; both families alike, each at two learning rates. In percent of 400 held-out",
-        "training pictures after the cut and after training, and of 1,500 validation pictures. Held-out ones choose",
-        "the learning rate; means ± sample standard deviation (number of seeds).", "",
+        "by the dense network; both families alike. Other learning rates than 0.0005 were tried on some members. In",
+        "percent of 400 held-out training pictures after the cut and after training, and of 1,500 validation pictures;",
+        "means ± sample standard deviation (number of seeds).", "",
     ]  # fmt: skip
     for epochs in sorted({row["member"]["epochs"] for row in found}):
         here = [row for row in found if row["member"]["epochs"] == epochs]

@@ -43,6 +43,7 @@ logger = logging.getLogger("nncf")
 STATE_FILE = "compression_state.json"
 PREFIX = "checkpoint-"
 _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers 5.23's name, and the older one
 IGNORED = -100  # labels that transformers does not count
 # What a resumed Trainer reads; other ranks' random states may still be on their way.
 RESUMED_FILES = ("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -159,8 +160,9 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 'Use "schedule": "one_shot", which prunes before the Trainer compiles.'
             )
             raise CompactPruneError(msg)
-        checkpointing = args.gradient_checkpointing or getattr(self._model, "is_gradient_checkpointing", False)
-        if checkpointing and not all(algorithm.settled for algorithm in self.controller.algorithms):
+        if any(getattr(args, name, None) for name in CHECKPOINTING) and not all(
+            algorithm.settled for algorithm in self.controller.algorithms
+        ):
             msg = (
                 "CompressionCallback: gradient checkpointing runs layers again without their masks, so gradients would "
                 'be wrong. Use "schedule": "one_shot", or train without it.'

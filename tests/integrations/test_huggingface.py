@@ -37,7 +37,12 @@ from nncf_compactprune.run.datasets import resolve_dataset
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed: transformers' Trainer needs it")
 
-from nncf_compactprune.integrations.huggingface import CompressionCallback, image_inputs, last_checkpoint  # noqa: E402
+from nncf_compactprune.integrations.huggingface import (  # noqa: E402
+    CHECKPOINTING,
+    CompressionCallback,
+    image_inputs,
+    last_checkpoint,
+)
 from nncf_compactprune.integrations.pretrained import (  # noqa: E402
     dense_config,
     load_pruned_hf,
@@ -380,13 +385,11 @@ def test_mistakes_are_told_before_they_cost_anything(examples: Any, tmp_path: Pa
         callback.on_train_begin(
             dataclasses.replace(arguments(tmp_path), torch_compile=True), transformers.TrainerState(), None, model=model
         )
+    checkpointing = arguments(tmp_path)
+    name = next(name for name in CHECKPOINTING if hasattr(checkpointing, name))
+    setattr(checkpointing, name, True)
     with pytest.raises(CompactPruneError, match=r'gradient checkpointing runs layers again without.*"one_shot"'):
-        callback.on_train_begin(
-            dataclasses.replace(arguments(tmp_path), gradient_checkpointing=True),
-            transformers.TrainerState(),
-            None,
-            model=model,
-        )
+        callback.on_train_begin(checkpointing, transformers.TrainerState(), None, model=model)
     shrinking = CompressionCallback(resnet(), document(shrink_every=1))
     several = arguments(tmp_path)
     several._n_gpu = 2
