@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -103,13 +103,20 @@ class Context:
 
 
 def model_inputs(batch: Any) -> Any:
-    """The inputs of a batch: ``(inputs, targets)`` gives inputs, a mapping loses its label keys. A list of pictures is
-    one argument."""
+    """The inputs of a batch: ``(inputs, targets)`` gives inputs, a mapping loses its label keys. A list of pictures
+    with a mapping of targets for each, as detectors are trained with, is one argument."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
     if isinstance(batch, (tuple, list)):
-        return (list(batch[0]),) if is_image_list(batch[0]) else batch[0]
+        return (list(batch[0]),) if is_image_list(batch[0]) and _one_mapping_each(batch) else batch[0]
     return batch
+
+
+def _one_mapping_each(batch: Sequence[Any]) -> bool:
+    found = targets(batch)
+    if not isinstance(found, (tuple, list)) or len(found) != len(batch[0]):
+        return False
+    return all(isinstance(one, Mapping) for one in found)
 
 
 def targets(batch: Any) -> Any:

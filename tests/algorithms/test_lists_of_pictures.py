@@ -11,6 +11,7 @@ from support.networks import conv_bn
 from torch import Tensor, nn
 
 from nncf_compactprune import ExportError, analyse, create_compressed_model, export_model, prune
+from nncf_compactprune.algorithms.base import model_inputs
 
 SIZES = ((16, 20), (12, 16), (20, 12), (16, 16), (8, 24))
 
@@ -93,6 +94,13 @@ def test_a_loader_of_lists_brings_statistics_and_layers_nearer(initializer) -> N
     expected = scores(dense, held_out)
     errors = [distance(net, held_out, expected) for net in (without, through)]
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_several_inputs_of_few_examples_are_no_list_of_pictures() -> None:
+    pair = torch.zeros(4, 7, 5), torch.zeros(4, 7, 5)
+    for labels in (torch.zeros(4), (torch.zeros(4), torch.zeros(4)), None):
+        assert model_inputs((pair, labels)) is pair
+    assert model_inputs((pair, ({}, {}))) == ([*pair],)
 
 
 def test_ranges_are_measured_on_lists() -> None:
