@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from nncf.common.logging import nncf_logger
 
 from nncf_compactprune.algorithms.base import Context
-from nncf_compactprune.host.calls import count_of
+from nncf_compactprune.errors import DataError
+from nncf_compactprune.host.calls import call_model, count_of, evaluating
 from nncf_compactprune.host.distributed import averaged, process_count
 from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
 from nncf_compactprune.host.nncf_versions import batch_norm_adaptation
@@ -41,6 +43,29 @@ def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False)
         with no_bars_in_pipes(), _plain_means(model):
             batch_norm_adaptation(model, first_batches(context.batches(), samples))
         pool_over_ranks(model)
+
+
+def check_batch(context: Context) -> None:
+    """Runs the network on its training loader's first batch: what cannot be run would be found out behind the cut.
+
+    A loader that gives its batches once is left alone.
+
+    :param context: the model and its training loader.
+    :raises DataError: the model does not run on it.
+    """
+    if context.train_loader is None or isinstance(context.train_loader, Iterator):
+        return
+    try:
+        with torch.random.fork_rng(devices=[]), evaluating(context.model):
+            for batch in itertools.islice(context.batches(), 1):
+                call_model(context.model, batch)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        msg = (
+            f"train_loader: {type(context.model).__name__} does not run on its first batch: {type(error).__name__}: "
+            f"{first} Batches are (inputs, labels), or dicts of what the network is called with and labels."
+        )
+        raise DataError(msg) from error
 
 
 def _norms(model: torch.nn.Module) -> list[Any]:

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from torch import Tensor
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
-from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
+from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm, check_batch
 from nncf_compactprune.algorithms.data_free.reconstruction import Refits
 from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, check_refit
 from nncf_compactprune.algorithms.group_sparsity import GroupSparsity
@@ -400,6 +400,7 @@ class ChannelPruning(CompressionAlgorithm):
             return
         if self._refit is not None:
             check_refit(self.context, self._refit)
+        check_batch(self.context)
         self._choose_settings()
         if self.config.params.prunes_before_training and not self.context.hold_masks:
             self._analyse_and_prune()
