@@ -138,6 +138,17 @@ class PluginError(CompactPruneError):
     """A plugin is misspelt, duplicates a name, or does not load."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for a message that quotes it; empty where it says nothing.
+
+    :param error: another package's, whose further lines are advice or places in its code.
+
+    >>> first_line(RuntimeError("too small\\nSee the manual."))
+    'too small'
+    """
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns ``" Did you mean 'x'?"`` for the closest known name, or an empty string.
 

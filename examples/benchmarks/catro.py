@@ -20,7 +20,18 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from catro_cifar import DATA, INNER, SHORT_TEST, TRAIN_IMAGES, Cifar, Rows, accuracy, at_once, fine_tuned
+from catro_cifar import (
+    DATA,
+    INNER,
+    SHORT_TEST,
+    TRAIN_IMAGES,
+    Cifar,
+    Rows,
+    accuracy,
+    at_once,
+    fine_tuned,
+    largest_within,
+)
 from torch import nn
 
 from nncf_compactprune import analyse, create_compressed_model
@@ -76,11 +87,7 @@ def peer(data: Cifar, depth: int, budget: float, name: str, allocation: str, see
         model.zero_grad()
         return model
 
-    low, high = 0.0, 0.9
-    for _ in range(8):
-        middle = (low + high) / 2
-        low, high = (low, middle) if macs(pruned(middle)) <= most else (middle, high)
-    return pruned(high)
+    return largest_within(most, macs, pruned)
 
 
 def build(data: Cifar, depth: int, budget: float, arm: str, allocation: str, seed: int) -> nn.Module:

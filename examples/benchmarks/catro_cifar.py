@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,25 +72,42 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, classes: list[int
 
 
 @torch.no_grad()
-def adapted(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy with BatchNorm statistics averaged over the images."""
+def adapted(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """A copy with BatchNorm statistics averaged over batches of images."""
     model = copy.deepcopy(model).train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    for x in images.split(500):
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    for x in batches:
         model(x)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.1
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     return model.eval()
+
+
+def largest_within(most: float, cost: Callable[[nn.Module], float], pruned: Callable[[float], nn.Module]) -> nn.Module:
+    """The largest network within a budget of what takes a ratio of channels, which is bisected.
+
+    :param most: the budget.
+    :param cost: of a network.
+    :param pruned: a network pruned by a ratio.
+    """
+    low, high = 0.0, 0.9
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(pruned(middle)) <= most else (middle, high)
+    return pruned(high)
 
 
 def at_once(data: Cifar, model: nn.Module, images: slice) -> dict[str, float]:
     """Accuracy on some of the test images: as the model is, and with BatchNorm statistics of 2,000 training images."""
     judged = data.test[images], data.test_labels[images]
-    return {"pruned": accuracy(model, *judged), "adapted": accuracy(adapted(model, data.train[:2000]), *judged)}
+    return {
+        "pruned": accuracy(model, *judged),
+        "adapted": accuracy(adapted(model, data.train[:2000].split(500)), *judged),
+    }
 
 
 def fine_tuned(

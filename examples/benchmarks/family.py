@@ -23,13 +23,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from imagenette import CLASSES, Data, accuracy, normalised
+from catro_cifar import adapted, largest_within
+from imagenette import CLASSES, Data, accuracy, fine_tuned, normalised, of_ten_classes
 from recovery import append, commit, mean_and_spread, read_rows
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nncf_compactprune import analyse, create_compressed_model, prune
-from nncf_compactprune.run.datasets.augment import resized_crop_and_flip
 from nncf_compactprune.run.networks.mobilenet_v1 import mobilenet_v1
 
 HERE = Path(__file__).parent
@@ -75,11 +74,8 @@ def queue(epochs: int, seed: int, lr: float) -> list[Member]:
 
 def network(folder: Path, width: float) -> nn.Module:
     """A trained network with the ten classes' outputs only."""
-    tensors = load_file(folder / f"mobilenet_v1_{round(100 * width):03d}_224_imagenet.safetensors")
-    indices = torch.tensor(list(CLASSES.values()))
     model = mobilenet_v1(width, classes=len(CLASSES))
-    cut = {name: t[indices] if name.startswith("conv_preds") else t for name, t in tensors.items()}
-    model.load_state_dict(cut, strict=False)
+    model.load_state_dict(of_ten_classes(folder, f"{round(100 * width):03d}"), strict=False)
     return model.eval()
 
 
@@ -101,34 +97,14 @@ def by_torch_pruning(model: nn.Module, most: float) -> nn.Module:
         cut.zero_grad()
         return cut
 
-    low, high = 0.0, 0.9
-    for _ in range(8):
-        middle = (low + high) / 2
-        low, high = (low, middle) if macs(pruned(middle)) <= most else (middle, high)
-    return pruned(high)
-
-
-@torch.no_grad()
-def adapted(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
-    """BatchNorm statistics of these pictures: plain means over batches."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    model.train()
-    for images, _ in batches:
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.eval()
+    return largest_within(most, macs, pruned)
 
 
 def cut(member: Member, model: nn.Module, most: float, data: Data) -> nn.Module:
     """The member before this one, pruned."""
     batches = few(data, member.seed)
     if member.arm == "torch_pruning":
-        return adapted(by_torch_pruning(model, most), batches)
+        return adapted(by_torch_pruning(model, most), (images for images, _ in batches))
     prune(
         model, normalised(data.images[:2]), "catro", budget={"macs": int(most)}, max_ratio=0.95,
         train_loader=batches, initializer={"refit": {"num_samples": FEW}},
@@ -156,7 +132,6 @@ def trained(member: Member, data: Data, load: Callable[[Member], nn.Module]) -> 
     else:
         before = member.before
         model = cut(member, copy.deepcopy(dense) if before is None else load(before), member.budget * whole, data)
-    after_cut = accuracy(model, data.held, data.held_labels)
     cutting = time.process_time() - started
     controller: Any = None
     model = model.to(memory_format=torch.channels_last)
@@ -167,37 +142,15 @@ def trained(member: Member, data: Data, load: Callable[[Member], nn.Module]) -> 
             model, {"compression": [RECIPE]}, example_inputs=example, teacher=teacher
         )
     optimizer = torch.optim.AdamW(model.parameters(), member.lr, weight_decay=DECAY)
-    if controller is not None:
-        controller.attach(optimizer=optimizer)
-    batches = len(data.labels) // BATCH
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, member.epochs * batches)
-    generator = torch.Generator().manual_seed(member.seed)
-    curve, seconds = [after_cut], []
-    for epoch in range(member.epochs):
-        started = time.process_time()
-        model.train()
-        if controller is not None:
-            controller.scheduler.epoch_step(epoch)
-        for part in torch.randperm(len(data.labels), generator=generator).split(BATCH)[:batches]:
-            images = resized_crop_and_flip(normalised(data.images[part]), generator)
-            with torch.autocast("cpu", torch.bfloat16):
-                scores = model(images.to(memory_format=torch.channels_last))
-            loss = nn.functional.cross_entropy(scores.float(), data.labels[part])
-            if controller is not None:
-                loss = loss + controller.loss()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        seconds.append(time.process_time() - started)
-        curve.append(accuracy(model, data.held, data.held_labels))
-        print(f"  {member.key}: epoch {epoch + 1} held out {curve[-1]:.2f} {seconds[-1]:.0f} s of CPU", flush=True)
+    curve, seconds = fine_tuned(
+        model, data, controller, optimizer, epochs=member.epochs, batch=BATCH, seed=member.seed, name=member.key
+    )
     if controller is not None:
         model = controller.strip()
     return model, {
         "key": member.key, "member": dataclasses.asdict(member), "test": accuracy(model, *data.test()),
         "curve": curve, "macs": macs(model), "macs_dense": whole, "params": sum(p.numel() for p in model.parameters()),
-        "cpu_seconds_of_cut": cutting, "cpu_seconds_per_epoch": statistics.median(seconds or [0.0]),
+        "cpu_seconds_of_cut": cutting, "cpu_seconds_per_epoch": statistics.median(seconds),
         "threads": torch.get_num_threads(), "commit": commit(),
     }  # fmt: skip
 

@@ -129,6 +129,13 @@ class Data:
         return [(normalised(self.images[part]), indices[self.labels[part]]) for part in order.split(50)]
 
 
+def of_ten_classes(folder: Path, width: str) -> dict[str, Tensor]:
+    """Trained weights with the ten classes' outputs only."""
+    tensors = load_file(folder / f"mobilenet_v1_{width}_224_imagenet.safetensors")
+    indices = torch.tensor(list(CLASSES.values()))
+    return {name: t[indices] if name.startswith("conv_preds") else t for name, t in tensors.items()}
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Percent right among the ten classes."""
@@ -140,6 +147,51 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
             scores = scores[:, list(CLASSES.values())]
         right += int((scores.argmax(1) == expected).sum())
     return 100 * right / len(labels)
+
+
+def fine_tuned(
+    model: nn.Module,
+    data: Data,
+    controller: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int,
+    batch: int,
+    seed: int,
+    name: str,
+) -> tuple[list[float], list[float]]:
+    """Trains in place, the learning rate on a cosine to 0 by step.
+
+    :param controller: of the network, or None.
+    :param name: what to call it in the lines that are printed.
+    :return: percent right of the held-out pictures, before and after every epoch, and seconds of CPU an epoch.
+    """
+    if controller is not None:
+        controller.attach(optimizer=optimizer)
+    batches = len(data.labels) // batch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    generator = torch.Generator().manual_seed(seed)
+    curve, seconds = [accuracy(model, data.held, data.held_labels)], []
+    for epoch in range(epochs):
+        started = time.process_time()
+        model.train()
+        if controller is not None:
+            controller.scheduler.epoch_step(epoch)
+        for part in torch.randperm(len(data.labels), generator=generator).split(batch)[:batches]:
+            images = resized_crop_and_flip(normalised(data.images[part]), generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                scores = model(images.to(memory_format=torch.channels_last))
+            loss = nn.functional.cross_entropy(scores.float(), data.labels[part])
+            if controller is not None:
+                loss = loss + controller.loss()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        seconds.append(time.process_time() - started)
+        curve.append(accuracy(model, data.held, data.held_labels))
+        print(f"  {name}: epoch {epoch + 1} held out {curve[-1]:.2f} {seconds[-1]:.0f} s of CPU", flush=True)
+    return curve, seconds
 
 
 def trained(trial: Trial, data: Data, threads: int) -> dict[str, Any]:
@@ -170,27 +222,9 @@ def trained(trial: Trial, data: Data, threads: int) -> dict[str, Any]:
         classifier.out_channels = len(indices)
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), trial.lr, 0.9, weight_decay=trial.weight_decay, nesterov=True)
-    controller.attach(optimizer=optimizer)
-    batches = len(data.labels) // BATCH
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, trial.epochs * batches)
-    generator = torch.Generator().manual_seed(trial.seed)
-    curve, seconds = [accuracy(model, data.held, data.held_labels)], []
-    for epoch in range(trial.epochs):
-        started = time.process_time()
-        model.train()
-        controller.scheduler.epoch_step(epoch)
-        for part in torch.randperm(len(data.labels), generator=generator).split(BATCH)[:batches]:
-            images = resized_crop_and_flip(normalised(data.images[part]), generator)
-            with torch.autocast("cpu", torch.bfloat16):
-                scores = model(images.to(memory_format=torch.channels_last))
-            loss = nn.functional.cross_entropy(scores.float(), data.labels[part]) + controller.loss()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        seconds.append(time.process_time() - started)
-        curve.append(accuracy(model, data.held, data.held_labels))
-        print(f"  {trial.key}: epoch {epoch + 1} held out {curve[-1]:.2f} {seconds[-1]:.0f} s of CPU", flush=True)
+    curve, seconds = fine_tuned(
+        model, data, controller, optimizer, epochs=trial.epochs, batch=BATCH, seed=trial.seed, name=trial.key
+    )
     model = controller.strip()
     macs = analyse(model, example, trial=False).macs
     return {
@@ -227,11 +261,8 @@ def weights(
 ) -> None:
     """Writes the trained weights with the ten classes' outputs only, in the order of the picture folders."""
     output.mkdir(parents=True, exist_ok=True)
-    indices = torch.tensor(list(CLASSES.values()))
     for width in ("075", "025"):
-        tensors = load_file(data / f"mobilenet_v1_{width}_224_imagenet.safetensors")
-        cut = {name: t[indices] if name.startswith("conv_preds") else t for name, t in tensors.items()}
-        save_file(cut, output / f"mobilenet_v1_{width}_imagenette.safetensors")
+        save_file(of_ten_classes(data, width), output / f"mobilenet_v1_{width}_imagenette.safetensors")
 
 
 @app.command()

@@ -32,7 +32,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from catro_cifar import INNER, accuracy, adapted
+from catro_cifar import INNER, accuracy, adapted, largest_within
 from cifar_packs import TEST, TRAIN, normalised, read_packs
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -226,11 +226,7 @@ def peer(data: Data, trial: Trial) -> nn.Module:
         model.zero_grad()
         return model
 
-    low, high = 0.0, 0.9
-    for _ in range(8):
-        middle = (low + high) / 2
-        low, high = (low, middle) if macs(pruned(middle)) <= most else (middle, high)
-    return pruned(high)
+    return largest_within(most, macs, pruned)
 
 
 def pruned_network(data: Data, trial: Trial) -> nn.Module:
@@ -245,7 +241,7 @@ def pruned_network(data: Data, trial: Trial) -> nn.Module:
             model, normalised(data.images[:2]), budget={"macs": trial.budget}, round_to=trial.round_to,
             target_scopes=INNER if trial.scope == "inner" else None, allocation=trial.allocation, **labelled, **options,
         )  # fmt: skip
-    return adapted(model, normalised(data.images[:ADAPTATION_IMAGES]))
+    return adapted(model, normalised(data.images[:ADAPTATION_IMAGES]).split(500))
 
 
 def widths(model: nn.Module) -> list[int]:

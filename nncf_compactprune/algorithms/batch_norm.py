@@ -11,7 +11,7 @@ import torch
 from nncf.common.logging import nncf_logger
 
 from nncf_compactprune.algorithms.base import Context
-from nncf_compactprune.errors import DataError
+from nncf_compactprune.errors import DataError, first_line
 from nncf_compactprune.host.calls import call_model, count_of, evaluating
 from nncf_compactprune.host.distributed import averaged, process_count
 from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
@@ -60,10 +60,9 @@ def check_batch(context: Context) -> None:
             for batch in itertools.islice(context.batches(), 1):
                 call_model(context.model, batch)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         msg = (
             f"train_loader: {type(context.model).__name__} does not run on its first batch: {type(error).__name__}: "
-            f"{first} Batches are (inputs, labels), or dicts of what the network is called with and labels."
+            f"{first_line(error)} Batches are (inputs, labels), or dicts of what the network is called with and labels."
         )
         raise DataError(msg) from error
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from nncf_compactprune.errors import first_line
 from nncf_compactprune.host.tensors import named_modules, own_tensors, share_hooks
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -101,8 +102,8 @@ def _recorded(block: nn.Module) -> fx.Graph:
             graph = _OwnForward().trace(block)
             steps.append(str(graph))
     except Exception as error:
-        said = str(error).strip().splitlines()
-        msg = f"the code of {type(block).__name__} cannot be recorded ({said[0] if said else type(error).__name__})"
+        said = first_line(error) or type(error).__name__
+        msg = f"the code of {type(block).__name__} cannot be recorded ({said})"
         raise NoBranchError(msg) from error
     finally:
         block.training = before

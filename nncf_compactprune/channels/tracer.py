@@ -18,7 +18,7 @@ from nncf_compactprune.channels.labels import DimLabels, LabelArray, LabelSpace,
 from nncf_compactprune.channels.running_code import Number, numbers_in_code, user_location
 from nncf_compactprune.channels.shapes import ShapesOnly, ValuesNeeded
 from nncf_compactprune.channels.terms import HEAD_COUNTS, HEAD_PRODUCTS, HEAD_WIDTHS, AttributeTerm, MacTerm
-from nncf_compactprune.errors import TraceError
+from nncf_compactprune.errors import TraceError, first_line
 from nncf_compactprune.host.calls import call_model, count_of, evaluating
 from nncf_compactprune.host.marks import Writes
 from nncf_compactprune.host.nncf_quantization import carries_quantizers
@@ -218,7 +218,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
             where = f" in module '{self.module}'" if self.module else ""
             msg = (
                 f"{type(self.model).__name__} does not run on the example input of shape {shapes}{where}: "
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}. "
+                f"{type(error).__name__}: {first_line(error)}. "
                 "Pass example inputs of the shape and dtype that the model is trained on."
             )
             raise TraceError(msg) from error

@@ -31,7 +31,7 @@ from nncf_compactprune.cut.self_check import in_double, prune_in_place, to_doubl
 from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import for_a_while
 from nncf_compactprune.cut.trials import check_inputs
-from nncf_compactprune.errors import FixedAttributeError, SelfCheckError, TraceError
+from nncf_compactprune.errors import FixedAttributeError, SelfCheckError, TraceError, first_line
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.host.torch_internals import TorchDispatchMode, tensors_of, tree_map
@@ -387,8 +387,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def note_failure(self, error: Exception) -> None:
         """The run ended early at the operation after the last one."""
         if self.found is None:
-            lines = str(error).strip().splitlines()
-            what = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            what = f"{type(error).__name__}: {first_line(error)}"
             self.found = (min(self._at, len(self._records) - 1), what)
 
     def _compare(self, func: Any, tensors: Sequence[Tensor]) -> None:

@@ -19,7 +19,7 @@ from nncf_compactprune.cut.masked_model import masked
 from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import Transaction, for_a_while, transaction
 from nncf_compactprune.cut.trials import Trial, trials
-from nncf_compactprune.errors import SelfCheckError
+from nncf_compactprune.errors import SelfCheckError, first_line
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.marks import written_arguments
 from nncf_compactprune.host.tensors import model_tensors
@@ -226,10 +226,9 @@ def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
             output = call_model(model, example_inputs)
             return [tensor.clone() for tensor in tensors_of(output) if tensor.is_floating_point()]
     except Exception as error:
-        first = str(error).strip().splitlines()
         msg = (
             f"self-check: {type(model).__name__} does not run {when}: {type(error).__name__}: "
-            f"{first[0] if first else ''}. The model was restored."
+            f"{first_line(error)}. The model was restored."
         )
         raise SelfCheckError(msg) from error
 

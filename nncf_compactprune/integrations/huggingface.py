@@ -154,15 +154,14 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
                 "without resume_from_checkpoint. Give it the same folder: the plan is replayed before the weights."
             )
             raise CompactPruneError(msg)
-        if args.torch_compile and not all(algorithm.settled for algorithm in self.controller.algorithms):
+        changes = not all(algorithm.settled for algorithm in self.controller.algorithms)
+        if changes and args.torch_compile:
             msg = (
                 "CompressionCallback: torch_compile does not see masks, nor a model that shrinks later. "
                 'Use "schedule": "one_shot", which prunes before the Trainer compiles.'
             )
             raise CompactPruneError(msg)
-        if any(getattr(args, name, None) for name in CHECKPOINTING) and not all(
-            algorithm.settled for algorithm in self.controller.algorithms
-        ):
+        if changes and any(getattr(args, name, None) for name in CHECKPOINTING):
             msg = (
                 "CompressionCallback: gradient checkpointing runs layers again without their masks, so gradients would "
                 'be wrong. Use "schedule": "one_shot", or train without it.'

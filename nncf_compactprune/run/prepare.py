@@ -14,7 +14,7 @@ from nncf_compactprune.accuracy_aware.checkpoints import PREFIX
 from nncf_compactprune.algorithms import ChannelPruningConfig
 from nncf_compactprune.config import InputInfo
 from nncf_compactprune.decide.labelled import class_scores
-from nncf_compactprune.errors import ConfigError, Problem, ResolveError
+from nncf_compactprune.errors import ConfigError, Problem, ResolveError, first_line
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.run.datasets import ResolvedDataset, resolve_dataset
@@ -232,8 +232,8 @@ def training_device(asked: str, source: str) -> torch.device:
         device = torch.device(asked)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        message = f'no such device here: {first} Write "auto", "cpu", or a device that PyTorch finds.'
+        said = first_line(error) or type(error).__name__
+        message = f'no such device here: {said} Write "auto", "cpu", or a device that PyTorch finds.'
         raise ConfigError(source, [Problem("device", message)]) from error
     return device
 

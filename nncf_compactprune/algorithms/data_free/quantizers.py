@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
 from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
-from nncf_compactprune.errors import DataFreeError
+from nncf_compactprune.errors import DataFreeError, first_line
 from nncf_compactprune.host.nncf_hooks import Hook, hook_input, hook_output
 from nncf_compactprune.host.nncf_quantization import quantizer_places
 from nncf_compactprune.host.tensors import named_modules
@@ -153,6 +153,6 @@ def _placed_by_nncf(model: nn.Module, inputs: LayerInputs, target_device: str, i
     try:
         return quantizer_places(model, batches, target_device=target_device, ignored=ignored)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        msg = f"NNCF cannot place quantizers on {type(model).__name__}: {type(error).__name__}: {first}"
+        what = f"{type(error).__name__}: {first_line(error)}"
+        msg = f"NNCF cannot place quantizers on {type(model).__name__}: {what}"
         raise DataFreeError(msg) from error

@@ -21,7 +21,7 @@ from nncf_compactprune.algorithms.quantization.options import quantize_options
 from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.decide.scopes import ScopeRules, operations_out_of_scope
-from nncf_compactprune.errors import QuantizationError
+from nncf_compactprune.errors import QuantizationError, first_line
 from nncf_compactprune.host.calls import count_of, evaluating, rows_of
 from nncf_compactprune.host.nncf_hooks import hooks, remove_hooks
 from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
@@ -146,8 +146,8 @@ class Quantization(CompressionAlgorithm):
                 with evaluating(network, changes=True):
                     quantize_in_place(network, nncf.Dataset(samples), **options)
             except Exception as error:
-                first = (str(error).strip().splitlines() or [""])[0]
-                msg = f"'{self.name}': NNCF cannot quantize {type(model).__name__}: {type(error).__name__}: {first}"
+                what = f"{type(error).__name__}: {first_line(error)}"
+                msg = f"'{self.name}': NNCF cannot quantize {type(model).__name__}: {what}"
                 raise QuantizationError(msg) from error
             if not self.config.quantize_inputs:
                 remove_hooks(network, behind_inputs(network).__contains__)
