@@ -16,7 +16,6 @@ from nncf.common.logging import nncf_logger
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from nncf_compactprune.algorithms import ChannelPruning, CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.latency import LatencyResult
@@ -28,6 +27,7 @@ from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.export.formats import format_of
 from nncf_compactprune.host.calls import rows_of
 from nncf_compactprune.host.distributed import refuse_wrapped
+from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
@@ -177,12 +177,13 @@ class CompressionController:
         finally:
             context.optimizer, context.ema = left
 
-    def attach(self, *, optimizer: Optimizer | None = None, ema: nn.Module | None = None) -> None:
+    def attach(self, *, optimizer: Optimizers | None = None, ema: nn.Module | None = None) -> None:
         """Lets the model shrink *while training*: as soon as the schedule reaches its target the channels are cut, the
         optimizer's state and the EMA copy along with them, and the remaining epochs are really cheaper. With
         ``shrink_every`` they are cut on the way, too. Without an optimizer the masks stay on until :meth:`strip`.
 
-        :param optimizer: holds the model's parameters; its references stay valid.
+        :param optimizer: holds the model's parameters, or several that share them out (Muon for matrices beside
+            AdamW). Their references stay valid. They replace what was attached before.
         :param ema: a shadow copy (timm's ``ModelEma*``, ``torch.optim.swa_utils.AveragedModel``, or a plain copy).
         """
         self._context.optimizer = optimizer if optimizer is not None else self._context.optimizer
@@ -438,7 +439,7 @@ def prune(
     ignored_scopes: Sequence[str] = (),
     target_scopes: Sequence[str] | None = None,
     initializer: Mapping[str, Any] | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     ema: nn.Module | None = None,
     plugins: Plugins | None = None,
     **params: Any,
@@ -459,7 +460,7 @@ def prune(
     :param target_scopes: what alone may be pruned; default: everything.
     :param initializer: what happens right after the cut, as in a configuration: ``{"refit": {}}`` re-fits the layers
         around it to the dense ones.
-    :param optimizer: its state is cut along.
+    :param optimizer: one or several, whose state is cut along.
     :param ema: a shadow copy of the model; it is cut along.
     :param plugins: where algorithms, criteria and rules come from; the installed plugins by default.
     :param params: the algorithm's ``params`` (``round_to``, ``allocation``, ...).

@@ -149,6 +149,18 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
+def shortened(names: Sequence[str]) -> str:
+    """The first five names in quotation marks, and how many more.
+
+    :param names: of layers or parameters.
+
+    >>> shortened(["conv1", "conv2"])
+    "'conv1', 'conv2'"
+    """
+    shown = ", ".join(f"'{name}'" for name in names[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns ``" Did you mean 'x'?"`` for the closest known name, or an empty string.
 

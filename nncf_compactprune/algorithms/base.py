@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.host.calls import is_image_list
+from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plugins import Plugins
 
@@ -56,7 +56,7 @@ class Context:
     :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
     :param plugins: installed criteria, rules, facts.
     :param train_loader: batches of ``(inputs, targets)`` or of keyword dicts, or None.
-    :param optimizer: whose state follows when the model shrinks while training, or None.
+    :param optimizer: one or several, whose state follows when the model shrinks while training, or None.
     :param ema: a shadow copy that follows too, or None.
     :param teacher: what to distil from, or None: the model itself as it came.
     :param hold_masks: channels stay masked until the end, even where the schedule or an optimizer would let them be
@@ -69,7 +69,7 @@ class Context:
     example_inputs: Any
     plugins: Plugins
     train_loader: Iterable[Any] | None = None
-    optimizer: Optimizer | None = None
+    optimizer: Optimizers | None = None
     ema: nn.Module | None = None
     teacher: nn.Module | None = None
     hold_masks: bool = False

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from nncf_compactprune.cut.inside import Inside, Probe
 from nncf_compactprune.cut.masked_model import masked
 from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import Transaction, for_a_while, transaction
 from nncf_compactprune.cut.trials import Trial, trials
-from nncf_compactprune.errors import SelfCheckError, first_line
+from nncf_compactprune.errors import SelfCheckError, first_line, shortened
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.marks import written_arguments
+from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.host.tensors import model_tensors
 from nncf_compactprune.host.torch_internals import TorchDispatchMode, tensors_of, tree_map
 from nncf_compactprune.plan import PruningPlan
@@ -73,7 +73,7 @@ def prune_in_place(
     plan: PruningPlan,
     example_inputs: Any,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     ema: nn.Module | None = None,
     plugins: Plugins | None = None,
     self_check: bool = True,
@@ -89,7 +89,7 @@ def prune_in_place(
     :param plan: what stays.
     :param example_inputs: what both are run on, in eval mode: its first two examples, at less resolution where that is
         large and the model takes it (see :func:`~nncf_compactprune.cut.trials.trials`).
-    :param optimizer: its per-parameter state is cut alike.
+    :param optimizer: one or several, whose per-parameter state is cut alike.
     :param ema: a module with the same parameter names, or a holder with a ``module`` attribute; cut alike.
     :param plugins: where facts of modules come from; the installed plugins by default.
     :param self_check: whether both models are run and compared.
@@ -140,12 +140,6 @@ def _proven(log: Transaction, model: nn.Module, plan: PruningPlan, probe: Probe,
 
 def _agree(error: float, inside: Inside) -> bool:
     return error <= SELF_CHECK_TOLERANCE and inside.error <= PROBE_TOLERANCE
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first names, and how many more."""
-    shown = ", ".join(f"'{name}'" for name in names[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
 def _compared(

@@ -6,25 +6,21 @@ state of a parameter's shape is cut by the same plan.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from nncf_compactprune.channels.branches import Branch, NoBranchError, shortcut
 from nncf_compactprune.channels.facts import facts_for
+from nncf_compactprune.cut.optimizers import cut_optimizers
 from nncf_compactprune.cut.transaction import Transaction, transaction
 from nncf_compactprune.errors import FixedAttributeError, PlanError
 from nncf_compactprune.host.marks import memos
-from nncf_compactprune.host.tensors import children, copy_in, model_tensors, named_modules, own_tensors
+from nncf_compactprune.host.optimizers import Optimizers
+from nncf_compactprune.host.tensors import children, copy_in, model_tensors, named_modules, own_tensors, select
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
-
-logger = logging.getLogger("nncf")
-
 
 PLAN_ATTRIBUTE = "compactprune_plan"
 
@@ -48,7 +44,7 @@ def apply_plan(
     model: nn.Module,
     plan: PruningPlan,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     ema: nn.Module | None = None,
     plugins: Plugins | None = None,
 ) -> None:
@@ -58,7 +54,8 @@ def apply_plan(
 
     :param model: any module of the architecture that the plan was made for.
     :param plan: what stays.
-    :param optimizer: its per-parameter state (momentum, moments) is cut alike; state of another shape is reset.
+    :param optimizer: one or several, whose per-parameter state (momentum, moments) is cut alike; state of another
+        shape starts anew.
     :param ema: a module with the same parameter names, or a holder with a ``module`` attribute; cut alike.
     :param plugins: where facts of modules come from; the installed plugins by default.
     :raises PlanError: the plan does not fit; the model is as before.
@@ -75,7 +72,7 @@ def cut(
     model: nn.Module,
     plan: PruningPlan,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     ema: nn.Module | None = None,
     plugins: Plugins | None = None,
 ) -> None:
@@ -94,7 +91,7 @@ def cut(
     if shadow is not None:
         plan.validate(shadow)
     if optimizer is not None:
-        _cut_optimizer(log, model, plan, optimizer)
+        cut_optimizers(log, model_tensors(model).parameters, plan, optimizer)
     for module in (model, *(() if shadow is None else (shadow,))):
         _cut_module(log, module, plan, plugins or default_plugins())
         earlier = plan_of(module)
@@ -199,39 +196,3 @@ def _own_shapes(module: nn.Module, dims: Mapping[int, Mapping[int, tuple[int, ..
         name: tuple(len(kept[d]) if d in kept else n for d, n in enumerate(shape))
         for name, (shape, kept) in own.items()
     }
-
-
-def select(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
-    """The kept part of a tensor, in the same memory format.
-
-    :param data: a tensor of any shape.
-    :param dims: kept positions by dimension; all of a dimension that is not named.
-    """
-    channels_last = (
-        data.dim() == 4 and not data.is_contiguous() and data.is_contiguous(memory_format=torch.channels_last)
-    )
-    for dim, positions in dims.items():
-        data = data.index_select(dim, positions.to(data.device))
-    return data.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def _cut_optimizer(log: Transaction, model: nn.Module, plan: PruningPlan, optimizer: Optimizer) -> None:
-    parameters = model_tensors(model).parameters
-    gone = {id(parameter) for name, parameter in parameters.items() if plan.goes(name)}
-    for group in optimizer.param_groups if gone else ():
-        log.set_item(group, "params", [parameter for parameter in group["params"] if id(parameter) not in gone])
-    for name, parameter in parameters.items():
-        if id(parameter) in gone and parameter in optimizer.state:
-            log.delete_item(optimizer.state, parameter)
-        if name not in plan.kept or parameter not in optimizer.state:
-            continue
-        state = optimizer.state[parameter]
-        for key, value in list(state.items()):
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                continue
-            if value.shape == parameter.shape:
-                log.set_item(state, key, select(value, plan.selection(name)))
-            else:
-                logger.warning("Optimizer state '%s' of '%s' has a shape of its own; it starts anew.", key, name)
-                log.delete_item(optimizer.state, parameter)
-                break

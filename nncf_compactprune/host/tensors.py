@@ -7,7 +7,7 @@ hundred modules that alone would cost as much as the analysis.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -148,6 +148,20 @@ def carries_channels(tensor: Tensor) -> bool:
         and not isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
         and tensor.dim() > 0
     )
+
+
+def select(data: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    """The kept part of a tensor, in the same memory format.
+
+    :param data: a tensor of any shape.
+    :param dims: kept positions by dimension; all of a dimension that is not named.
+    """
+    channels_last = (
+        data.dim() == 4 and not data.is_contiguous() and data.is_contiguous(memory_format=torch.channels_last)
+    )
+    for dim, positions in dims.items():
+        data = data.index_select(dim, positions.to(data.device))
+    return data.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @functools.cache

@@ -8,7 +8,7 @@
     trainer.fit(module, loader, ckpt_path=last)
 
 When the model shrinks: with ``"one_shot"`` as the callback is made, before the optimizer exists. With a schedule on one
-device and with one optimizer, at the epoch that reaches the budget. Otherwise at the end of training; until then the
+device, at the epoch that reaches the budget. Otherwise at the end of training; until then the
 channels are masked.
 """
 
@@ -87,7 +87,7 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
             raise CompactPruneError(msg)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Checks what it was given, and lets the optimizer follow where one device trains with one optimizer."""
+        """Checks what it was given, and lets the optimizers follow where one device trains."""
         if not any(module is self._model for module in pl_module.modules()):
             msg = "CompressionCallback: its model is no part of the LightningModule. Give it one that is."
             raise CompactPruneError(msg)
@@ -95,8 +95,8 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
             self._refuse_unfit(trainer, pl_module)
         if trainer.world_size > 1:
             refuse_to_shrink_on_the_way(self.controller, "CompressionCallback: Lightning's strategy")
-        if trainer.world_size == 1 and len(trainer.optimizers) == 1:
-            self.controller.attach(optimizer=trainer.optimizers[0])
+        if trainer.world_size == 1 and trainer.optimizers:
+            self.controller.attach(optimizer=trainer.optimizers)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begins an epoch of the schedule; the model may shrink here."""

@@ -32,6 +32,7 @@ from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host import nncf2
 from nncf_compactprune.host.nncf_versions import LEGACY_TRACING, traces_by_patching
+from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.plugins import default_plugins
 
 __all__ = ["CompactPruneController", "install"]
@@ -149,7 +150,7 @@ class CompactPruneController(nncf2.PTCompressionAlgorithmController):  # type: i
     def scheduler(self) -> _Scheduler:
         return self._scheduler
 
-    def attach(self, *, optimizer: torch.optim.Optimizer | None = None, ema: nn.Module | None = None) -> None:
+    def attach(self, *, optimizer: Optimizers | None = None, ema: nn.Module | None = None) -> None:
         """Lets the network shrink while it trains; see :meth:`CompressionController.attach`.
 
         :param optimizer: holds the model's parameters.

@@ -81,6 +81,88 @@ def test_approximate_channels_are_cut_by_consent_and_checked():
     assert model.features[2].num_channels < 16
 
 
+def _step(model, *optimizers):
+    for one in optimizers:
+        one.zero_grad()
+    model(images(torch.float32)).square().mean().backward()
+    for one in optimizers:
+        one.step()
+
+
+def test_several_optimizers_follow():
+    model, x = model32(), images(torch.float32)
+    convs = [p for p in model.parameters() if p.dim() == 4]
+    others = [p for p in model.parameters() if p.dim() != 4]
+    optimizers = [torch.optim.SGD(convs, lr=0.01, momentum=0.9), torch.optim.AdamW(others, lr=0.01)]
+    _step(model, *optimizers)
+    prune_in_place(model, random_plan(model, x), x, optimizer=optimizers)
+    assert all(optimizers[0].state[p]["momentum_buffer"].shape == p.shape for p in convs)
+    assert all(optimizers[1].state[p]["exp_avg"].shape == p.shape for p in others)
+    _step(model, *optimizers)
+
+
+class _Lookahead(torch.optim.Optimizer):
+    """As timm's: slow weights in the state of the optimizer that it steps."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self._base_optimizer, self.param_groups = base, base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self._base_optimizer.step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self._base_optimizer.state[p]
+                slow = state.setdefault("slow", p.clone())
+                p.copy_(slow.lerp_(p, 0.5))
+
+
+class _Factored(torch.optim.SGD):
+    """With lists of matrices in its state, as preconditioners have."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            factors = self.state[p].setdefault("factors", [torch.eye(n) for n in p.shape])
+            assert [len(f) for f in factors] == list(p.shape)
+        return super().step(closure)
+
+
+def test_optimizers_that_step_another_one_follow():
+    model, x = model32(), images(torch.float32)
+    optimizer = _Lookahead(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    _step(model, optimizer)
+    prune_in_place(model, random_plan(model, x), x, optimizer=optimizer)
+    _step(model, optimizer)
+
+
+def test_state_of_other_shapes_in_lists_starts_anew_told_once(caplog):
+    model, x = model32(), images(torch.float32)
+    optimizer = _Factored(model.parameters(), lr=0.01)
+    _step(model, optimizer)
+    prune_in_place(model, random_plan(model, x), x, optimizer=optimizer)
+    assert len([r for r in caplog.records if "starts anew" in r.message]) == 1
+    _step(model, optimizer)
+
+
+def test_the_history_of_lbfgs_starts_anew():
+    model, x = model32(), images(torch.float32)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    prune_in_place(model, random_plan(model, x), x, optimizer=optimizer)
+    before = float(closure().detach())
+    optimizer.step(closure)
+    assert float(closure().detach()) < before
+
+
 def test_identity_is_kept_and_optimizer_and_ema_follow():
     model, x = trained("residual", dtype=torch.float32), images(torch.float32)
     ema = copy.deepcopy(model)

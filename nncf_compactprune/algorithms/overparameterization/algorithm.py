@@ -16,6 +16,7 @@ instead of their sum over layers.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -44,6 +45,7 @@ from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.decide.scopes import operations_by_parameter
 from nncf_compactprune.errors import CompactPruneError, DistillationError
+from nncf_compactprune.host.optimizers import as_sequence, held, holder
 from nncf_compactprune.host.tensors import copy_in
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
@@ -68,8 +70,8 @@ class LinearOverparameterization(CompressionAlgorithm):
         self._candidates = 0
         self._weights: Reparameterization | None = None
         self._distillation: Distillation | None = None
-        self._groups: FactorGroups | None = None
-        self._orthogonal: OrthogonalSteps | None = None
+        self._groups: list[FactorGroups] = []
+        self._orthogonal: list[OrthogonalSteps] = []
         self._advised = False
         self._first_epoch: int | None = None
         self._factor = 1.0
@@ -166,8 +168,9 @@ class LinearOverparameterization(CompressionAlgorithm):
         figures: dict[str, Any] = {}
         if self._weights is not None:
             figures["layers expanded"] = f"{len(self._layers)} of {self._candidates}"
-        if self._orthogonal is not None:
-            figures["orthogonal steps"] = f"{len(self._layers)} of {self._candidates} layers"
+        if self._orthogonal:
+            turned = sum(steps.layers for steps in self._orthogonal)
+            figures["orthogonal steps"] = f"{turned} of {self._candidates} layers"
         if self._weights is not None:
             figures[self.config.params.form] = (
                 f"{sum(factor.numel() for _, factor in self._weights.factors):,} parameters"
@@ -242,53 +245,55 @@ class LinearOverparameterization(CompressionAlgorithm):
 
     def _advise_on_optimizer(self) -> None:
         """Once, when training goes on without the steps that were asked for."""
-        if not self._active or self._advised or self.config.params.form != "orthogonal" or self._orthogonal is not None:
+        if not self._active or self._advised or self.config.params.form != "orthogonal" or self._orthogonal:
             return
         self._advised = True
-        optimizer = self.context.optimizer
-        cause = "no optimizer was attached" if optimizer is None else f"{type(optimizer).__name__} is no SGD"
+        attached = as_sequence(self.context.optimizer)
+        kinds = " and ".join(type(optimizer).__name__ for optimizer in attached)
+        cause = f"{kinds} {'is' if len(attached) == 1 else 'are'} no SGD" if attached else "no optimizer was attached"
         nncf_logger.warning(
             f"{self.name}: weights train by the optimizer's own steps, as {cause}. For orthogonal steps call "
             'ctrl.attach(optimizer=...) with a torch.optim.SGD; with another optimizer set params.form to "none".'
         )
 
     def _adopt_optimizer(self) -> None:
-        optimizer = self.context.optimizer
-        if optimizer is None:
+        attached = as_sequence(self.context.optimizer)
+        if not attached:
             return
         if self.config.params.form == "orthogonal" and self._active:
-            self._step_orthogonally(optimizer)
-        if self._weights is None:
-            return
-        if self._groups is not None and self._groups.optimizer is optimizer:
+            self._step_orthogonally(attached)
+        if self._weights is None or any(groups.optimizer in attached for groups in self._groups):
             return
         parameters = dict(self.context.model.named_parameters())
-        pairs = [(parameters[name], factor) for name, factor in self._weights.factors]
-        self._groups = FactorGroups(optimizer, pairs, own_decay=self.config.params.weight_decay is not None)
+        pairs: dict[Optimizer, list[tuple[nn.Parameter, nn.Parameter]]] = defaultdict(list)
+        for name, factor in self._weights.factors:
+            weight = parameters[name]
+            pairs[holder(attached, factor) or holder(attached, weight) or attached[0]].append((weight, factor))
+        own_decay = self.config.params.weight_decay is not None
+        self._groups = [FactorGroups(optimizer, part, own_decay=own_decay) for optimizer, part in pairs.items()]
 
-    def _step_orthogonally(self, optimizer: Optimizer) -> None:
-        if self._orthogonal is not None:
-            if self._orthogonal.optimizer is optimizer:
-                return
-            self._orthogonal.remove()
-            self._orthogonal = None
-        if not OrthogonalSteps.fit(optimizer):
+    def _step_orthogonally(self, attached: Sequence[Optimizer]) -> None:
+        if any(steps.optimizer in attached for steps in self._orthogonal):
             return
+        for steps in self._orthogonal:
+            steps.remove()
         parameters = dict(self.context.model.named_parameters())
-        weights = {parameters[w]: Geometry.of(self.context.model.get_submodule(n)) for w, n in self._layers.items()}
-        self._orthogonal = OrthogonalSteps(optimizer, weights, self.config.params.step_size)
+        geometries = {parameters[w]: Geometry.of(self.context.model.get_submodule(n)) for w, n in self._layers.items()}
+        self._orthogonal = []
+        for optimizer in filter(OrthogonalSteps.fit, attached):
+            weights = {weight: geometry for weight, geometry in geometries.items() if id(weight) in held(optimizer)}
+            self._orthogonal.append(OrthogonalSteps(optimizer, weights, self.config.params.step_size))
 
     def _end(self, *, keep_training: bool) -> None:
         """Takes everything off, at the end or after a failed start."""
         if self._distillation is not None:
             self._distillation.remove()
             self._distillation = None
-        if self._groups is not None:
-            self._groups.release(anew=keep_training)
-            self._groups = None
-        if self._orthogonal is not None:
-            self._orthogonal.remove()
-            self._orthogonal = None
+        for groups in self._groups:
+            groups.release(anew=keep_training)
+        for steps in self._orthogonal:
+            steps.remove()
+        self._groups, self._orthogonal = [], []
         if self._weights is not None:
             self._weights.remove(keep_training=keep_training)
             self._weights = None

@@ -8,8 +8,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from nncf_compactprune.errors import CompactPruneError
-
 Pairs = Iterable[tuple[nn.Parameter, nn.Parameter]]
 
 
@@ -21,9 +19,8 @@ class FactorGroups:
 
     :param optimizer: holds the weights, or the factors, or both.
     :param pairs: each weight with each of its factors.
-    :param own_decay: the factors must not decay, as the merged weight does: where their group decays, they go into one
-        of their own. This must happen before a learning-rate scheduler is built.
-    :raises CompactPruneError: too late for a group of their own; nothing is changed.
+    :param own_decay: the factors must not decay, as the merged weight does: while the optimizer steps, and only then,
+        they are in a group without decay.
     """
 
     def __init__(self, optimizer: Optimizer, pairs: Pairs, *, own_decay: bool) -> None:
@@ -35,28 +32,27 @@ class FactorGroups:
         self._home: dict[int, dict[str, Any]] = {
             id(factor): held.get(id(factor)) or held.get(id(weight)) or first for weight, factor in self._pairs
         }
-        decaying = [factor for _, factor in self._pairs if own_decay and self._home[id(factor)].get("weight_decay")]
-        if decaying and getattr(optimizer.step, "_wrapped_by_lr_sched", False):
-            msg = (
-                "params.weight_decay: the factors need a group without decay, but the optimizer already has a learning-"
-                "rate scheduler, which allows no new group. Call attach(optimizer=...) before you build the scheduler, "
-                "or set the decay of the factors' group to 0 yourself."
-            )
-            raise CompactPruneError(msg)
-        for factor in decaying:
-            self._move(factor, self._without_decay(self._home[id(factor)]))
-        moved = {id(factor) for factor in decaying}
         for _, factor in self._pairs:
-            if id(factor) not in held and id(factor) not in moved:
+            if id(factor) not in held:
                 self._home[id(factor)]["params"].append(factor)
+        self._apart: list[tuple[dict[str, Any], list[nn.Parameter]]] = []  # groups, and all that is in them at rest
+        self._handles = (
+            [optimizer.register_step_pre_hook(self._part), optimizer.register_step_post_hook(self._join)]
+            if own_decay
+            else []
+        )
 
     def release(self, *, anew: bool = True) -> None:
         """Takes the factors and their state out; a weight that is in no group joins its factors' former group.
 
         :param anew: forget the weights' own state too, as it is from before the factors trained.
         """
+        self._join()
+        for handle in self._handles:
+            handle.remove()
         for weight, factor in self._pairs:
-            self._take_out(factor)
+            for group in self.optimizer.param_groups:
+                group["params"][:] = [p for p in group["params"] if p is not factor]
             self.optimizer.state.pop(factor, None)
             if anew:
                 self.optimizer.state.pop(weight, None)
@@ -66,20 +62,19 @@ class FactorGroups:
                 held.add(id(weight))
                 self._home[id(factor)]["params"].append(weight)
 
-    def _without_decay(self, home: dict[str, Any]) -> dict[str, Any]:
-        """The group with all of ``home``'s options but its decay, made where it does not exist."""
-        for group in self.optimizer.param_groups:
-            if group.get("without_decay_of") == id(home):
-                return group
-        options = {key: value for key, value in home.items() if key != "params"}
-        group = {**options, "params": [], "weight_decay": 0.0, "without_decay_of": id(home)}
-        self.optimizer.param_groups.append(group)
-        return group
+    def _part(self, *_: Any) -> None:
+        self._join()  # a step that failed left them apart
+        factors = {id(factor) for _, factor in self._pairs}
+        for group in list(self.optimizer.param_groups):
+            decaying = [p for p in group["params"] if id(p) in factors] if group.get("weight_decay") else []
+            if decaying:
+                self._apart.append((group, list(group["params"])))
+                group["params"][:] = [p for p in group["params"] if id(p) not in factors]
+                self.optimizer.param_groups.append({**group, "params": decaying, "weight_decay": 0.0})
 
-    def _move(self, factor: nn.Parameter, group: dict[str, Any]) -> None:
-        self._take_out(factor)
-        group["params"].append(factor)
-
-    def _take_out(self, factor: nn.Parameter) -> None:
-        for group in self.optimizer.param_groups:
-            group["params"][:] = [p for p in group["params"] if p is not factor]
+    def _join(self, *_: Any) -> None:
+        if self._apart:
+            del self.optimizer.param_groups[-len(self._apart) :]
+        for group, everything in self._apart:
+            group["params"][:] = everything
+        self._apart = []

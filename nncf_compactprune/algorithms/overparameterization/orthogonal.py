@@ -59,6 +59,11 @@ class OrthogonalSteps:
         self._step_size = step_size
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
+    @property
+    def layers(self) -> int:
+        """How many weights it turns the gradients of."""
+        return len(self._weights)
+
     @staticmethod
     def fit(optimizer: Optimizer) -> bool:
         """Whether an optimizer steps along its gradients. Adam and its like divide by their size, entry by entry."""

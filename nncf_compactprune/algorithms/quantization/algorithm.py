@@ -35,6 +35,7 @@ from nncf_compactprune.host.nncf_quantization import (
     restore_quantizers,
 )
 from nncf_compactprune.host.nncf_sparsity import is_mask
+from nncf_compactprune.host.optimizers import join_first
 from nncf_compactprune.host.tensors import model_tensors
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
@@ -177,13 +178,9 @@ class Quantization(CompressionAlgorithm):
 
     def _tell_optimizer(self) -> None:
         """Ranges are trained like weights: they join the first group of parameters."""
-        optimizer = self.context.optimizer
-        if optimizer is None:
-            return
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for hook in hooks(self.context.model):
-            new = [p for p in hook.module.parameters() if p.requires_grad and id(p) not in known]
-            optimizer.param_groups[0]["params"] += new
+        if self.context.optimizer is not None:
+            ranges = [p for hook in hooks(self.context.model) for p in hook.module.parameters() if p.requires_grad]
+            join_first(self.context.optimizer, ranges)
 
 
 def calibration_samples(context: Context, count: int) -> list[Any]:

@@ -14,6 +14,7 @@ from nncf_compactprune.algorithms.sparsity.config import RBSparsityConfig
 from nncf_compactprune.algorithms.sparsity.schedules import Adaptive
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.host.nncf_sparsity import RBLoss
+from nncf_compactprune.host.optimizers import join_first
 
 
 class RBSparsity(ScheduledSparsity):
@@ -49,12 +50,8 @@ class RBSparsity(ScheduledSparsity):
 
     def attached(self) -> None:
         """An optimizer that was built before there were masks learns them too."""
-        optimizer = self.context.optimizer
-        if optimizer is None or self._sparsity is None:
-            return
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        new = [parameter for parameter in self._sparsity.mask_parameters() if id(parameter) not in known]
-        optimizer.param_groups[0]["params"] += new  # a group of their own would be one that LR schedulers do not know
+        if self.context.optimizer is not None and self._sparsity is not None:
+            join_first(self.context.optimizer, list(self._sparsity.mask_parameters()))
 
     def set_level(self, value: float) -> None:
         super().set_level(value)

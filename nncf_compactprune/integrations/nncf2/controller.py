@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 import torch
 from nncf.common.logging import nncf_logger
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from nncf_compactprune.algorithms import CompressionAlgorithm, CompressionStage
 from nncf_compactprune.controller import CompressionController as NativeController
@@ -19,6 +18,7 @@ from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.export.formats import export_formats
 from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.host.torch_internals import tensors_of
 from nncf_compactprune.integrations.nncf2.checkpoints import Nncf2State
 
@@ -173,7 +173,7 @@ class CompressionController(_Controller):
         """The algorithms that have begun. One that needs the cut network begins with the cut, which may be last."""
         return self._native.started
 
-    def attach(self, *, optimizer: Optimizer | None = None, ema: nn.Module | None = None) -> None:
+    def attach(self, *, optimizer: Optimizers | None = None, ema: nn.Module | None = None) -> None:
         """Lets the model shrink while it trains, which NNCF 2.x did not have: see the native controller's method.
 
         :param optimizer: of the model's parameters.

@@ -325,17 +325,39 @@ def test_decay_of_the_merged_weight_pulls_as_plain_decay_does():
     expected = sum(0.15 * m.weight.square().sum() for m in plain.modules() if isinstance(m, nn.Conv2d))
     assert float(ctrl.loss().detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     optimizer = sgd(model, weight_decay=0.3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # it allows no new group
     ctrl.attach(optimizer=optimizer)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # in time
     train_epoch(model, ctrl, optimizer, scheduler=scheduler)
-    by_decay = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
-    assert set(by_decay) == {0.3, 0.0}
-    factors = {id(p) for n, p in model.named_parameters() if n.endswith((".first", ".core", ".last"))}
-    assert {id(p) for p in by_decay[0.0]} == factors
-    assert not factors & {id(p) for p in by_decay[0.3]}
+    assert len(optimizer.param_groups) == 1
     ctrl.strip()
-    assert {id(p) for p in by_decay[0.3]} == {id(p) for p in model.parameters()}
-    assert by_decay[0.0] == []
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=lambda kind: kind.__name__)
+def test_factors_with_a_decay_of_their_own_do_not_decay_by_the_optimizer(kind):
+    model = model32()
+    ctrl, _ = create_compressed_model(model, config(lop(weight_decay=0.1)))
+    optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.5)
+    ctrl.attach(optimizer=optimizer)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    factors = [n for n in before if n.endswith((".first", ".core", ".last"))]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def fails():
+        msg = "out of memory"
+        raise RuntimeError(msg)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(fails)
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1
+    for name, parameter in model.named_parameters():
+        expected = before[name] * (1 if name in factors else 0.95)
+        torch.testing.assert_close(parameter.detach(), expected, msg=name)
+    assert len(optimizer.param_groups[0]["params"]) == len(before)
 
 
 def test_decay_of_factors_shrinks_the_product_three_times():
@@ -350,14 +372,28 @@ def test_decay_of_factors_shrinks_the_product_three_times():
     torch.testing.assert_close(ctrl.strip().features[0][0].weight, weight * 0.95**3, rtol=1e-4, atol=1e-6)
 
 
-def test_merged_decay_after_the_scheduler_was_built_is_refused():
+@pytest.mark.parametrize("form", ["factors", "orthogonal"])
+def test_several_optimizers_share_the_weights_out(form):
     model = model32()
-    ctrl, _ = create_compressed_model(model, config(lop(weight_decay=0.1)))
-    optimizer = sgd(model, weight_decay=0.1)
-    torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    with pytest.raises(CompactPruneError, match=r"params\.weight_decay: .*before you build the scheduler"):
-        ctrl.attach(optimizer=optimizer)
-    assert len(optimizer.param_groups) == 1
+    convs = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    others = [p for p in model.parameters() if all(p is not conv for conv in convs)]
+    optimizers = [torch.optim.SGD(convs[:2], lr=0.01), torch.optim.SGD(convs[2:] + others, lr=0.01)]
+    ctrl, _ = create_compressed_model(model, config(lop(form=form)))
+    ctrl.attach(optimizer=optimizers)
+    held = [{id(p) for p in one.param_groups[0]["params"]} for one in optimizers]
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert not held[0] & held[1]
+    assert held[0] | held[1] >= set(names)
+    if form == "factors":
+        assert len([p for p in held[0] if names.get(p, "").endswith((".first", ".core", ".last"))]) == 6
+    ctrl.scheduler.epoch_step()
+    model.train()
+    (model(images(torch.float32)).square().mean() + ctrl.loss()).backward()
+    for one in optimizers:
+        one.step()
+    assert "orthogonal steps" in ctrl.statistics().to_str() or form == "factors"
+    ctrl.strip()
+    assert {id(p) for p in optimizers[0].param_groups[0]["params"]} == {id(p) for p in convs[:2]}
 
 
 # -- distillation ----------------------------------------------------------------------------------------------------
