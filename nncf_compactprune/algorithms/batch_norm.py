@@ -40,8 +40,12 @@ def adapt_batch_norm(context: Context, samples: int, *, asked_for: bool = False)
             nncf_logger.warning("BatchNorm statistics are not adapted after pruning: no train_loader was given.")
         return
     with context.timed("batchnorm_adaptation"):
+        batches = first_batches(context.batches(), samples)
+        if not batches:
+            nncf_logger.warning("BatchNorm statistics are not adapted after pruning: train_loader gave no batch.")
+            return
         with no_bars_in_pipes(), _plain_means(model):
-            batch_norm_adaptation(model, first_batches(context.batches(), samples))
+            batch_norm_adaptation(model, batches)
         pool_over_ranks(model)
 
 

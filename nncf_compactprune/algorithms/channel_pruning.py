@@ -418,6 +418,7 @@ class ChannelPruning(CompressionAlgorithm):
         return getattr(self.config.params, "shrink_every", None)
 
     def epoch_step(self, epoch: int) -> None:
+        self._tell_of_idle_masks()
         params = self.config.params
         self._sparsity = None  # its factors are those of an epoch
         if self._done or not self._scheduled or epoch < params.num_init_steps:
@@ -441,6 +442,7 @@ class ChannelPruning(CompressionAlgorithm):
         return self._done
 
     def strip(self) -> None:
+        self._tell_of_idle_masks()
         if not self._done:
             if self._scheduled and self._rate < self._goal - 1e-6 and (self._trained_masked or self._rate > 0):
                 nncf_logger.warning(
@@ -448,6 +450,14 @@ class ChannelPruning(CompressionAlgorithm):
                     "removed. The rest goes now, and no training follows it: shorten the schedule, or train longer."
                 )
             self._prune_now()
+
+    def _tell_of_idle_masks(self) -> None:
+        if self._trained_masked and self._masks is not None and self._masks.idle:
+            nncf_logger.warning(
+                f"{self.name}: the model trained, but not under its masks, as nothing called it: masks act on calls of "
+                "the model that create_compressed_model returned, not on calls of its parts, nor on a compiled copy "
+                "of it. Call it itself, put what you call into its forward, or prune in one shot."
+            )
 
     def stage(self) -> CompressionStage:
         if self._done or (self._rate >= self._goal and (self._scheduled or self._rate > 0)):

@@ -42,9 +42,11 @@ class ChannelMask(HookModule):
             view = [1] * len(self.shape)
             view[dim] = self.shape[dim]
             self.register_buffer(f"mask_{dim}", torch.ones(view))
+        self.used = [False]  # shared with the replicas that nn.DataParallel makes
 
     def forward(self, parameter: Tensor) -> Tensor:
         """The masked parameter; gradients of removed slices are zero."""
+        self.used[0] = True
         with unseen_by_nncf():
             for dim in self.dims:
                 mask: Tensor = getattr(self, f"mask_{dim}")
@@ -121,12 +123,18 @@ class Masks:
         """Masks what the plan removes and nothing else."""
         self.remove()
         for name, mask in self._masks.items():
+            mask.used[0] = False
             kept = plan.masked_dims(name)
             for dim in mask.dims:
                 mask.keep(dim, kept.get(dim))
             if kept:
                 for model in self._models:
                     self._handles.append(hook_parameter(model, name, mask))
+
+    @property
+    def idle(self) -> bool:
+        """Whether masks are on, and no forward has passed any of them."""
+        return bool(self._handles) and not any(mask.used[0] for mask in self._masks.values())
 
     def remove(self) -> None:
         """Takes the masks off; without other hooks the model's own forward is back and nothing of NNCF is left."""

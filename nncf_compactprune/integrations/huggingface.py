@@ -48,7 +48,8 @@ IGNORED = -100  # labels that transformers does not count
 # What a resumed Trainer reads; other ranks' random states may still be on their way.
 RESUMED_FILES = ("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
-TrainerCallback: Any = require_package("transformers", "nncf-compactprune[transformers]").TrainerCallback
+_transformers = require_package("transformers", "nncf-compactprune[transformers]")
+TrainerCallback: Any = _transformers.TrainerCallback
 
 
 class CompressionCallback(TrainerCallback):  # type: ignore[misc]
@@ -92,6 +93,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
             example_inputs=example_inputs,
             plugins=plugins,
         )
+        self._resumes = self._resumed is not None
         self._full = self._is_full()
         self._describe()
 
@@ -178,7 +180,7 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins an epoch of the schedule; the model may shrink here."""
         before = plan_of(self._model)
-        self.controller.scheduler.epoch_step(int(state.epoch or 0))
+        self.controller.scheduler.epoch_step(self._next_epoch(state, kwargs.get("train_dataloader")))
         if plan_of(self._model) is not before or (not self._full and self._is_full()):
             self._full = self._is_full()
             # What was measured on a larger model is no candidate for the best one, and its weights would not fit.
@@ -229,6 +231,14 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         self._describe()
         if state.is_world_process_zero:
             write_plan_beside(self._model, args.output_dir)  # for trainer.save_model()
+
+    def _next_epoch(self, state: Any, loader: Any) -> int:
+        """A loader of no length has epochs, too, but the Trainer's count of them stands still."""
+        resumes, self._resumes = self._resumes, False
+        if loader is not None and not _transformers.trainer_utils.has_length(loader):
+            at = self.controller.scheduler.current_epoch
+            return max(at, 0) if resumes else at + 1
+        return int(state.epoch or 0)
 
     def _is_full(self) -> bool:
         return self.controller.compression_stage() is CompressionStage.FULLY_COMPRESSED

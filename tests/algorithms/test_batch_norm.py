@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from nncf.common.logging import nncf_logger
 from support.data_free import randn
 from torch import nn
 
@@ -78,3 +79,10 @@ def test_looking_at_the_first_batch_leaves_random_states_and_iterators_alone() -
         check_batch(context)
         assert torch.equal(torch.rand(1), expected)
         assert len(list(context.batches())) in (1, 4)
+
+
+def test_a_loader_that_gives_nothing_is_told(monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(nncf_logger, "warning", said.append)
+    prune(network().eval(), randn(2, 3, 8, 8), budget={"macs": 0.7}, train_loader=[])
+    assert said == ["BatchNorm statistics are not adapted after pruning: train_loader gave no batch."]

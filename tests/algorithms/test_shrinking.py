@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from nncf.common.logging import nncf_logger
 from support.networks import STRUCTURES, images, labelled_batches, model32, trained
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -220,3 +221,24 @@ def test_a_model_that_has_shrunk_does_not_go_back():
 def test_one_shot_has_nothing_to_shrink_on_the_way():
     with pytest.raises(ConfigError, match=r"shrink_every: cuts on the way of a schedule"):
         create_compressed_model(model32(), settings(schedule="one_shot", shrink_every=1))
+
+
+@pytest.mark.parametrize("called", ["whole", "parts", "compiled"])
+def test_masks_that_nothing_passes_are_told(called, monkeypatch):
+    said = []
+    monkeypatch.setattr(nncf_logger, "warning", said.append)
+    model = model32("residual")
+    ctrl, _ = create_compressed_model(model, settings(pruning_init=0.3), example_inputs=images(torch.float32))
+    run = {
+        "whole": model,
+        "parts": lambda x: type(model).forward(model, x),
+        "compiled": torch.compile(copy.deepcopy(model), backend="eager"),
+    }[called]
+    for _ in range(2):
+        ctrl.scheduler.epoch_step()
+        ctrl.scheduler.step()
+        run(images(torch.float32))
+    assert len([words for words in said if "not under its masks" in words]) == (0 if called == "whole" else 1)
+    said.clear()
+    ctrl.strip()
+    assert any("not under its masks" in words for words in said) == (called != "whole")

@@ -432,3 +432,23 @@ def test_a_loop_of_accelerate(examples: Any) -> None:
     assert sum(p.numel() for p in inside.parameters()) < dense
     assert not carries_hooks(inside)
     assert torch.isfinite(logits(inside, inputs)).all()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Examples without a length, as a stream of a data set gives them."""
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Any:
+        return iter(self.examples)
+
+
+def test_a_stream_of_examples_has_epochs_too(examples: Any, tmp_path: Path) -> None:
+    model, watch = vary(resnet()), Watch()
+    callback = CompressionCallback(model, document())
+    loop = trainer(model, callback, examples, tmp_path, watch, max_steps=4 * STEPS)
+    loop.train_dataset = Stream(examples[:64])
+    loop.train()
+    assert callback.controller.scheduler.current_epoch == 3
+    assert watch.sizes[-1] < watch.sizes[0], "the schedule of two epochs came to its end while the model trained"

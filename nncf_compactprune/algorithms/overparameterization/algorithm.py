@@ -77,6 +77,7 @@ class LinearOverparameterization(CompressionAlgorithm):
         self._factor = 1.0
         self._active = False
         self._stripped = False
+        self._stepped = False
         self._last: dict[str, Tensor] = {}
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -133,6 +134,7 @@ class LinearOverparameterization(CompressionAlgorithm):
         self._adopt_optimizer()
 
     def epoch_step(self, epoch: int) -> None:
+        self._tell_of_idle_teacher()
         if self._first_epoch is None:
             self._first_epoch = epoch
         self._factor = self.config.distillation.factor(epoch - self._first_epoch)
@@ -156,7 +158,11 @@ class LinearOverparameterization(CompressionAlgorithm):
                 self._last[kind] = loss.detach()  # a float only when asked for: that would wait for the device
         return total
 
+    def step(self, step: int) -> None:
+        self._stepped = True
+
     def strip(self) -> None:
+        self._tell_of_idle_teacher()
         if self._active:
             self._end(keep_training=True)
         self._active, self._stripped = False, True
@@ -242,6 +248,15 @@ class LinearOverparameterization(CompressionAlgorithm):
         """With what resumed runs must have in common."""
         params = self.config.params
         return f'"factors" with expansion {params.expansion}' if params.form == "factors" else f'"{params.form}"'
+
+    def _tell_of_idle_teacher(self) -> None:
+        if self._stepped and self._distillation is not None and not self._distillation.heard:
+            self._stepped = False  # once an epoch
+            nncf_logger.warning(
+                f"{self.name}: the teacher taught nothing, as nothing called the model in training: it listens to "
+                "calls of the model that create_compressed_model returned, not to calls of its parts. Call it itself, "
+                "or put what you call into its forward."
+            )
 
     def _advise_on_optimizer(self) -> None:
         """Once, when training goes on without the steps that were asked for."""

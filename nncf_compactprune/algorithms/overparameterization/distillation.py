@@ -154,6 +154,8 @@ class Distillation:
         self._written_over = written_over
         self._recording = False
         self._warned = False
+        #: whether the student was ever called in training
+        self.heard = False
         self._similarities: dict[str, list[tuple[str, Tensor]]] = {"student": [], "teacher": []}
         self._scores: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = [student.register_forward_pre_hook(_Tap(self._begin), with_kwargs=True)]
@@ -228,6 +230,7 @@ class Distillation:
         self._recording = student.training and torch.is_grad_enabled()
         if not self._recording:
             return
+        self.heard = True
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         if next((p.device for p in self.teacher.parameters()), device) != device:
             self.teacher.to(device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nncf.common.logging import nncf_logger
-from support.networks import labelled_batches, model32
+from support.networks import images, labelled_batches, model32
 from torch import nn
 
 from nncf_compactprune import create_compressed_model
@@ -211,3 +211,17 @@ def test_a_resumed_run_gives_the_same_weights_and_another_optimizer_takes_over()
     optimizer.load_state_dict(kept[2])
     trained_by(ctrl, again, optimizer, steps=1, resumed=1)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_teacher_whom_nothing_calls_is_told(whole, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(nncf_logger, "warning", said.append)
+    model = model32()
+    ctrl, _ = create_compressed_model(model, config({"algorithm": "recovery"}))
+    run = model.train() if whole else model.train().forward
+    for _ in range(2):
+        ctrl.scheduler.epoch_step()
+        ctrl.scheduler.step()
+        (run(images(torch.float32)).square().mean() + ctrl.loss()).backward()
+    assert any("taught nothing" in words for words in said) != whole
