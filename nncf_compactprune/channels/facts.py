@@ -68,6 +68,12 @@ def prelu(module: Any, shapes: Shapes) -> dict[str, Any]:
     return {"num_parameters": shapes["weight"][0]}
 
 
+def recurrent(module: Any, shapes: Shapes) -> dict[str, Any]:
+    """``input_size`` and ``hidden_size``; of one step or of layers over a sequence."""
+    level = "" if "weight_ih" in shapes else "_l0"
+    return {"input_size": shapes[f"weight_ih{level}"][1], "hidden_size": shapes[f"weight_hh{level}"][1]}
+
+
 def quantizer(module: Any, shapes: Shapes) -> dict[str, Any]:
     """The shape of the scales, which NNCF keeps beside them; scales of one channel each are cut with their channels."""
     return {"_scale_shape": next(shapes[name] for name in SCALES if name in shapes)}
@@ -85,6 +91,8 @@ def compactprune_module_facts() -> Mapping[type[nn.Module], Facts]:
         nn.GroupNorm: group_norm,
         nn.Embedding: embedding,
         nn.PReLU: prelu,
+        nn.RNNBase: recurrent,
+        nn.RNNCellBase: recurrent,
         BaseQuantizer: quantizer,
     }
 

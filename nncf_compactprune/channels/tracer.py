@@ -30,6 +30,7 @@ from nncf_compactprune.host.torch_internals import (
     register_module_forward_pre_hook,
     tensors_of,
     tree_leaves,
+    unseen_by_modes,
 )
 from nncf_compactprune.plugins import Plugins, default_plugins
 
@@ -406,12 +407,17 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         if rule is None:
             self.no_rule(func, args, kwargs, "no rule for the operation")
             return out
+        self._apply(rule, func, args, kwargs, out)
+        return out
+
+    def _apply(
+        self, rule: Callable[..., None], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+    ) -> None:
         try:
             rule(self, func, args, kwargs, out)
         except Exception as error:  # a rule that does not know this use of its operation must not end the analysis
             nncf_logger.warning("The rule of %s failed in '%s': %s", func, self.module, error)
             self.no_rule(func, args, kwargs, "the rule failed for this use of the operation")
-        return out
 
     def _taken_apart(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Runs an operation as the smaller ones it consists of. Torch does so itself, except in inference mode."""
@@ -421,6 +427,28 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
                 return func.decompose(*args, **kwargs)
         finally:
             self.inside_operation = before
+
+    def rule_of_whole(self, func: Any) -> Callable[..., None] | None:
+        """The rule of a function of torch that is one operation to the analysis, however torch computes it; None of
+        all others.
+
+        :param func: as function modes see it.
+        """
+        name = getattr(func, "__name__", "")
+        return self._rules.get(f"aten.{name}") if name in _WHOLE else None
+
+    def as_one(self, rule: Callable[..., None], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Runs an operation, and leaves what it consists of to its rule.
+
+        :param rule: of the operation.
+        :param func: see :meth:`rule_of_whole`.
+        :param args: its positional arguments.
+        :param kwargs: its keyword arguments.
+        """
+        with unseen_by_modes():
+            out = func(*args, **kwargs)
+        self._apply(rule, func, args, kwargs, out)
+        return out
 
     def _rule(self, func: Any) -> Callable[..., None] | None:
         rule = self._resolved.get(func, _UNRESOLVED)
@@ -445,7 +473,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         :param kwargs: its keyword arguments.
         :param why: the reason, in front of the operation's name.
         """
-        name = str(func.overloadpacket)
+        name = str(getattr(func, "overloadpacket", func.__name__))
         tensors = tensors_of((args, dict(kwargs)))
         if any(self.has_labels(tensor) for tensor in tensors):
             self.unsupported[name] += 1
@@ -462,6 +490,13 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
 
 
 _CHUNKS = tuple(map(original, (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)))
+#: functions of torch that are one operation to the analysis: what they consist of differs from device to device
+_WHOLE = frozenset(
+    {
+        "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+        "_pack_padded_sequence", "_pad_packed_sequence",
+    }
+)  # fmt: skip
 _ATTENTION = original(torch.nn.functional.scaled_dot_product_attention)
 
 
@@ -486,6 +521,9 @@ class _TorchCalls(TorchFunctionMode):
                 if isinstance(tensor, Tensor):
                     width = self._tracer.labels(tensor)[-1]
                     self._tracer.pin(width, "width of an attention head, which sets its scale")
+        whole = self._tracer.rule_of_whole(func)
+        if whole is not None:
+            return self._tracer.as_one(whole, func, args, kwargs)
         before, self._tracer.chunking = self._tracer.chunking, self._tracer.chunking or func in _CHUNKS
         try:
             return func(*args, **kwargs)

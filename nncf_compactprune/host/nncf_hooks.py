@@ -149,7 +149,22 @@ def _wrapped(model: nn.Module) -> nn.Module:
     if is_nncf_network(model) and NNCF_HOOKS not in model._modules:
         watch_parameters(model, HookStorage())
     # accelerate's mixed precision wraps around NNCF's wrapper, which then is not to be seen any more
-    return model if NNCF_HOOKS in model._modules else wrap_model(model)
+    if NNCF_HOOKS in model._modules:
+        return model
+    for module in _recurrent(model):
+        module.register_forward_hook(_own_weights_again, always_call=True)
+    wrapped: nn.Module = wrap_model(model)
+    return wrapped
+
+
+def _recurrent(model: nn.Module) -> list[nn.RNNBase]:
+    return [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+
+
+def _own_weights_again(module: nn.Module, *_: Any) -> None:
+    """NNCF (3.4) writes what hooks return into the list of weights that a recurrent layer keeps, for good."""
+    names: list[str] = module._flat_weights_names  # type: ignore[assignment]
+    module._flat_weights = [getattr(module, name, None) for name in names]  # type: ignore[assignment]
 
 
 def _with_mode(model: nn.Module) -> nn.Module:
@@ -192,6 +207,10 @@ def unwrap_if_empty(model: nn.Module) -> None:
             model.forward = original  # the model came with a forward of its own
         del model._replicate_for_data_parallel
         del model._modules[NNCF_HOOKS]
+        for module in _recurrent(model):
+            for key in [key for key, hook in module._forward_hooks.items() if hook is _own_weights_again]:
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def unseen_by_nncf() -> AbstractContextManager[object]:

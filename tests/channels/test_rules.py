@@ -26,6 +26,21 @@ ELSEWHERE = {
     "_conj": "complex tensors only, which carry no channels",
     "_local_scalar_dense": "test_channels: it pins, and is read outside of inference mode",
     "_grouped_mm": "single precision only: test_experts",
+    **dict.fromkeys(
+        (
+            "lstm",
+            "gru",
+            "rnn_tanh",
+            "rnn_relu",
+            "lstm_cell",
+            "gru_cell",
+            "rnn_tanh_cell",
+            "rnn_relu_cell",
+            "_pack_padded_sequence",
+            "_pad_packed_sequence",
+        ),
+        "they read sequences: test_recurrent",
+    ),
     "resize_": "tensors that require gradients refuse it",
 }
 

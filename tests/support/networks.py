@@ -399,6 +399,25 @@ def partial_convolution() -> nn.Module:
     return Classifier(nn.Sequential(conv_bn(3, 16), PartialConvolution(16, 6), conv_bn(16, 16, 1)), 16)
 
 
+class Recurrent(nn.Module):
+    """Columns of feature maps as a sequence, read in both directions by two layers: text recognition, speech."""
+
+    def __init__(self, kind: Callable[..., nn.Module] = nn.LSTM, **options: bool) -> None:
+        super().__init__()
+        self.features = nn.Sequential(conv_bn(3, 16), nn.Conv2d(16, 16, 3, (4, 1), 1), nn.Sigmoid())
+        self.layers = kind(16 * 3, 12, **{"num_layers": 2, "bidirectional": True, "batch_first": True, **options})
+        width = self.layers.proj_size or self.layers.hidden_size
+        self.head = nn.Linear(width * (2 if self.layers.bidirectional else 1), 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sequence = self.features(x).flatten(1, 2).transpose(1, 2)
+        return self.head(self.layers(sequence)[0].mean(1))
+
+
+def recurrent() -> nn.Module:
+    return Recurrent()
+
+
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
@@ -406,6 +425,7 @@ STRUCTURES: dict[str, Callable[[], nn.Module]] = {
         transposed, glu,
         flatten, group_norm, layer_norm, pixel_shuffle, weight_norm, tied, attention,
         grouped_query_attention, mixed_convolution, multi_scale, partial_convolution,
+        recurrent,
     )
 }  # fmt: skip
 

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nncf_compactprune.channels.rules import elementwise, normalisation, products, reductions, resampling, shape
+from nncf_compactprune.channels.rules import (
+    elementwise,
+    normalisation,
+    products,
+    recurrent,
+    reductions,
+    resampling,
+    shape,
+)
 from nncf_compactprune.channels.rules.base import RULES, Rule, argument, dims_of, name_of, named, rule
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
 FAMILIES = (
     elementwise,
     products,
+    recurrent,
     normalisation,
     resampling,
     shape,
