@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nncf_compactprune.host.marks import Marks, Writes
+from nncf_compactprune.host.marks import Marks, Writes, forget_tables
 from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.host.torch_internals import one_way_of_attention, tensors_of, tree_map
 
@@ -134,6 +134,7 @@ def evaluating(
     """
     with nullcontext() if changes else unmarked(model, inputs, mode=mode):
         flags: list[tuple[nn.Module, bool]] = []
+        forget_tables(module for _, module in named_modules(model))
         if any(module.training != in_training_mode for _, module in named_modules(model)):
             flags = [(module, module.training) for module in model.modules()]  # those of NNCF's hooks too
             model.train(in_training_mode)

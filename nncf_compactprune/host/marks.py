@@ -282,14 +282,29 @@ def cached_properties(modules: Sequence[nn.Module]) -> Iterator[tuple[dict[str, 
                 yield vars(module), name
 
 
+def forget_tables(modules: Iterable[nn.Module]) -> None:
+    """Lets modules drop what they looked up in parameters for as long as they are in eval mode: timm's attention does
+    so in ``train``. Training flags stay.
+
+    :param modules: all modules of a model.
+    """
+    for module in modules:
+        if type(module).train is not nn.Module.train:
+            flags = [(part, part.training) for part in module.modules()]
+            module.train()
+            for part, training in flags:
+                part.training = training
+
+
 def memos(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """What a model keeps of its own weights for later, and would give back after they were cut.
 
-    Caches of ``functools.lru_cache`` are emptied here.
+    Caches of ``functools.lru_cache`` and tables (:func:`forget_tables`) are emptied here.
 
     :return: of every ``functools.cached_property`` that was read the dict that holds its value, and its name there.
     """
     modules = [module for _, module in named_modules(model)]
+    forget_tables(modules)
     caches = [value for module in modules for value in vars(module).values() if type(value) is _LruCache]
     for cache in (*caches, *function_caches(own_classes(modules))):
         cache.cache_clear()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.forgetful import InAttribute, InBuffer, InCachedMethod, built
+from support.forgetful import InAttribute, InBuffer, InCachedMethod, UntilItTrains, built
 from torch import nn
 
-from nncf_compactprune import create_compressed_model
+from nncf_compactprune import analyse, create_compressed_model
 from nncf_compactprune.controller import prune
 
 
@@ -63,3 +63,17 @@ def test_algorithms(kind, algorithm):
     ctrl, model = create_compressed_model(model, config, train_loader=batches())
     model = ctrl.strip()
     remembers_nothing_stale(model, kind)
+
+
+def test_a_table_that_an_evaluation_left_hides_no_parameter():
+    model, x = classifier(UntilItTrains).eval(), batches()[0][0]
+    fresh = analyse(model, x)
+    with torch.no_grad():
+        model(x)
+    again = analyse(model, x)
+    assert [g.name for g in again.groups] == [g.name for g in fresh.groups]
+    assert len(again.pinned) == len(fresh.pinned)
+    assert not any(module.training for module in model.modules())
+    prune(model, x, budget={"macs": 0.6}, round_to=1)
+    assert model.net.first.out_channels < 8
+    remembers_nothing_stale(model, UntilItTrains)

@@ -50,6 +50,19 @@ class InDict(Gated):
         return self.memo["gate"]
 
 
+class UntilItTrains(InDict):
+    """As timm's attention: a table is kept in eval mode, and dropped when training begins."""
+
+    def train(self, mode: bool = True) -> UntilItTrains:
+        super().train(mode)
+        if mode:
+            self.memo = {}
+        return self
+
+    def gate(self) -> Tensor:
+        return self.compute() if self.training else super().gate()
+
+
 class InNestedContainers(Gated):
     def __init__(self) -> None:
         super().__init__()
