@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from nncf_compactprune.channels import ChannelGraph, Pin, ViewByNumber, trace
 from nncf_compactprune.channels.labels import DimLabels, LabelSpace
 from nncf_compactprune.channels.running_code import user_location
-from nncf_compactprune.channels.shapes import ValuesNeeded
 from nncf_compactprune.channels.tracer import Tracer
 from nncf_compactprune.cut.masked_model import masked
 from nncf_compactprune.cut.means import removed_labels
@@ -234,10 +233,11 @@ def _find_culprit(
     with masked(
         model, plan, example_inputs, plugins
     ):  # where values choose the path, the masked model takes the cut one's
-        first = _recorded(model, rules, example_inputs)
+        first = _Recorder(model, LabelSpace(), rules, None)
+        first.run(example_inputs)
         removed, group_of_label = _fates(first.space, plan, graph)
         records = first.records
-        if tolerance is not None:  # once more with arithmetic: now every label's fate is known
+        if tolerance is not None:  # once more: now every label's fate is known
             second = _Recorder(model, LabelSpace(), rules, removed)
             second.run(example_inputs)
             records = second.records
@@ -267,17 +267,6 @@ def _find_culprit(
     return None
 
 
-def _recorded(model: nn.Module, rules: Mapping[str, Any], example_inputs: Any) -> _Recorder:
-    """A run by shapes alone, or with arithmetic where the network reads values."""
-    try:
-        recorder = _Recorder(model, LabelSpace(), rules, None)
-        recorder.run(example_inputs)
-    except ValuesNeeded:
-        recorder = _Recorder(model, LabelSpace(), rules, None, shapes_only=False)
-        recorder.run(example_inputs)
-    return recorder
-
-
 def _touched(
     record: _Record, removed: npt.NDArray[np.bool_], group_of_label: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
@@ -304,8 +293,9 @@ def _fates(
 class _Recorder(Tracer):  # type: ignore[no-untyped-call]
     """Notes every operation's labels and shapes and, once it is known what goes, the size of what is kept.
 
+    It runs with arithmetic: results of another memory format would send torch other ways than the cut model's.
+
     :param removed: which labels go, shape ``[labels]``; None: not known yet, sizes are not noted.
-    :param shapes_only: leave out the arithmetic, where no sizes are noted.
     """
 
     def __init__(
@@ -314,10 +304,8 @@ class _Recorder(Tracer):  # type: ignore[no-untyped-call]
         space: LabelSpace,
         rules: Mapping[str, Any],
         removed: npt.NDArray[np.bool_] | None,
-        *,
-        shapes_only: bool = True,
     ) -> None:
-        super().__init__(model, space, rules, shapes_only=shapes_only and removed is None)
+        super().__init__(model, space, rules, shapes_only=False)
         self.records: list[_Record] = []
         self._removed = removed
 
