@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from nncf_compactprune.plugins import Plugins, default_plugins
 
 _LABELS = "_compactprune_labels"
 _CONSTANT = "_compactprune_constant"
+_UNIFORM = "_compactprune_uniform"
 
 
 def trace(
@@ -169,6 +171,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
                 if tensor is not None:
                     vars(tensor).pop(_LABELS, None)
                     vars(tensor).pop(_CONSTANT, None)
+                    vars(tensor).pop(_UNIFORM, None)
 
     def run_what_only_trains(self, example_inputs: Any) -> None:
         """Once more in training mode, where the model holds layers that it leaves out in eval mode: auxiliary heads.
@@ -294,6 +297,16 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         """Whether a tensor is a parameter or buffer, or computed from these alone (a transposed or scaled weight)."""
         return id(tensor) in self._constants or hasattr(tensor, _CONSTANT)
 
+    def is_uniform(self, tensor: Tensor) -> bool:
+        """Whether a tensor holds one value throughout, whatever its size: zeros, and what is computed of such."""
+        return hasattr(tensor, _UNIFORM)
+
+    def not_uniform(self, tensor: Tensor) -> None:
+        """Something was written into a tensor, or into a part of it."""
+        for one in (tensor, tensor._base):
+            if one is not None and hasattr(one, _UNIFORM):
+                delattr(one, _UNIFORM)
+
     def set(self, tensor: Tensor, labels: Sequence[LabelArray | None]) -> None:
         """States the labels of an operation's result.
 
@@ -388,18 +401,23 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         self.memory.save(func, args, kwargs)
-        labelled, constant = False, True
+        labelled, constant, uniform = False, True, True
         for arg in (*args, *kwargs.values()):
             for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if isinstance(tensor, Tensor):
                     labelled = labelled or self.has_labels(tensor)
                     constant = constant and self.is_constant(tensor)
+                    uniform = uniform and hasattr(tensor, _UNIFORM)
         rule = self._rule(func) if labelled else None
         if labelled and rule is None and func.has_kernel_for_dispatch_key(COMPOSITE):
             return self._taken_apart(func, args, kwargs)
         out = None if self._shapes is None else self._shapes.result(func, args, unchanged=not labelled)
         if out is None:
             out = func(*args, **kwargs)
+        if uniform and isinstance(out, Tensor) and _stays_uniform(func, args):
+            self._note(out, _UNIFORM, True)
+        elif args and isinstance(args[0], Tensor) and hasattr(args[0], _UNIFORM) and func._schema.is_mutable:
+            self.not_uniform(args[0])
         if not labelled:
             return out
         if constant and isinstance(out, Tensor):
@@ -490,6 +508,28 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
 
 
 _CHUNKS = tuple(map(original, (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)))
+_FILLS = frozenset({"zeros", "ones", "full", "new_zeros", "new_ones", "new_full"})
+_KEEP_FILLS = frozenset({
+    "view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "transpose", "t", "permute", "slice", "select",
+    "clone", "_to_copy", "detach", "alias", "zeros_like", "ones_like", "full_like", "fill_", "zero_",
+})  # fmt: skip
+
+
+@functools.cache
+def _keeps_fills(func: Any) -> int:
+    """2: an operation makes a tensor of one value; 1: it does so out of such tensors; 0: it does not."""
+    name = func._schema.name.partition("::")[2]
+    if name in _FILLS:
+        return 2
+    draws = torch.Tag.nondeterministic_seeded in func.tags
+    return int(name in _KEEP_FILLS or (torch.Tag.pointwise in func.tags and not draws))
+
+
+def _stays_uniform(func: Any, args: Sequence[Any]) -> bool:
+    kind = _keeps_fills(func)
+    return kind == 2 or (kind == 1 and any(isinstance(arg, Tensor) for arg in args))
+
+
 #: functions of torch that are one operation to the analysis: what they consist of differs from device to device
 _WHOLE = frozenset(
     {

@@ -29,7 +29,8 @@ def broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], r
     """Labels of tensors combined elementwise.
 
     A dimension of size 1 stretched over several positions is a channel that cannot go: without it nothing is left to
-    stretch.
+    stretch. A tensor of one value throughout, as ``torch.zeros`` makes it, fits any width; where its code does not, the
+    trial cut fails.
 
     :param tracer: knows the tensors' labels.
     :param tensors: the operands.
@@ -51,7 +52,7 @@ def broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], r
                 kind = "structural" if tracer.is_constant(tensor) else "pinned"
                 tracer.pin(array, "a single channel is broadcast over many", kind=kind)
             elif array is None:
-                fixed = fixed or shape[d] != 1
+                fixed = fixed or not (shape[d] == 1 or tracer.is_uniform(tensor))
             elif joined is None:
                 joined = array
             else:
@@ -66,6 +67,7 @@ def broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], r
 def copy_into(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Writing into part of a tensor that exists: the part's labels meet the source's."""
     target, source = args[0], args[1]
+    tracer.not_uniform(target)
     if target._is_view() or target.shape != source.shape:
         broadcast(tracer, [target, source], target.shape, "written into a tensor of fixed size")
     else:

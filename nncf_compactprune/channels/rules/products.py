@@ -46,7 +46,11 @@ def convolution(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[
         tracer.same(weight_in, labels_in, "consumes a fixed input")
         result = weight_out
     else:
-        result = _grouped(tracer, groups, labels_in, weight_in, weight_out, transposed)
+        channels, other = (weight_in, weight_out) if transposed else (weight_out, weight_in)
+        if channels is not None and other is None and weight.shape[1] == 1:
+            result = _depthwise(tracer, groups, labels_in, channels)  # a weight that was squeezed on its way
+        else:
+            result = _grouped(tracer, groups, labels_in, weight_in, weight_out, transposed)
     if bias is not None:
         bias_labels = tracer.labels(bias)[0]
         tracer.mark(bias_labels, "producer")
@@ -54,6 +58,16 @@ def convolution(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[
     labels: list[LabelArray | None] = [None] * out.dim()
     labels[1 if batched else 0] = result
     tracer.set(out, labels)
+
+
+def _depthwise(tracer: Tracer, groups: int, labels_in: LabelArray | None, channels: LabelArray) -> LabelArray:
+    """A group is a channel, with one output or several: they go together."""
+    tracer.mark(channels, "producer")
+    per_group = channels.reshape(groups, -1)
+    if per_group.shape[1] > 1:
+        tracer.unify(per_group[:, 1:], per_group[:, :1])
+    tracer.same(np.ascontiguousarray(per_group[:, 0]), labels_in, "consumes a fixed input")
+    return channels
 
 
 def _grouped(
@@ -77,15 +91,12 @@ def _grouped(
     per_group = full.reshape(groups, -1)
     if (full.size if transposed else part.size * groups) == groups:
         # depthwise (with a channel multiplier): a group is a channel
-        tracer.mark(full, "producer")
         tracer.pin(part, "depthwise", kind="structural")
-        if transposed:
-            tracer.same(full, labels_in, "consumes a fixed input")
-            return np.repeat(full, part.size)
-        if per_group.shape[1] > 1:
-            tracer.unify(per_group[:, 1:], per_group[:, :1])
-        tracer.same(np.ascontiguousarray(per_group[:, 0]), labels_in, "consumes a fixed input")
-        return full
+        if not transposed:
+            return _depthwise(tracer, groups, labels_in, full)
+        tracer.mark(full, "producer")
+        tracer.same(full, labels_in, "consumes a fixed input")
+        return np.repeat(full, part.size)
     tracer.unify(per_group[1:], per_group[:1])
     tracer.mark(weight_out, "producer")
     tracer.mark(weight_in, "consumer")
