@@ -97,7 +97,7 @@ class Probe:
                 for dim in _outputs_first(module, plan.kept[names[id(tensor)]])
             ]
             if axes:
-                self._axes[name] = axes + _joined_groups(module, axes)
+                self._axes[name] = axes + _joined_groups(module, axes) + _joined_directions(module, axes)
         for branch in plan.removed:
             self._axes.setdefault(branch.block, [])
         self._widths = {name: {len(kept) for _, kept in axes} for name, axes in self._axes.items()}
@@ -197,13 +197,15 @@ class Probe:
     def _watching(self, look: Callable[[Call, Tensor], Tensor | None]) -> Iterator[None]:
         counts: Counter[str] = Counter()
 
-        def hook_of(name: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
-            def hook(module: nn.Module, args: Any, out: Any) -> Tensor | None:
+        def hook_of(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+            def hook(module: nn.Module, args: Any, out: Any) -> Any:
                 counts[name] += 1
-                if not isinstance(out, Tensor) or not out.is_floating_point():
+                first, *rest = out if type(out) is tuple and out else (out,)  # recurrent layers give their state, too
+                if not isinstance(first, Tensor) or not first.is_floating_point():
                     return None
                 with unseen_by_modes():
-                    return look((name, counts[name]), out)
+                    noisy = look((name, counts[name]), first)
+                return (noisy, *rest) if noisy is not None and type(out) is tuple else noisy
 
             return hook
 
@@ -254,6 +256,14 @@ def _joined_groups(module: nn.Module, axes: list[tuple[int, Tensor]]) -> list[tu
         return []
     size, kept = axes[0]
     return [(groups * size, (torch.arange(groups)[:, None] * size + kept).reshape(-1))]
+
+
+def _joined_directions(module: nn.Module, axes: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    """A recurrent layer gives the states of both directions side by side: the same of both stay."""
+    if not isinstance(module, nn.RNNBase) or not module.bidirectional:
+        return []
+    states = {size: kept for size, kept in axes if size == module.hidden_size}
+    return [(2 * size, torch.cat([kept, size + kept])) for size, kept in states.items()]
 
 
 def _largest(tensor: Tensor) -> float:
