@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,3 +407,10 @@ def test_profile_tells_cost_and_time_of_every_layer(finished: Path, invoke: Invo
     assert printed.count("µs") >= 3
     assert "of the MACs are left" in printed
     assert "layers are timed in OpenVINO" in refused("profile", files[0], finished / "pruned" / "model.onnx")
+
+
+def test_the_package_runs_as_the_command_does() -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "nncf_compactprune", "--version"], capture_output=True, text=True, check=True
+    )
+    assert __version__ in said.stdout

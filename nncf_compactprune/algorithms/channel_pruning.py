@@ -650,7 +650,13 @@ class ChannelPruning(CompressionAlgorithm):
         pins: list[Pin | ViewByNumber] = []
         while True:
             # Networks of other widths are measured before the cut, so they must be known to run.
-            self._analyse(trial=self.config.budget.latency is not None, pins=pins)
+            trial = self.config.budget.latency is not None
+            try:
+                self._analyse(trial=trial, pins=pins)
+            except BudgetError:
+                if trial:
+                    raise
+                self._analyse(trial=True)  # tells the least that the network's code really lets it come to
             plan = self._agreed(self.target_rate)
             try:
                 self._prune_now(plan)

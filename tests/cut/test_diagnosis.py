@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from nncf_compactprune import analyse, create_compressed_model, prune
 from nncf_compactprune.channels import trace
-from nncf_compactprune.errors import NothingPrunableError
+from nncf_compactprune.errors import BudgetError, NothingPrunableError
 
 
 class Block(nn.Module):
@@ -73,6 +74,43 @@ def test_guilty_groups_are_pinned_with_their_line_and_the_rest_goes(cut, words):
     result = prune(model, images(torch.float32), budget={"macs": 0.8}, round_to=1)
     assert result.self_check.error <= 1e-5
     assert model.a.inner[0].out_channels == 16
+
+
+def test_the_least_that_is_told_is_one_that_the_code_allows():
+    """Before the trial, widths that are written in the code look as if they could go."""
+    torch.manual_seed(0)
+    x, said = images(torch.float32), []
+    for share in (0.05, 0.1):
+        with pytest.raises(BudgetError, match="cannot be reached") as caught:
+            prune(Net(view_by_constant).eval(), x, budget={"macs": share}, round_to=1)
+        said.append(float(re.search(r"the least is [\d,]+ \(([\d.]+)%\)", str(caught.value)).group(1)) / 100)
+    assert said[0] == said[1]
+    result = prune(Net(view_by_constant).eval(), x, budget={"macs": said[0] + 0.01}, round_to=1)
+    assert result.self_check.error <= 1e-5
+
+
+class Mixed(nn.Module):
+    """Tokens that are a picture for a while (PVT): a convolution may give them in another memory format."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.up, self.down = nn.Conv2d(3, 32, 4, 4), nn.Linear(32, 128), nn.Linear(128, 32)
+        self.middle = nn.Conv2d(128, 128, 3, padding=1, groups=128)
+        self.a, self.b, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = self.first(x).flatten(2).transpose(1, 2)
+        y = self.up(x)
+        y = y.transpose(1, 2).view(len(x), y.shape[-1], 8, 8).relu()
+        x = x + self.down(self.middle(y).flatten(2).transpose(1, 2).relu())
+        return self.head((x + self.b(self.a(x).reshape(len(x), 64, 64).relu())).mean(1))
+
+
+def test_memory_formats_make_no_innocent_group_guilty():
+    torch.manual_seed(0)
+    graph = analyse(Mixed().eval(), torch.randn(1, 3, 32, 32))
+    assert {g.name for g in graph.groups} == {"first", "up"}
+    assert {p.name for p in graph.pinned if p.reason != "model output"} == {"a"}
 
 
 def test_scheduled_runs_find_out_before_training():
