@@ -145,6 +145,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         self._stack: list[tuple[str, nn.Module]] = []
         self.attributes: list[AttributeTerm] = []
         self.chunking = False
+        self.free_dimension: int | None = None
         self.inside_operation = False
         self._called: set[int] = set()
         self.tensors = model_tensors(model)
@@ -507,6 +508,8 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
             self._stack.pop()
 
 
+_RESHAPES = tuple(map(original, (torch.reshape, Tensor.reshape)))
+_UNFLATTENS = tuple(map(original, (torch.unflatten, Tensor.unflatten)))
 _CHUNKS = tuple(map(original, (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)))
 _FILLS = frozenset({"zeros", "ones", "full", "new_zeros", "new_ones", "new_full"})
 _KEEP_FILLS = frozenset({
@@ -564,11 +567,25 @@ class _TorchCalls(TorchFunctionMode):
         whole = self._tracer.rule_of_whole(func)
         if whole is not None:
             return self._tracer.as_one(whole, func, args, kwargs)
-        before, self._tracer.chunking = self._tracer.chunking, self._tracer.chunking or func in _CHUNKS
+        before = self._tracer.chunking, self._tracer.free_dimension
+        self._tracer.chunking = self._tracer.chunking or func in _CHUNKS
+        if func in _RESHAPES or func in _UNFLATTENS:  # below, torch has worked the size out
+            self._tracer.free_dimension = _free_dimension(func, args, kwargs)
         try:
             return func(*args, **kwargs)
         finally:
-            self._tracer.chunking = before
+            self._tracer.chunking, self._tracer.free_dimension = before
+
+
+def _free_dimension(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """Which dimension of its result the code leaves free in a reshape (-1)."""
+    if func in _RESHAPES:
+        sizes = kwargs.get("shape", args[1] if len(args) == 2 else args[1:])
+        first = 0
+    else:
+        sizes = kwargs.get("sizes", args[2] if len(args) > 2 else ())
+        first = int(kwargs.get("dim", args[1] if len(args) > 1 else 0)) % args[0].dim()
+    return first + list(sizes).index(-1) if isinstance(sizes, (list, tuple)) and -1 in sizes else None
 
 
 def _unresolved(*_: Any) -> None:

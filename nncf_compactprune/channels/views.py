@@ -61,17 +61,20 @@ def split(
     sizes: Sequence[int],
     unify: Callable[[LabelArray, LabelArray], None],
     head_axis: Callable[[Sequence[int], LabelArray], int | None] = lambda sizes, labels: None,
+    behind_free: int | None = None,
 ) -> list[LabelArray | None]:
     """Labels of one dimension cut into several (row-major).
 
     Where every row of the cut is one repeated label, the leading dimension carries the labels; where all rows are the
     same, the others do. Otherwise factors must be taken for constants, and positions across them are declared equal:
-    all but the attention heads where ``head_axis`` knows them, the leading one (groups) elsewhere.
+    all but the attention heads where ``head_axis`` knows them, or the factor that the code leaves free (-1); elsewhere
+    the leading one (groups).
 
     :param labels: shape ``[prod(sizes)]``, or None.
     :param sizes: of the new dimensions.
     :param unify: receives the equalities the cut implies.
     :param head_axis: which of the sizes counts attention heads, or None; also told the labels it will carry.
+    :param behind_free: how many sizes are behind the one that the code leaves free, or None.
     """
     if labels is None or len(sizes) == 1:
         return [labels] + [None] * (len(sizes) - 1)
@@ -80,13 +83,15 @@ def split(
         return [np.ascontiguousarray(rows[:, 0])] + [None] * (len(sizes) - 1)
     if not (rows == rows[:1]).all():
         axis = head_axis(sizes, labels)
+        if axis is None and behind_free and len(sizes) > behind_free:
+            axis = len(sizes) - 1 - behind_free
         if axis is not None:
             cube = labels.reshape(int(np.prod(sizes[:axis], dtype=int)), sizes[axis], -1)
             heads = np.ascontiguousarray(cube[0, :, 0])
             unify(cube, heads[None, :, None])
             return [heads if at == axis else None for at in range(len(sizes))]
         unify(rows[1:], rows[:1])
-    return [None, *split(np.ascontiguousarray(rows[0]), sizes[1:], unify, head_axis)]
+    return [None, *split(np.ascontiguousarray(rows[0]), sizes[1:], unify, head_axis, behind_free)]
 
 
 def reshape_labels(
@@ -96,6 +101,8 @@ def reshape_labels(
     unify: Callable[[LabelArray, LabelArray], None],
     pin: Callable[[LabelArray, str], None],
     head_axis: Callable[[Sequence[int], LabelArray], int | None] = lambda sizes, labels: None,
+    *,
+    free: int | None = None,
 ) -> DimLabels:
     """Labels of a tensor after a reshape.
 
@@ -105,6 +112,7 @@ def reshape_labels(
     :param unify: receives implied equalities.
     :param pin: receives labels that cannot follow, with the reason.
     :param head_axis: see :func:`split`.
+    :param free: the new dimension whose size the code leaves open (-1), or None.
     """
     result: list[LabelArray | None] = [None] * len(new)
     for left, right in blocks(old, new):
@@ -117,7 +125,8 @@ def reshape_labels(
                 pin(labels[d], "merged with another channel dimension by a reshape")  # type: ignore[arg-type]
             continue
         flat = merge([labels[d] for d in left], [old[d] for d in left])
-        for d, array in zip(right, split(flat, [new[d] for d in right], unify, head_axis), strict=True):
+        behind = len(right) - 1 - right.index(free) if free in right else None
+        for d, array in zip(right, split(flat, [new[d] for d in right], unify, head_axis, behind), strict=True):
             result[d] = array
     _pass_single_channels(labels, old, new, result, pin)
     return tuple(result)

@@ -26,7 +26,9 @@ def reshape(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str,
     if out.dtype != x.dtype or 0 in x.shape:
         tracer.pin_tensor(x, "reinterpreted by a view")
         return
-    labels = reshape_labels(tracer.labels(x), x.shape, out.shape, tracer.unify, tracer.pin, tracer.head_axis)
+    sizes = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+    free = sizes.index(-1) if -1 in sizes else tracer.free_dimension
+    labels = reshape_labels(tracer.labels(x), x.shape, out.shape, tracer.unify, tracer.pin, tracer.head_axis, free=free)
     if tracer.by_number and user_location(1) in tracer.by_number:
         follows_view(tracer, labels)
     tracer.set(out, labels)
