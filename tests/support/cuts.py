@@ -28,7 +28,7 @@ def random_plan(
 
 def snapshot(model: nn.Module) -> dict:
     facts = {
-        name: {k: v for k, v in vars(m).items() if isinstance(v, (int, tuple, list))}
+        name: {k: v for k, v in vars(m).items() if isinstance(v, (int, tuple, list)) and "_flat_weight" not in k}
         for name, m in model.named_modules()
     }
     return {"state": {k: v.clone() for k, v in model.state_dict().items()}, "facts": copy.deepcopy(facts)}
@@ -64,7 +64,9 @@ def _mark(value):
         return id(value), value.dtype, value.shape, value.stride(), value.detach().numpy().tobytes(), grad
     if isinstance(value, dict):
         return [(key, _mark(entry)) for key, entry in value.items()]
-    return value if isinstance(value, (int, float, str, tuple, list, type(None))) else id(value)
+    if isinstance(value, (tuple, list)):
+        return [_mark(entry) for entry in value]
+    return value if isinstance(value, (int, float, str, type(None))) else id(value)
 
 
 def assert_facts_are_true(model: nn.Module) -> None:
@@ -80,6 +82,10 @@ def assert_facts_are_true(model: nn.Module) -> None:
         elif isinstance(module, nn.GroupNorm):
             assert module.weight.shape[0] == module.num_channels
             assert module.num_channels % module.num_groups == 0
+        elif isinstance(module, nn.RNNBase):
+            assert module.weight_ih_l0.shape[1] == module.input_size
+            assert module.weight_hh_l0.shape[1] == module.hidden_size
+            assert all(isinstance(weight, nn.Parameter) for weight in module._flat_weights)
 
 
 class HardCoded(nn.Module):
