@@ -158,7 +158,7 @@ BENCHMARKS = (
         behind=(
             "Most rows have one seed, and trainings of 12 epochs of 10,000 images. ResNet-56 stays a point below "
             "the dense network, half a point after 20 epochs of 45,000 images (92.92), and ResNet-20 at half of its "
-            "MACs two.",
+            "MACs two, after 20 epochs of 45,000 images 0.8 (90.90).",
         ),
     ),
     Benchmark(

@@ -319,7 +319,7 @@ TASKS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "quantize": (BITS, quantization_methods()),
     "prune": (BUDGETS, pruning_methods()),
     "sparsify": (SPARSITIES, sparsity_methods()),
-    "both": ((0.9, 0.7, 0.5), methods_of_both()),
+    "both": ((0.9, 0.8, 0.7, 0.5), methods_of_both()),
 }
 TITLES = {
     "prune": "channels, by MACs left",

@@ -23,7 +23,7 @@ KEYS = (
     "target_scopes",
 )
 _NEAR = 0.85
-_DEVICES = {"VPU": "NPU", "NONE": "ANY", "TRIAL": "ANY"}
+_DEVICES = {"VPU": "NPU", "CPU_SPR": "CPU", "NONE": "ANY", "TRIAL": "ANY"}
 #: of an entry, in NNCF 1.x, to today's at the top level
 _ACCURACY_KEYS = {"maximal_accuracy_degradation": "maximal_relative_accuracy_degradation"}
 _OLD_INPUTS = ("input_infos", "input_sample_size", "input_sample_sizes")

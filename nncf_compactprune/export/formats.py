@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 from torch import nn
 
 from nncf_compactprune.errors import ExportError, nearest
@@ -96,6 +97,17 @@ class ExportFormat:
         session = self.open(path)
         arrays = in_file_order(path, session.input_names, inputs)
         return lambda: session.run(arrays)
+
+
+def of_batch(array: Array, size: int | None) -> Array:
+    """As many rows as a file takes, the same ones again where there are too few.
+
+    :param array: examples first.
+    :param size: of the file's batch; None: open.
+    """
+    if size is None or not array.ndim or not len(array) or len(array) == size:
+        return array
+    return np.concatenate([array] * -(-size // len(array)))[:size]
 
 
 def export_formats(plugins: Plugins | None = None) -> dict[str, ExportFormat]:

@@ -17,7 +17,7 @@ from torch import nn
 from nncf_compactprune.errors import ExportError, nearest
 from nncf_compactprune.export.folding import folded
 from nncf_compactprune.export.foreign import exporting
-from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order
+from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order, of_batch
 from nncf_compactprune.export.options import OLDEST_QUANTIZED_OPSET
 from nncf_compactprune.export.prepared import Array, Prepared, is_quantized, reason_of
 from nncf_compactprune.plugins.hookspecs import hookimpl
@@ -84,8 +84,13 @@ class OnnxFormat(ExportFormat):
         # Its worker threads would spin on between two requests, in the time of whoever is measured next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(path, options, providers=[provider])
-        names = [one.name for one in session.get_inputs()]
-        feed = dict(zip(names, in_file_order(path, names, inputs), strict=True))
+        ports = session.get_inputs()
+        names = [one.name for one in ports]
+        arrays = [
+            of_batch(array, port.shape[0] if port.shape and isinstance(port.shape[0], int) else None)
+            for port, array in zip(ports, in_file_order(path, names, inputs), strict=True)
+        ]
+        feed = dict(zip(names, arrays, strict=True))
         return lambda: session.run(None, feed)
 
 

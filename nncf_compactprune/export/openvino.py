@@ -17,7 +17,7 @@ from torch import nn
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.branches import refuse_frozen_reads
 from nncf_compactprune.export.foreign import exporting
-from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order
+from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order, of_batch
 from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
 from nncf_compactprune.export.preprocessing import embedded, verify_embedded
 from nncf_compactprune.export.tolerances import TOLERANCES
@@ -93,7 +93,8 @@ class OpenVinoFormat(ExportFormat):
             msg = f"{path}: OpenVINO has no device '{device}' here, it has {core.available_devices}."
             raise ExportError(msg)
         model = core.read_model(path)
-        arrays = in_file_order(path, [_port_name(port) for port in model.inputs], inputs)
+        named = in_file_order(path, [_port_name(port) for port in model.inputs], inputs)
+        arrays = [_as_taken(port, array) for port, array in zip(model.inputs, named, strict=True)]
         # Served models have their shape fixed: an open batch costs time that has nothing to do with the network.
         model.reshape({port: openvino.PartialShape(a.shape) for port, a in zip(model.inputs, arrays, strict=True)})
         request = core.compile_model(model, device, {"PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
@@ -109,6 +110,16 @@ class OpenVinoFormat(ExportFormat):
                     file.write(bytes(2**16))
             msg = f"OpenVINO could not save the model: {reason_of(error)}."
             raise ExportError(msg) from error
+
+
+def _as_taken(port: Any, array: Array) -> Array:
+    """An input as a file takes it: in its own batch size, and as pixels where preprocessing is in the file."""
+    if port.get_element_type() == openvino.Type.u8 and array.dtype.kind == "f" and array.ndim == 4:
+        low, high = float(array.min()), float(array.max())
+        array = (255 * (array - low) / max(high - low, 1e-9)).astype(np.uint8).transpose(0, 2, 3, 1)
+    shape = port.get_partial_shape()
+    fixed = shape.rank.is_static and len(shape) > 0 and shape[0].is_static
+    return of_batch(array, shape[0].get_length() if fixed else None)
 
 
 def _converted(ready: Prepared) -> Any:

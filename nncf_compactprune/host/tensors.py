@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from nncf_compactprune.host.torch_internals import UninitializedBuffer, UninitializedParameter
 
 NNCF_HOOKS = "__nncf_hooks"
+#: the copy of a network that NNCF 2's knowledge distillation keeps inside it
+NNCF_TEACHER = "_kd_original_model"
 
 
 def carries_hooks(model: nn.Module) -> bool:
@@ -25,7 +27,7 @@ def carries_hooks(model: nn.Module) -> bool:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in torch's order, shared ones once, NNCF's hook storage left out."""
+    """Modules in torch's order, shared ones once, NNCF's hook storage and teacher left out."""
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
@@ -36,7 +38,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         prefix = f"{name}." if name else ""
         for key, child in reversed(module._modules.items()):
-            if child is not None and key != NNCF_HOOKS:
+            if child is not None and key not in (NNCF_HOOKS, NNCF_TEACHER):
                 stack.append((prefix + key, child))
 
 

@@ -264,6 +264,9 @@ def install() -> None:
         for child in self.child_ctrls:  # before NNCF takes its copy
             if isinstance(child, CompactPruneController):
                 child.prepare_for_export()
+        for module in self.model.modules():  # the last loss of knowledge distillation is no leaf, which has no copies
+            if hasattr(module, "zero_kd_loss"):
+                module.zero_kd_loss()
         return together(self, do_copy, strip_format)
 
     nncf2.CompositeController.strip = strip

@@ -133,7 +133,7 @@ def test_inputs_in_every_form(old, shapes):
 
 @pytest.mark.parametrize(
     ("old", "device"),
-    [({"target_device": "VPU"}, "NPU"), ({"target_device": "TRIAL"}, "ANY"), ({"target_device": "CPU_SPR"}, "CPU_SPR"),
+    [({"target_device": "VPU"}, "NPU"), ({"target_device": "TRIAL"}, "ANY"), ({"target_device": "CPU_SPR"}, "CPU"),
      ({"hw_config_type": "cpu"}, "CPU"), ({"target_device": "NONE"}, "ANY")],
 )  # fmt: skip
 def test_devices(old, device):

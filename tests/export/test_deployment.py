@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune import export_model, prune
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export import ExportOptions, Pixels
+from nncf_compactprune.export import ExportOptions, Pixels, measure_latency
 from nncf_compactprune.integrations.layouts import export_to_layout
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.storage.plan_file import plan_digest
@@ -114,6 +114,14 @@ def test_pixels_as_they_come_go_into_a_file_with_its_preprocessing(net: nn.Modul
         export_model(
             net, X, tmp_path, ["openvino"], options=ExportOptions(pixels=Pixels((1.0, 2.0)), embed_preprocessing=True)
         )
+
+
+@pytest.mark.parametrize("options", [{"pixels": PIXELS, "embed_preprocessing": True}, {"batch": 3}], ids=str)
+def test_files_of_other_inputs_than_the_example_are_timed(options, net: nn.Module, tmp_path: Path) -> None:
+    files = export_model(net, X, tmp_path, ["openvino", "onnx"], options=ExportOptions(**options))
+    times = measure_latency({file.label: file.path for file in files}, X[:1], runs=3, warmup=1)
+    assert len(times) == len(files) == 4
+    assert all(latency.median_ms > 0 for latency in times.values())
 
 
 def test_model_server_finds_its_version(net: nn.Module, tmp_path: Path) -> None:

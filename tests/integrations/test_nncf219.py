@@ -201,6 +201,17 @@ def test_data_free_pruning_goes_first_and_nncfs_quantization_after_it() -> None:
     assert 0 < error < 0.2
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_nncfs_knowledge_distillation_beside(first: bool) -> None:
+    """NNCF keeps the teacher inside the network, and the last loss, of which no copy can be taken."""
+    taught = {"algorithm": "knowledge_distillation", "type": "softmax"}
+    ctrl, model = compressed(model32(), *((taught, SOFT) if first else (SOFT, taught)))
+    train(ctrl, model)
+    small = ctrl.strip()
+    assert weights(small) < 0.7 * weights(model32())
+    assert small(probe()).shape == (len(probe()), 5)
+
+
 def test_nncfs_own_algorithm_stays_nncfs() -> None:
     ctrl, _ = compressed(model32(), {"algorithm": "filter_pruning", "pruning_init": 0.5})
     assert type(ctrl).__module__.startswith("nncf.")
