@@ -74,6 +74,17 @@ class Statistics:
 
     algorithms: Mapping[str, Mapping[str, Any]]
 
+    def __iter__(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Names and figures, as NNCF 2.x's give them."""
+        return iter(self.algorithms.items())
+
+    def __getattr__(self, name: str) -> Mapping[str, Any]:
+        """The figures of one algorithm: ``statistics.filter_pruning``."""
+        try:
+            return vars(self)["algorithms"][name]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError(name) from None
+
     def only(self, name: str) -> Statistics:
         """Those of one algorithm."""
         return Statistics({key: figures for key, figures in self.algorithms.items() if key.split(" (")[0] == name})

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from nncf_compactprune.config.sections import Section
+from nncf_compactprune.config.sections import Section, Whole
 
 Mode = Literal["early_exit", "adaptive_compression_level"]
 _OF_THE_SEARCH = (
@@ -39,9 +39,9 @@ class AccuracyAwareParams(Section):
 
     maximal_relative_accuracy_degradation: float | None = Field(default=None, ge=0)
     maximal_absolute_accuracy_degradation: float | None = Field(default=None, ge=0)
-    maximal_total_epochs: int = Field(default=10000, ge=1)
-    initial_training_phase_epochs: int = Field(default=5, ge=0)
-    patience_epochs: int = Field(default=3, ge=1)
+    maximal_total_epochs: Whole = Field(default=10000, ge=1)
+    initial_training_phase_epochs: Whole = Field(default=5, ge=0)
+    patience_epochs: Whole = Field(default=3, ge=1)
     initial_compression_rate_step: float = Field(default=0.1, gt=0, lt=1)
     compression_rate_step_reduction_factor: float = Field(default=0.5, gt=0, lt=1)
     lr_reduction_factor: float = Field(default=0.5, gt=0, le=1)

@@ -88,8 +88,13 @@ class NotYet:
         return {"type": "null", "description": self.reason}
 
     def _refuse(self, value: Any) -> None:
-        if value is not None and value not in ([], {}):
+        if value is not False and not _is_empty(value):
             raise ValueError(self.reason)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether nothing stands there: null, an empty list, and a section of nothing else."""
+    return all(map(_is_empty, value.values())) if isinstance(value, dict) else value is None or value == []
 
 
 def _whole(value: Any) -> Any:
@@ -110,7 +115,7 @@ class BatchNormAdaptation(Section):
     :param num_bn_adaptation_samples: images that re-estimate BatchNorm statistics after the cut; 0 leaves them.
     """
 
-    num_bn_adaptation_samples: int = Field(default=2000, ge=0)
+    num_bn_adaptation_samples: Whole = Field(default=2000, ge=0)
     num_bn_adaptation_steps: Annotated[None, NotYet(_STEPS)] = None
 
 

@@ -371,7 +371,10 @@ def test_half_the_range_is_what_the_overflow_fix_leaves() -> None:
     ("keys", "message"),
     [
         ({"weights": {"bits": 4}}, r"weights\.bits: expected 8, got 4\. .*data_free_quantization with params"),
-        ({"scope_overrides": {"weights": {}}}, r"scope_overrides: NNCF 3 gives all layers the same bits"),
+        (
+            {"scope_overrides": {"weights": {"a": {"per_channel": False}}}},
+            r"scope_overrides: NNCF 3 gives all layers the same bits",
+        ),
         ({"initializer": {"precision": {"type": "hawq"}}}, r"initializer\.precision: mixed precision is not supported"),
         ({"initializer": {"precision": {"bits": [4, 8]}}}, r"initializer\.precision: mixed precision is not supported"),
         ({"initializer": {"range": {"num_init_samples": -1}}}, r"num_init_samples: expected .*1"),

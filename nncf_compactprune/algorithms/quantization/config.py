@@ -56,6 +56,7 @@ class RangeParams(Section):
 
 
 def _none_for_zero(value: Any) -> Any:
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     return None if type(value) is int and value == 0 else value
 
 

@@ -160,7 +160,7 @@ class CompressionController(_Controller):
 
     @property
     def child_ctrls(self) -> list[ChildController]:
-        """One controller for every algorithm, in the order of the configuration."""
+        """One controller for every algorithm, in the order in which they act."""
         return [ChildController(self._native, algorithm) for algorithm in self._native.algorithms]
 
     @property
@@ -251,10 +251,11 @@ class CompressionController(_Controller):
         """Cuts what is still masked and takes all hooks off, in place: ``model`` is the small network then."""
         self._native.strip()
 
-    def strip(self, do_copy: bool = True) -> nn.Module:
+    def strip(self, do_copy: bool = True, strip_format: Any = None) -> nn.Module:
         """The small network.
 
         :param do_copy: leave the model under compression as it is, masks and all, and cut a copy; else cut it in place.
+        :param strip_format: not read: quantizers stay what NNCF 3 makes of them.
         """
         return self._copy().strip() if do_copy else self._native.strip()
 

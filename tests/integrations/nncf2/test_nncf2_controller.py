@@ -241,3 +241,17 @@ def test_an_nncf_config_is_a_dictionary_that_was_checked(tmp_path):
     assert source["compression"]["algorithm"] == "fbnet_pruning"
     with pytest.raises(ConfigError, match=r"compression\.budge: unknown key"):
         NNCFConfig.from_dict({"compression": {"algorithm": "fbnet_pruning", "budge": 1}})
+
+
+def test_statistics_are_read_by_name_and_in_a_loop():
+    ctrl, _ = compressed()
+    statistics = ctrl.statistics()
+    assert [name for name, _ in statistics] == ["fbnet_pruning"]
+    assert statistics.fbnet_pruning == dict(statistics)["fbnet_pruning"]
+    assert not hasattr(statistics, "quantization")
+    assert copy.deepcopy(statistics).fbnet_pruning == statistics.fbnet_pruning
+
+
+def test_strip_takes_the_arguments_of_nncf():
+    ctrl, model = compressed(config(schedule="one_shot"))
+    assert weights(ctrl.strip(do_copy=True, strip_format="native")) == weights(model)
