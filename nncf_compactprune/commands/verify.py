@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from nncf_compactprune.commands.app import app
+from nncf_compactprune.commands.benchmark import sample_shape
 from nncf_compactprune.commands.console import output_console
 from nncf_compactprune.run.verifying import SAMPLES, verify
 from nncf_compactprune.serving.server import Serving
@@ -33,6 +34,9 @@ def verify_command(
     precision: Precision = None,
     samples: Annotated[int, typer.Option(min=1, help="Test images, evenly from all.")] = SAMPLES,
     batch: Annotated[int, typer.Option(min=1, help="Batch size, beside single images.")] = 32,
+    sample_size: Annotated[
+        str | None, typer.Option(help="Shape of a sample where a file without a run leaves it open: 3,224,224.")
+    ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(min=0, help="Largest error relative to the largest output; by arithmetic if not given."),
@@ -48,6 +52,7 @@ def verify_command(
         serving=Serving(device=device, precision=precision),
         samples=samples,
         batch_size=batch,
+        sample_size=sample_shape(sample_size),
         tolerance=tolerance,
         max_drop=max_drop,
         say=lambda line: errors.print(escape(line), soft_wrap=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -36,6 +36,7 @@ def verify(
     serving: Serving = Serving(),  # noqa: B008  # frozen
     samples: int = SAMPLES,
     batch_size: int = 32,
+    sample_size: Sequence[int] | None = None,
     tolerance: float | None = None,
     max_drop: float = MAX_DROP,
     say: Callable[[str], None] = print,
@@ -49,6 +50,7 @@ def verify(
     :param serving: how the files are served; by default as the runtime chooses.
     :param samples: how many test images, evenly from all of them.
     :param batch_size: of the requests; single images are compared too.
+    :param sample_size: the shape of a sample, where a file without a run leaves it open.
     :param tolerance: largest accepted error relative to the largest output; default: by what is computed in.
     :param max_drop: largest accepted loss of accuracy against torch, in [0, 1].
     :param say: is given a line when something is left out.
@@ -65,7 +67,7 @@ def verify(
         network = None if run is None else network_of(file, run)
         side = known.sides.get(network or "")
         real = known.quantized if network == "pruned" and side is None else None
-        limits: Any = {"tolerance": tolerance, "max_drop": max_drop, "plugins": plugins}
+        limits: Any = {"tolerance": tolerance, "max_drop": max_drop, "plugins": plugins, "sample_size": sample_size}
         check = verify_served(file, side, serving, real=real, **limits)
         checks.append(check if real is None else _beside_the_run(check, known.accuracy, max_drop))
     return checks

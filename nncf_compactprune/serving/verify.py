@@ -79,6 +79,7 @@ def verify_served(
     serving: Serving = Serving(),  # noqa: B008  # frozen
     *,
     real: RealInputs | None = None,
+    sample_size: Sequence[int] | None = None,
     tolerance: float | None = None,
     max_drop: float = MAX_DROP,
     plugins: Plugins | None = None,
@@ -90,6 +91,7 @@ def verify_served(
         on ``real`` inputs or noise.
     :param serving: how; by default as an ordinary user serves it.
     :param real: images and labels where there is no torch network.
+    :param sample_size: the shape of a sample of noise, where the file leaves it open.
     :param tolerance: largest accepted error relative to the largest output; default: by arithmetic.
     :param max_drop: largest accepted loss of accuracy against torch, in [0, 1].
     :param plugins: where formats come from; the installed plugins by default.
@@ -103,7 +105,7 @@ def verify_served(
         problems += wrong
         batches = torch_side.batches(server.fixed_batch)
     else:
-        batches = _own_batches(path, server, real, plugins)
+        batches = _own_batches(path, server, real, sample_size, plugins)
     compared = _Compared(torch_side)
     try:
         for batch in batches:
@@ -275,7 +277,13 @@ def _departs(
     return f"{said} It begins at {found}." if found else f"{said} Every single operation stays below it."
 
 
-def _own_batches(path: Path, server: Server, real: RealInputs | None, plugins: Plugins | None) -> list[ServedBatch]:
+def _own_batches(
+    path: Path,
+    server: Server,
+    real: RealInputs | None,
+    sample_size: Sequence[int] | None,
+    plugins: Plugins | None,
+) -> list[ServedBatch]:
     """Real inputs or noise, and what the file itself makes of them in float32."""
     exact = open_server(path, Serving(precision=None if path.suffix == ".onnx" else "f32"), plugins=plugins)
     requests: list[tuple[ModelInputs, Tensor | None]]
@@ -284,7 +292,7 @@ def _own_batches(path: Path, server: Server, real: RealInputs | None, plugins: P
         requests = [(ModelInputs(names, (one,), False, {}), known) for one, known in real.requests(server.fixed_batch)]
     else:
         sizes = [server.fixed_batch] if server.fixed_batch else [1, 2]
-        requests = [(noise_for(server, size), None) for size in sizes]
+        requests = [(noise_for(server, size, sample_size), None) for size in sizes]
     batches = []
     for inputs, labels in requests:
         named = dict(zip(inputs.names, inputs.arrays(), strict=True))

@@ -16,7 +16,8 @@ from support.networks import model32
 
 from nncf_compactprune import prune
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export import export_model
+from nncf_compactprune.export import ExportOptions, export_model
+from nncf_compactprune.run.verifying import verify
 from nncf_compactprune.serving import Serving, open_server
 from nncf_compactprune.serving.reference import RealInputs, TorchSide
 from nncf_compactprune.serving.verify import verify_served
@@ -137,6 +138,15 @@ def test_loss_of_accuracy_fails_a_file(files: Path, torch_side: TorchSide) -> No
 def test_file_without_its_model_is_compared_with_itself(files: Path) -> None:
     check = verify_served(files / "model.xml", None)
     assert (check.compared_with, check.accuracy, check.passed) == ("itself in f32", None, True)
+
+
+def test_a_file_of_open_size_is_told_its_sample(torch_side: TorchSide, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_model(torch_side.model, torch_side.example_inputs, path, options=ExportOptions(dynamic_size=True))
+    with pytest.raises(ExportError, match=r"--sample-size 3,224,224"):
+        verify(path, say=list)
+    (check,) = verify(path, sample_size=(3, 20, 28), say=list)
+    assert check.passed
 
 
 def test_onnx_that_the_checker_refuses_fails(files: Path, torch_side: TorchSide, tmp_path: Path) -> None:
