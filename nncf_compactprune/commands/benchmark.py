@@ -11,9 +11,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from nncf_compactprune.commands.app import app
-from nncf_compactprune.commands.console import output_console
+from nncf_compactprune.commands.console import output_console, sample_shape
 from nncf_compactprune.commands.verify import Device, Precision
-from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.run.verifying import exported_files
 from nncf_compactprune.serving.benchmark import Benchmark, Timing, benchmark
 from nncf_compactprune.serving.server import Serving
@@ -96,17 +95,3 @@ def _cells(one: Timing) -> tuple[str, ...]:
         f"{one.samples_per_second:.4g} ({one.throughput_spread[0]:.4g} to {one.throughput_spread[1]:.4g})",
         "-" if one.memory_bytes is None else f"{one.memory_bytes / _MIB:.1f} MiB",
     )
-
-
-def sample_shape(text: str | None) -> list[int] | None:
-    """Reads ``3,224,224`` or ``3x224x224``.
-
-    :raises CompactPruneError: for other words.
-    """
-    if text is None:
-        return None
-    try:
-        return [int(side) for side in text.replace("x", ",").split(",")]
-    except ValueError:
-        msg = f"--sample-size: expected whole numbers such as 3,224,224, got '{text}'."
-        raise CompactPruneError(msg) from None

@@ -12,8 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from nncf_compactprune.commands.app import app
-from nncf_compactprune.commands.benchmark import sample_shape
-from nncf_compactprune.commands.console import output_console
+from nncf_compactprune.commands.console import output_console, sample_shape
 from nncf_compactprune.commands.verify import Device, Precision
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.report.page import compare_page

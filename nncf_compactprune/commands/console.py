@@ -1,10 +1,12 @@
-"""Where commands print to."""
+"""What commands share: where they print to, and how they read shapes."""
 
 from __future__ import annotations
 
 import os
 
 from rich.console import Console
+
+from nncf_compactprune.errors import CompactPruneError
 
 _PIPED_WIDTH = 1000
 
@@ -15,3 +17,17 @@ def output_console() -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPED_WIDTH
     return console
+
+
+def sample_shape(text: str | None) -> list[int] | None:
+    """Reads ``3,224,224`` or ``3x224x224``.
+
+    :raises CompactPruneError: for other words.
+    """
+    if text is None:
+        return None
+    try:
+        return [int(side) for side in text.replace("x", ",").split(",")]
+    except ValueError:
+        msg = f"--sample-size: expected whole numbers such as 3,224,224, got '{text}'."
+        raise CompactPruneError(msg) from None

@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from nncf_compactprune.commands.app import app
-from nncf_compactprune.commands.benchmark import sample_shape
-from nncf_compactprune.commands.console import output_console
+from nncf_compactprune.commands.console import output_console, sample_shape
 from nncf_compactprune.run.verifying import SAMPLES, verify
 from nncf_compactprune.serving.server import Serving
 from nncf_compactprune.serving.verify import MAX_DROP, ServedCheck

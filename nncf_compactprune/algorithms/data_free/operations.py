@@ -258,7 +258,7 @@ def refittable(model: nn.Module, example_inputs: Any) -> Layers:
     left: dict[str, str] = {}
     for name, module in modules.items():
         weight = own_tensors(module).get("weight")
-        seen = calls.get(first[id(weight)], []) if weight is not None else []
+        seen = calls.get(first.get(id(weight), ""), [])  # weights that are buffers are none that can be re-fitted
         if seen or isinstance(module, (Convolution, nn.Linear)):
             reason = _why_not(module, seen)
             if reason:

@@ -44,6 +44,7 @@ from nncf_compactprune.host.tensors import carries_hooks, model_tensors, named_m
 from nncf_compactprune.host.torch_internals import BatchNorm
 
 MUCH_DOUBT = 0.5  # from here on more of a layer's correlations is chance than not
+MIN_VARIANCE = 0.01  # a channel that varies less, beside what its BatchNorm remembers, says little of its spread
 MIN_STD_RATIO = 0.05  # a channel whose output all but vanished keeps a scale that does not blow up
 
 
@@ -290,8 +291,10 @@ class Reconstruction:
         if positions is not None:
             positions = positions.to(dense_mean.device)
             dense_mean, dense_var = dense_mean[positions], dense_var[positions]
-        ratio = (var / dense_var.clamp_min(1e-12)).clamp_min(MIN_STD_RATIO**2)
         stored_mean, stored_var = statistics(module)
+        expected = MIN_VARIANCE * stored_var.to(dense_var)
+        floor = torch.where(dense_var < expected, expected, 0.0)  # nearly constant on these inputs: they say little
+        ratio = ((var + floor) / (dense_var + floor).clamp_min(1e-12)).clamp_min(MIN_STD_RATIO**2)
         stored_mean.copy_(mean - (dense_mean - stored_mean) * ratio.sqrt())
         stored_var.mul_(ratio)
 
