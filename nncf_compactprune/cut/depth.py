@@ -19,7 +19,7 @@ from nncf_compactprune.channels.branches import Branch, NoBranchError, branches_
 from nncf_compactprune.channels.groups import ChannelGraph, ChannelGroup, owner
 from nncf_compactprune.cut.self_check import prune_in_place
 from nncf_compactprune.cut.transaction import for_a_while
-from nncf_compactprune.errors import SelfCheckError
+from nncf_compactprune.errors import PlanError, SelfCheckError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import model_tensors, named_modules
 from nncf_compactprune.host.torch_internals import tree_leaves, tree_map
@@ -52,7 +52,7 @@ def with_branches(
         keep = [np.full(group.size, index not in tried.in_branches) for index, group in enumerate(graph.groups)]
         try:
             prune_in_place(model, make_plan(tried, keep), example_inputs, plugins=plugins, dry_run=True)
-        except SelfCheckError as error:
+        except (PlanError, SelfCheckError) as error:
             reasons |= dict.fromkeys(tried.in_branches, f"the network does not run without its branches: {error}")
             good = {}
     return _with(graph, good, reasons)

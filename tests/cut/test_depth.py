@@ -14,7 +14,7 @@ from support.cuts import same, snapshot
 from support.depth import graph_with_branches, shallower, with_statistics
 from torch import nn
 
-from nncf_compactprune import PruningPlan, apply_plan, export_model, load_pruned, save_pruned
+from nncf_compactprune import PruningPlan, apply_plan, export_model, load_pruned, prune, save_pruned
 from nncf_compactprune.channels import trace
 from nncf_compactprune.channels.branches import Branch
 from nncf_compactprune.cut import surgery
@@ -214,3 +214,32 @@ def test_hooks_of_a_block_go_on():
     shapes.clear()
     model(x)
     assert shapes == [(2, 24, 16, 16)]
+
+
+class SplitInside(nn.Module):
+    """A branch whose code splits by a list of widths; a list of no channels says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.widths = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1), [6, 10]
+
+    def forward(self, x):
+        first, second = self.a(x).split(self.widths, 1)
+        return x + self.b(torch.cat([first.relu(), second.sigmoid()], 1))
+
+
+class SplitNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, 8, 3), SplitInside(), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        return self.head(self.block(self.stem(x))).mean((2, 3))
+
+
+def test_a_branch_that_cannot_go_to_none_keeps_a_channel() -> None:
+    torch.manual_seed(0)
+    model = SplitNet().eval()
+    result = prune(model, torch.randn(2, 3, 12, 12), budget={"macs": 0.6}, round_to=1, min_channels=0)
+    assert result.self_check.error < 1e-5
+    assert min(model.block.widths) >= 1
