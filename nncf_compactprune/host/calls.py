@@ -132,12 +132,13 @@ def evaluating(
     :param mode: sees the operations in place of one that only looks for writes: two modes cost twice the time.
     :param in_training_mode: run the model as it trains, to see the branches that it takes then alone.
     """
+    forget_tables(module for _, module in named_modules(model))  # first: weights that are merged then stay apart
     with nullcontext() if changes else unmarked(model, inputs, mode=mode):
         flags: list[tuple[nn.Module, bool]] = []
-        forget_tables(module for _, module in named_modules(model))
         if any(module.training != in_training_mode for _, module in named_modules(model)):
             flags = [(module, module.training) for module in model.modules()]  # those of NNCF's hooks too
             model.train(in_training_mode)
+            forget_tables(module for _, module in named_modules(model))
         try:
             with torch.no_grad(), _without_autocast(model), _same_random_states(model), one_way_of_attention():
                 yield

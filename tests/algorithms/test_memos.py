@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.forgetful import InAttribute, InBuffer, InCachedMethod, UntilItTrains, built
+from support.forgetful import InAttribute, InBuffer, InCachedMethod, Merged, UntilItTrains, built
 from torch import nn
 
 from nncf_compactprune import analyse, create_compressed_model
@@ -77,3 +77,19 @@ def test_a_table_that_an_evaluation_left_hides_no_parameter():
     prune(model, x, budget={"macs": 0.6}, round_to=1)
     assert model.net.first.out_channels < 8
     remembers_nothing_stale(model, UntilItTrains)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_that_are_merged_in_eval_mode_stay_right(training):
+    torch.manual_seed(0)
+    model, x = Merged().train(training), batches()[0][0]
+    with torch.no_grad():
+        before = model(x)
+        analyse(model, x)
+        torch.testing.assert_close(model(x), before)
+        prune(model, x, budget={"macs": 0.7}, round_to=1)
+        after = model(x)
+        assert model.training == training
+        torch.testing.assert_close(model.train()(x), after)
+        torch.testing.assert_close(model.eval()(x), after)
+    assert model.conv.out_channels < 8

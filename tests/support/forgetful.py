@@ -63,6 +63,28 @@ class UntilItTrains(InDict):
         return self.compute() if self.training else super().gate()
 
 
+class Merged(nn.Module):
+    """As loralib's layers: in eval mode the weight holds the sum, and training takes it apart again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.more = nn.Parameter(torch.randn(8, 3, 3, 3))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merged:
+        super().train(mode)
+        if mode == self.merged:
+            with torch.no_grad():
+                self.conv.weight.add_(self.more, alpha=-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight if self.merged else self.conv.weight + self.more
+        return self.last(F.conv2d(x, weight, self.conv.bias).relu())
+
+
 class InNestedContainers(Gated):
     def __init__(self) -> None:
         super().__init__()
