@@ -20,7 +20,7 @@ from rich.table import Column, Table
 
 from nncf_compactprune.commands import benchmark, compare, family, verify  # noqa: F401  # each adds its commands to app
 from nncf_compactprune.commands.app import app
-from nncf_compactprune.commands.console import output_console
+from nncf_compactprune.commands.console import output_console, sample_shape
 from nncf_compactprune.commands.overrides import Output, Overrides, Weights, replaced
 from nncf_compactprune.config import json_schema
 from nncf_compactprune.cut.depth import IN_NO_BRANCH
@@ -105,7 +105,7 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show which channels of a model can be pruned, what that saves, and why the others stay."""
-    inspection = inspect_model(model, config=config, sample_size=_shape(sample_size))
+    inspection = inspect_model(model, config=config, sample_size=sample_shape(sample_size, "1,3,224,224"))
     if as_json:
         typer.echo(json.dumps(inspection.to_dict(), indent=2))
     else:
@@ -211,16 +211,6 @@ def schema_command(
     else:
         write_whole(output, f"{text}\n".encode())
         typer.echo(f"Written to {output}")
-
-
-def _shape(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(side) for side in text.replace("x", ",").split(",")]
-    except ValueError:
-        msg = f"--sample-size: expected whole numbers such as 1,3,224,224, got '{text}'."
-        raise CompactPruneError(msg) from None
 
 
 def _print_inspection(inspection: Inspection, console: Console) -> None:

@@ -415,7 +415,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         out = None if self._shapes is None else self._shapes.result(func, args, unchanged=not labelled)
         if out is None:
             out = func(*args, **kwargs)
-        if uniform and isinstance(out, Tensor) and _stays_uniform(func, args):
+        if uniform and isinstance(out, Tensor) and _fills(func):
             self._note(out, _UNIFORM, True)
         elif args and isinstance(args[0], Tensor) and hasattr(args[0], _UNIFORM) and func._schema.is_mutable:
             self.not_uniform(args[0])
@@ -511,26 +511,19 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
 _RESHAPES = tuple(map(original, (torch.reshape, Tensor.reshape)))
 _UNFLATTENS = tuple(map(original, (torch.unflatten, Tensor.unflatten)))
 _CHUNKS = tuple(map(original, (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)))
-_FILLS = frozenset({"zeros", "ones", "full", "new_zeros", "new_ones", "new_full"})
-_KEEP_FILLS = frozenset({
+#: operations that make a tensor of one value, or give one where all their tensors are such
+_FILLS = frozenset({
+    "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "fill_",
     "view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "transpose", "t", "permute", "slice", "select",
-    "clone", "_to_copy", "detach", "alias", "zeros_like", "ones_like", "full_like", "fill_", "zero_",
+    "zero_", "clone", "_to_copy", "detach", "alias",
 })  # fmt: skip
 
 
 @functools.cache
-def _keeps_fills(func: Any) -> int:
-    """2: an operation makes a tensor of one value; 1: it does so out of such tensors; 0: it does not."""
-    name = func._schema.name.partition("::")[2]
-    if name in _FILLS:
-        return 2
+def _fills(func: Any) -> bool:
+    """Whether an operation's result holds one value throughout, given that its tensors do."""
     draws = torch.Tag.nondeterministic_seeded in func.tags
-    return int(name in _KEEP_FILLS or (torch.Tag.pointwise in func.tags and not draws))
-
-
-def _stays_uniform(func: Any, args: Sequence[Any]) -> bool:
-    kind = _keeps_fills(func)
-    return kind == 2 or (kind == 1 and any(isinstance(arg, Tensor) for arg in args))
+    return func._schema.name.partition("::")[2] in _FILLS or (torch.Tag.pointwise in func.tags and not draws)
 
 
 #: functions of torch that are one operation to the analysis: what they consist of differs from device to device

@@ -19,9 +19,11 @@ def output_console() -> Console:
     return console
 
 
-def sample_shape(text: str | None) -> list[int] | None:
+def sample_shape(text: str | None, example: str = "3,224,224") -> list[int] | None:
     """Reads ``3,224,224`` or ``3x224x224``.
 
+    :param text: of the option ``--sample-size``.
+    :param example: what is expected, for the message.
     :raises CompactPruneError: for other words.
     """
     if text is None:
@@ -29,5 +31,5 @@ def sample_shape(text: str | None) -> list[int] | None:
     try:
         return [int(side) for side in text.replace("x", ",").split(",")]
     except ValueError:
-        msg = f"--sample-size: expected whole numbers such as 3,224,224, got '{text}'."
+        msg = f"--sample-size: expected whole numbers such as {example}, got '{text}'."
         raise CompactPruneError(msg) from None

@@ -132,13 +132,14 @@ def evaluating(
     :param mode: sees the operations in place of one that only looks for writes: two modes cost twice the time.
     :param in_training_mode: run the model as it trains, to see the branches that it takes then alone.
     """
-    forget_tables(module for _, module in named_modules(model))  # first: weights that are merged then stay apart
+    modules = [module for _, module in named_modules(model)]
+    forget_tables(modules)  # first: weights that are merged then stay apart
     with nullcontext() if changes else unmarked(model, inputs, mode=mode):
         flags: list[tuple[nn.Module, bool]] = []
-        if any(module.training != in_training_mode for _, module in named_modules(model)):
+        if any(module.training != in_training_mode for module in modules):
             flags = [(module, module.training) for module in model.modules()]  # those of NNCF's hooks too
             model.train(in_training_mode)
-            forget_tables(module for _, module in named_modules(model))
+            forget_tables(modules)
         try:
             with torch.no_grad(), _without_autocast(model), _same_random_states(model), one_way_of_attention():
                 yield
