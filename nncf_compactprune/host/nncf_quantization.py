@@ -14,6 +14,7 @@ from typing import Any
 
 import nncf
 import torch
+from nncf.common.graph import NNCFGraph, NNCFNode
 from nncf.common.quantization.structs import QuantizationScheme as QuantizationScheme
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
 from nncf.torch.function_hook import get_hook_storage, is_wrapped, wrap_model
@@ -35,6 +36,16 @@ PRODUCTS = {f"conv{way}{n}d" for way in ("", "_transpose") for n in (1, 2, 3)} |
     "linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "addmm", "baddbmm", "einsum", "bilinear",
     "scaled_dot_product_attention", "multi_head_attention_forward",
 }  # fmt: skip
+#: the input that must not become 0, by NNCF's types of operations
+DIVISORS = dict.fromkeys(("div", "div_", "divide", "divide_", "true_divide", "true_divide_"), 1) | dict.fromkeys(
+    ("__rdiv__", "reciprocal", "reciprocal_", "rsqrt", "rsqrt_", "log", "log_", "log2", "log10"), 0
+)
+#: averages: what rounds their inputs does not make 0 of their result
+AVERAGES = {
+    "mean", "sum", "norm", "linalg_vector_norm", "var", "std", "var_mean", "amax", "softmax", "logsumexp",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,12 +54,13 @@ class Ends:
 
     :param first: the product that runs first; empty where there is none.
     :param last: products whose results no other product reads: a classifier's last layer, a detector's of every level.
-    :param behind: operations that lead to no product, such as those that make boxes of distances.
+    :param in_float: operations that 8 bits would spoil and not speed up: those that lead to no product, such as what
+        makes boxes of distances, divisions by what the network computes, and what leads from sums to such a divisor.
     """
 
     first: str
     last: frozenset[str]
-    behind: frozenset[str]
+    in_float: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,8 @@ def quantize_in_place(model: nn.Module, dataset: nncf.Dataset, **options: Any) -
 
 
 def ends_of(model: nn.Module, example_inputs: Any) -> Ends:
-    """Finds where products begin and end. What lies behind stays in float: with 8 bits for a coordinate, boxes of a
-    640-pixel picture would round to whole steps of 2.5, and no product would be any faster.
+    """Finds where products begin and end, and what stays in float. With 8 bits for a coordinate, boxes of a 640-pixel
+    picture would round to whole steps of 2.5. A small divisor would round to 0: linear attention divides by sums.
 
     :param model: without hooks, no bare ``nn.Sequential``.
     :param example_inputs: a tensor, a tuple or a dict.
@@ -113,18 +125,30 @@ def ends_of(model: nn.Module, example_inputs: Any) -> Ends:
     with not_compiled(), evaluating(model):
         graph = nncf_graph(model, example_inputs)
     leads: dict[int, bool] = {}  # whether a product comes later
+    divides: dict[int, bool] = {}  # whether its result becomes a divisor
     products: list[Any] = []
-    behind: set[str] = set()
+    in_float: set[str] = set()
     for node in reversed(graph.topological_sort()):
         later = [n for n in graph.get_next_nodes(node) if leads[n.node_id] or n.node_type in PRODUCTS]
         leads[node.node_id] = bool(later)
+        sums = node.node_type in PRODUCTS or node.node_type in AVERAGES
+        divides[node.node_id] = not sums and any(
+            divides[edge.to_node.node_id] or DIVISORS.get(edge.to_node.node_type) == edge.input_port_id
+            for edge in graph.get_output_edges(node)
+        )
         if node.node_type in PRODUCTS:
             products.append(node)
-        elif not later and "/" in node.node_name:
-            behind.add(node.node_name)
+        elif "/" in node.node_name and (not later or divides[node.node_id] or _divides_by_result(graph, node)):
+            in_float.add(node.node_name)
     last = frozenset(node.node_name for node in products if not leads[node.node_id])
     first = min(products, key=lambda node: node.node_id).node_name if products else ""
-    return Ends(first, last, frozenset(behind))
+    return Ends(first, last, frozenset(in_float))
+
+
+def _divides_by_result(graph: NNCFGraph, node: NNCFNode) -> bool:
+    """Whether an operation divides by something that is no constant."""
+    port = DIVISORS.get(node.node_type)
+    return any(edge.input_port_id == port and "/" in edge.from_node.node_name for edge in graph.get_input_edges(node))
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Any]:

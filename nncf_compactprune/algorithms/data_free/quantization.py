@@ -115,7 +115,7 @@ class DataFreeQuantization(CompressionAlgorithm):
         owners = layers_by_operation(model, context.example_inputs)
         edges = {owners.get(operation) for operation in (ends.first, *ends.last)}
         bits = {n: params.edge_bits if n in edges else params.weight_bits for n in layers}
-        ignored = self._out_of_scope() | ends.behind
+        ignored = self._out_of_scope() | ends.in_float
         with context.timed("quantization"), evaluating(model, changes=True), whole_or_nothing(model) as log:
             if params.equalise:
                 precondition(log, model, context.example_inputs)

@@ -139,7 +139,7 @@ class Quantization(CompressionAlgorithm):
             msg = f"'{self.name}': the model carries NNCF hooks that are not of this list. Call nncf.strip first."
             raise QuantizationError(msg)
         samples = calibration_samples(context, self.config.samples)
-        out_of_scope = self._out_of_scope() | ends_of(model, context.example_inputs).behind
+        out_of_scope = self._out_of_scope() | ends_of(model, context.example_inputs).in_float
 
         def quantize(network: nn.Module, in_float: Collection[str]) -> None:
             options = quantize_options(self.config, len(samples), out_of_scope | set(in_float))

@@ -128,13 +128,49 @@ def test_what_comes_behind_the_last_layers_stays_in_float(algorithm: str) -> Non
     assert (scores - raw[0]).abs().max() < 0.2
 
 
+class LinearAttention(nn.Module):
+    """As in EfficientViT: one tensor holds products and the sums that divide them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Conv2d(3, 24, 4, stride=4), nn.BatchNorm2d(24))
+        self.qkv = nn.Conv2d(24, 48, 1)
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.embed(x)).flatten(2).transpose(1, 2).chunk(3, 2)
+        q, k, v = q.relu(), k.relu(), F.pad(v, (0, 1), value=1.0)
+        out = q @ (k.transpose(1, 2) @ v)
+        out = out[..., :-1] / (out[..., -1:] + 1e-15)
+        return self.head(out.transpose(1, 2)[..., None]).flatten(1)
+
+
+@pytest.mark.parametrize("algorithm", ["data_free_quantization", "quantization"])
+def test_divisors_stay_in_float(algorithm: str) -> None:
+    torch.manual_seed(0)
+    x = randn(8, 3, 32, 32)
+    model = with_statistics_of(LinearAttention(), x).eval()
+    dense = copy.deepcopy(model)
+    entry = {"algorithm": algorithm}
+    if algorithm == "data_free_quantization":
+        entry["generation"] = {"samples": 32, "steps": 2}
+    loader = [(x, torch.zeros(len(x)))]
+    ctrl, model = create_compressed_model(model, {"compression": entry}, loader, example_inputs=x[:1])
+    ctrl.strip()
+    quantized = {hook.operation for hook in hooks(model)}
+    assert {"/matmul/0", "qkv/conv2d/0"} <= quantized
+    assert not quantized & {"/matmul/1", "/add/0"}
+    with torch.no_grad():
+        assert (model.eval()(x) - dense(x)).norm() < 0.15 * dense(x).norm()
+
+
 def test_a_detectors_last_layers_are_all_edges() -> None:
     model, x = Decoding().eval(), randn(*X)
     used = layers_by_operation(model, x[:1])
     ends = ends_of(model, x[:1])
     assert used[ends.first] == "net.stages.0.0"
     assert {used[name] for name in ends.last} == {"net.heads.0.1", "net.heads.1.1"}
-    assert not any(name in used for name in ends.behind)
+    assert not any(name in used for name in ends.in_float)
 
 
 def test_scopes_reach_operations_in_a_list() -> None:
