@@ -19,6 +19,8 @@ from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import named_modules, own_tensors
 from nncf_compactprune.host.torch_internals import Convolution, original
 
+#: layers of several maps in one, whose weights are used by operations of their own
+COMPOUND = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 MOST_INPUTS = 8192  # of one output: second moments of more take gigabytes, and minutes to solve
 _LINEAR = ("input", "weight", "bias")
 _CONVOLUTION = (*_LINEAR, "stride", "padding", "dilation", "groups")
@@ -263,6 +265,8 @@ def refittable(model: nn.Module, example_inputs: Any) -> Layers:
             reason = _why_not(module, seen)
             if reason:
                 left[name] = reason
+        elif isinstance(module, COMPOUND):
+            left[name] = f"{type(module).__name__} is no single convolution or linear map"
     for name in calls:
         owner, _, leaf = name.rpartition(".")
         if leaf != "weight":

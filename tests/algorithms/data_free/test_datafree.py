@@ -249,6 +249,7 @@ class Odd(nn.Module):
         self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))
         self.apart = nn.Linear(4, 4)
         self.kernel = nn.Parameter(randn(4, 4, 1, 1))
+        self.attention, self.steps, self.pairs = nn.MultiheadAttention(4, 2), nn.GRU(4, 4), nn.Bilinear(4, 4, 4)
         self.head = nn.Linear(4, 5)
 
     def forward(self, x):
@@ -257,6 +258,7 @@ class Odd(nn.Module):
         weight = self.standardised.weight
         x = self.normed(F.conv2d(x, weight - weight.mean(), self.standardised.bias))
         x = F.conv2d(x, self.kernel).mean((2, 3))
+        x = self.pairs(x, self.steps(x + self.attention(x, x, x, need_weights=False)[0])[0])
         return self.head(F.linear(x, self.apart.weight) + self.apart.bias)
 
 
@@ -273,6 +275,10 @@ def test_what_cannot_be_refitted_is_left_and_named(caplog) -> None:
         "normed": "its weight is computed from other parameters",
         "apart": "its bias is added apart",
         "kernel": "it is a weight of 'Odd' under a name of its own",
+        "attention": "MultiheadAttention is no single convolution or linear map",
+        "attention.out_proj": "it does not run",
+        "steps": "GRU is no single convolution or linear map",
+        "pairs": "Bilinear is no single convolution or linear map",
     }
     before, dense = state(model), copy.deepcopy(model)
     model.functional.weight.data += 1
