@@ -56,6 +56,7 @@ def rows(model: type[BaseModel], prefix: str = "", standing: BaseModel | None = 
             yield prefix + name, "" if field.is_required() else json.dumps(value), texts.get(name, "")
         if inner is not None:
             several = "[]" if typing.get_origin(field.annotation) in (list, tuple) and name != "input_info" else ""
+            several = ".SCOPE" if typing.get_origin(field.annotation) is dict else several
             yield from rows(inner, f"{prefix}{name}{several}.", value if isinstance(value, BaseModel) else None)
 
 

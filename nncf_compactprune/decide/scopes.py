@@ -45,10 +45,12 @@ class ScopeRules:
     :param nncf2: patterns are searched for in NNCF 2.x's names, as NNCF 2.x did, beside today's names. Else these are
         looked at only where a scope fits no name of today.
     :param validate: a scope that matches nothing is a mistake.
+    :param within: the section of the entry that gives the scopes, and a dot, for messages.
     """
 
     nncf2: bool = False
     validate: bool = True
+    within: str = ""
 
 
 def prunable_groups(
@@ -131,6 +133,21 @@ def operations_out_of_scope(
         return left_out
     every = {operation for found in names.values() for operation in found.operations}
     return left_out | (every - look_up(target, "target_scopes").operations)
+
+
+def operations_in_scope(
+    model: nn.Module, example_inputs: Any, scopes: Sequence[str], key: str, rules: ScopeRules = ScopeRules()
+) -> set[str]:
+    """NNCF's names of the operations that some scopes mean.
+
+    :param model: the network.
+    :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+    :param scopes: as the configuration gives them.
+    :param key: which key gives them, for messages.
+    :param rules: how scopes are read.
+    :raises ScopeError: a scope matches nothing, or is no valid pattern.
+    """
+    return _LookUp(model, names_of(model, example_inputs), rules)(scopes, key).operations
 
 
 def operations_by_parameter(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
@@ -229,7 +246,7 @@ class _LookUp:
         :param key: which key, for messages.
         :raises ScopeError: a scope matches nothing, or is no valid pattern.
         """
-        matched, missed = Found(), []
+        matched, missed, key = Found(), [], f"{self._rules.within}{key}"
         for scope in scopes:
             hits = self._hits(scope, key)
             if not hits:

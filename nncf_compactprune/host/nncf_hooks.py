@@ -186,7 +186,7 @@ def remove_hooks(model: nn.Module, which: Callable[[nn.Module], bool] = lambda h
     if NNCF_HOOKS not in model._modules:
         return
     storage = get_hook_storage(model)
-    for hook in hooks(model):
+    for hook in hooks(model, shared=True):
         if which(hook.module):
             storage.delete_hook(hook.key)
     unwrap_if_empty(model)

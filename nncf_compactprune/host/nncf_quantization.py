@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,10 @@ AVERAGES = {
 }  # fmt: skip
 
 
+#: operations of hooks themselves, in NNCF's names
+INSIDE_HOOK = re.compile(r"(^|/)(pre|post)_hook__")
+
+
 @dataclass(frozen=True)
 class Ends:
     """Where the products of a network begin and end, by NNCF's names of operations.
@@ -61,6 +66,18 @@ class Ends:
     first: str
     last: frozenset[str]
     in_float: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Met:
+    """The quantizers that an operation meets, by their keys as hooks.
+
+    :param weights: of its constant inputs.
+    :param activations: those that its other inputs last met.
+    """
+
+    weights: tuple[str, ...]
+    activations: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -170,34 +187,53 @@ def restore_quantizers(model: nn.Module, state: dict[str, Any]) -> None:
     nncf.torch.load_from_config(model, state)
 
 
-def quantizers_by_operation(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
-    """What an operation of its own weight is quantized by: its weight's quantizer, and those that its inputs last met.
+def quantizers_by_operation(model: nn.Module, example_inputs: Any) -> dict[str, Met]:
+    """What operations are quantized by, those that meet a quantizer.
 
     :param model: with quantizers, in evaluation mode.
     :param example_inputs: what NNCF's graph is built with.
-    :return: keys of hooks by NNCF's name of the operation, in the order of execution.
+    :return: by NNCF's name of the operation, in the order of execution.
     """
-    own: dict[str, list[str]] = {}
+    own: dict[str, list[Hook]] = {}
     behind: dict[str, list[str]] = {}
     for hook in hooks(model, shared=True):
-        if is_quantizer(hook.module):
-            (own if hook.before else behind).setdefault(hook.operation, []).append(hook.key)
+        if is_quantizer(hook.module) and hook.before:
+            own.setdefault(hook.operation, []).append(hook)
+        elif is_quantizer(hook.module):
+            behind.setdefault(hook.operation, []).append(hook.key)
     with not_compiled():
         graph = nncf_graph(model, example_inputs)
     found = {}
     for node in graph.topological_sort():
-        if node.node_name not in own:
+        if INSIDE_HOOK.search(node.node_name):
             continue
-        keys, waiting, seen = list(own[node.node_name]), [node], set()
+        before = own.get(node.node_name, [])
+        weights = [hook.key for hook in before if get_const_node(node, hook.port, graph) is not None]
+        keys = [hook.key for hook in before if hook.key not in weights]
+        waiting, seen = [node], set()
         while waiting:
-            for before in graph.get_previous_nodes(waiting.pop()):
-                if before.node_name in behind:
-                    keys += behind[before.node_name]
-                elif before.node_id not in seen:
-                    seen.add(before.node_id)
-                    waiting.append(before)
-        found[node.node_name] = list(dict.fromkeys(keys))
+            for giver in graph.get_previous_nodes(waiting.pop()):
+                if giver.node_name in behind:
+                    keys += behind[giver.node_name]
+                elif giver.node_id not in seen and giver.node_type not in PRODUCTS:
+                    seen.add(giver.node_id)
+                    waiting.append(giver)
+        if weights or keys:
+            found[node.node_name] = Met(tuple(weights), tuple(dict.fromkeys(keys)))
     return found
+
+
+def replace_hooks(model: nn.Module, keys: Collection[str], other: nn.Module) -> None:
+    """Takes hooks of another model in the place of a model's own.
+
+    :param model: with hooks, changed in place.
+    :param keys: of the hooks, as :class:`~.nncf_hooks.Hook` names them; those that ``other`` lacks stay.
+    :param other: a copy of the model with other hooks.
+    """
+    storage = get_hook_storage(model)
+    for hook in hooks(other, shared=True):
+        if hook.key in keys:
+            storage.set_submodule(hook.key, hook.module)
 
 
 @contextmanager

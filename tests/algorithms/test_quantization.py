@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nncf.torch.function_hook.pruning.rb.modules import RBPruningMask
-from nncf.torch.quantization.layers import BaseQuantizer, SQMultiply
+from nncf.torch.quantization.layers import AsymmetricQuantizer, BaseQuantizer, SQMultiply, SymmetricQuantizer
 from support.networks import Classifier, ResidualBlock, conv_bn
 from support.quantizers import ranges
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from nncf_compactprune.algorithms.quantization import accuracy_control
 from nncf_compactprune.algorithms.quantization.options import quantize_options
 from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.errors import CompactPruneError, ConfigError, ExportError, QuantizationError
+from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_hooks import hooks
-from nncf_compactprune.host.nncf_quantization import not_compiled
+from nncf_compactprune.host.nncf_quantization import not_compiled, quantizers_by_operation
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 PRUNE = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "params": {"schedule": "one_shot", "round_to": 4}}
@@ -293,6 +294,56 @@ def test_scopes_leave_layers_in_float() -> None:
     assert targeted == {"features.4.0.weight"}
 
 
+def quantizers_of(model: nn.Module, operation: str) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Of an operation's weight, and of its inputs."""
+    modules = {hook.key: hook.module for hook in hooks(model, shared=True)}
+    with evaluating(model):
+        met = quantizers_by_operation(model, X[:1])[operation]
+    return [modules[key] for key in met.weights], [modules[key] for key in met.activations]
+
+
+def test_parts_are_quantized_in_their_own_way() -> None:
+    last, first = "features/4/0/conv2d/0", "features/0/0/conv2d/0"
+    dense = network()
+    overrides = {
+        "weights": {"features.4": {"per_channel": False}, "{re}features/0/.*": {"mode": "asymmetric"}},
+        "activations": {"features.4.0": {"mode": "asymmetric"}},
+    }
+    ctrl, model = compress(copy.deepcopy(dense), entry(scope_overrides=overrides))
+    (weight,), (given,) = quantizers_of(model, last)
+    assert isinstance(given, AsymmetricQuantizer)
+    assert isinstance(weight, SymmetricQuantizer)
+    assert weight.scale.numel() == 1
+    (weight,), (given,) = quantizers_of(model, first)
+    assert isinstance(weight, AsymmetricQuantizer)
+    assert isinstance(given, SymmetricQuantizer)
+    (weight,), _ = quantizers_of(model, "features/3/0/conv2d/0")
+    assert isinstance(weight, SymmetricQuantizer)
+    assert weight.scale.numel() == 64
+    assert 0 < distance(ctrl.strip(), dense) < 0.1
+
+
+def test_weights_or_activations_alone_stay_in_float(caplog) -> None:
+    last, first = "features/4/0/conv2d/0", "features/0/0/conv2d/0"
+    one = entry(
+        weights={"ignored_scopes": ["features.4"]},
+        activations={"target_scopes": ["{re}features.*"]},
+        scope_overrides={"activations": {"{re}.*matmul_0": {"mode": "symmetric"}}},
+    )
+    ctrl, model = compress(network(), one)
+    weights, given = quantizers_of(model, last)
+    assert not weights
+    assert len(given) == 1
+    assert [len(found) for found in quantizers_of(model, first)] == [1, 1]
+    weights, given = quantizers_of(model, "head/linear/0")
+    assert len(weights) == 1
+    assert not given
+    ctrl.strip()
+    assert caplog.text.count("'{re}.*matmul_0' matches no operation, and is passed over") == 1
+    with pytest.raises(CompactPruneError, match=r"weights\.ignored_scopes: 'hed' matches no operation"):
+        compress(network(), entry(weights={"ignored_scopes": ["hed"]}))
+
+
 def test_every_key_reaches_nncf() -> None:
     keys = {
         "preset": "mixed",
@@ -371,10 +422,8 @@ def test_half_the_range_is_what_the_overflow_fix_leaves() -> None:
     ("keys", "message"),
     [
         ({"weights": {"bits": 4}}, r"weights\.bits: expected 8, got 4\. .*data_free_quantization with params"),
-        (
-            {"scope_overrides": {"weights": {"a": {"per_channel": False}}}},
-            r"scope_overrides: NNCF 3 gives all layers the same bits",
-        ),
+        ({"scope_overrides": {"weights": {"a": {"bits": 4}}}}, r"weights\.a\.bits: expected 8, got 4"),
+        ({"scope_overrides": {"weight": {}}}, r"weight.*Did you mean 'weights'"),
         ({"initializer": {"precision": {"type": "hawq"}}}, r"initializer\.precision: mixed precision is not supported"),
         ({"initializer": {"precision": {"bits": [4, 8]}}}, r"initializer\.precision: mixed precision is not supported"),
         ({"initializer": {"range": {"num_init_samples": -1}}}, r"num_init_samples: expected .*1"),

@@ -124,7 +124,8 @@ def _by_their_effect(model: nn.Module, quantized: nn.Module, example_inputs: Any
     """Operations with quantizers, those first that change the output most: how much nearer to the float network's it
     comes without the quantizers of an operation's weight and inputs."""
     with evaluating(quantized):
-        of = quantizers_by_operation(quantized, example_inputs)
+        met = quantizers_by_operation(quantized, example_inputs)
+    of = {name: (*one.weights, *one.activations) for name, one in met.items() if one.weights}
 
     def scores(network: nn.Module) -> list[Tensor]:
         with evaluating(network), not_compiled():

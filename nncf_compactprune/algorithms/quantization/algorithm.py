@@ -18,6 +18,7 @@ from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
 from nncf_compactprune.algorithms.quantization.accuracy_control import Controlled, control, labelled_samples
 from nncf_compactprune.algorithms.quantization.config import AccuracyControl, QuantizationConfig
 from nncf_compactprune.algorithms.quantization.options import quantize_options
+from nncf_compactprune.algorithms.quantization.parts import parts_of, quantize_parts
 from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.decide.scopes import ScopeRules, operations_out_of_scope
@@ -70,7 +71,9 @@ class Quantization(CompressionAlgorithm):
                 'algorithm "data_free_quantization".'
             )
             raise QuantizationError(msg)
-        self._out_of_scope()  # a wrong scope is told now, not after hours of training
+        # a wrong scope is told now, not after hours of training
+        self._out_of_scope()
+        parts_of(self.config, model, self.context.example_inputs)
         if state is not None and state.get("quantizers") is not None:
             restore_quantizers(model, state["quantizers"])
             self._begun = True
@@ -140,16 +143,23 @@ class Quantization(CompressionAlgorithm):
             raise QuantizationError(msg)
         samples = calibration_samples(context, self.config.samples)
         out_of_scope = self._out_of_scope() | ends_of(model, context.example_inputs).in_float
+        parts = parts_of(self.config, model, context.example_inputs)
+        for part in parts:
+            if not part.operations:
+                nncf_logger.warning(f"{self.name}: {part.key} matches no operation, and is passed over.")
 
         def quantize(network: nn.Module, in_float: Collection[str]) -> None:
-            options = quantize_options(self.config, len(samples), out_of_scope | set(in_float))
-            try:
-                with evaluating(network, changes=True):
-                    quantize_in_place(network, nncf.Dataset(samples), **options)
-            except Exception as error:
-                what = f"{type(error).__name__}: {first_line(error)}"
-                msg = f"'{self.name}': NNCF cannot quantize {type(model).__name__}: {what}"
-                raise QuantizationError(msg) from error
+            def alike(network: nn.Module, config: QuantizationConfig) -> None:
+                options = quantize_options(config, len(samples), out_of_scope | set(in_float))
+                try:
+                    with evaluating(network, changes=True):
+                        quantize_in_place(network, nncf.Dataset(samples), **options)
+                except Exception as error:
+                    what = f"{type(error).__name__}: {first_line(error)}"
+                    msg = f"'{self.name}': NNCF cannot quantize {type(model).__name__}: {what}"
+                    raise QuantizationError(msg) from error
+
+            quantize_parts(network, self.config, context.example_inputs, parts, alike)
             if not self.config.quantize_inputs:
                 remove_hooks(network, behind_inputs(network).__contains__)
 

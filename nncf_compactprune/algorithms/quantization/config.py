@@ -10,21 +10,14 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from nncf_compactprune.config import Section
 from nncf_compactprune.config.nncf2 import Nncf2Entry, Spelling
 from nncf_compactprune.config.reading import show
-from nncf_compactprune.config.sections import BatchNormAdaptation, NotYet
+from nncf_compactprune.config.sections import BatchNormAdaptation, NotYet, Scopes
 
 _BITS = (
     "NNCF 3 quantizes to 8 bits. For 4 to 7 bits, use the algorithm data_free_quantization with params.weight_bits and "
     "params.activation_bits."
 )
-_PART_SCOPES = (
-    "NNCF 3 has one list of scopes for weights and activations. Use ignored_scopes or target_scopes of the entry."
-)
 _LOGARITHM = "scales are stored as they are. Leave it out."
 _UNIFIED = "NNCF 3 knows which operations share a quantizer. Leave it out."
-_OVERRIDES = (
-    "NNCF 3 gives all layers the same bits and modes. Name the layers in ignored_scopes to leave them in float; "
-    'networks with attention have modes of their own with params.model_type "transformer".'
-)
 _PRECISION = "mixed precision is not supported: no runtime here executes it. Leave it out for 8 bits everywhere."
 _MULTIPLIER = "one learning rate serves weights and ranges. Set it in the optimizer."
 _STAGED = "weights and activations are quantized in the same epoch. Use params.start_epoch."
@@ -111,8 +104,8 @@ class QuantizationInitializer(Section):
         return {key: one for key, one in of_activations[0].items() if key != "target_quantizer_group"}
 
 
-class Quantized(Section):
-    """How weights or activations are quantized; null is the preset's choice.
+class Quantizer(Section):
+    """How a quantizer rounds; null is the preset's choice.
 
     :param mode: ``"symmetric"``: ranges around zero; ``"asymmetric"``: anywhere.
     :param bits: 8. For fewer, see ``data_free_quantization``.
@@ -133,8 +126,17 @@ class Quantized(Section):
 
     signed: bool | None = None
     per_channel: bool | None = None
-    ignored_scopes: Annotated[None, NotYet(_PART_SCOPES)] = None
-    target_scopes: Annotated[None, NotYet(_PART_SCOPES)] = None
+
+
+class Quantized(Quantizer):
+    """How all weights or activations are quantized, and which are not.
+
+    :param ignored_scopes: operations whose weights, or whose inputs, stay in float.
+    :param target_scopes: operations whose weights, or whose inputs, are quantized; null: all.
+    """
+
+    ignored_scopes: Scopes = Field(default_factory=list)
+    target_scopes: Scopes | None = None
     logarithm_scale: Annotated[None, NotYet(_LOGARITHM)] = None
 
 
@@ -143,6 +145,17 @@ class QuantizedActivations(Quantized):
 
     unified_scale_ops: Annotated[None, NotYet(_UNIFIED)] = None
     linked_quantizer_scopes: Annotated[None, NotYet(_UNIFIED)] = None
+
+
+class ScopeOverrides(Section):
+    """Operations whose quantizers differ, by scope. Scopes that match nothing are told, and passed over.
+
+    :param weights: of an operation's weight.
+    :param activations: of its inputs.
+    """
+
+    weights: dict[str, Quantizer] = Field(default_factory=dict)
+    activations: dict[str, Quantizer] = Field(default_factory=dict)
 
 
 _START_EPOCHS = ("activations_quant_start_epoch", "weights_quant_start_epoch")
@@ -196,6 +209,7 @@ class QuantizationConfig(Nncf2Entry):
     :param overflow_fix: ``"enable"``, ``"first_layer_only"``, ``"disable"``: weights in half the range, for processors
         with AVX2 or AVX-512 and no VNNI.
     :param accuracy_control: what costs most accuracy stays in float; null: everything in scope is quantized.
+    :param scope_overrides: quantizers of some operations that differ from all others.
     :param export_to_onnx_standard_ops: ONNX files hold standard operations whatever it says.
     """
 
@@ -214,7 +228,7 @@ class QuantizationConfig(Nncf2Entry):
     accuracy_control: AccuracyControl | None = None
     weights: Quantized = Quantized()
     activations: QuantizedActivations = QuantizedActivations()
-    scope_overrides: Annotated[None, NotYet(_OVERRIDES)] = None
+    scope_overrides: ScopeOverrides = ScopeOverrides()
     export_to_onnx_standard_ops: bool = True
     compression_lr_multiplier: Annotated[None, NotYet(_MULTIPLIER)] = None
     params: QuantizationParams = QuantizationParams()

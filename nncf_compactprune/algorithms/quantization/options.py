@@ -20,7 +20,7 @@ from nncf.quantization.range_estimator import (
     StatisticsType,
 )
 
-from nncf_compactprune.algorithms.quantization.config import QuantizationConfig, Quantized, RangeInitializer
+from nncf_compactprune.algorithms.quantization.config import QuantizationConfig, Quantizer, RangeInitializer
 
 
 def quantize_options(config: QuantizationConfig, samples: int, ignored: Collection[str]) -> dict[str, Any]:
@@ -30,9 +30,8 @@ def quantize_options(config: QuantizationConfig, samples: int, ignored: Collecti
     :param samples: how many there are.
     :param ignored: NNCF's names of operations that are not quantized.
     """
-    fix = config.overflow_fix
-    if fix is None and config.weights.mode == "asymmetric":
-        fix = "disable"  # NNCF's own choice for some devices halves ranges, and does so for symmetric weights only
+    # NNCF's own choice for some devices halves ranges, and does so for symmetric weights only
+    fix = "disable" if config.weights.mode == "asymmetric" else config.overflow_fix
     advanced = AdvancedQuantizationParameters(
         quantize_outputs=config.quantize_outputs,
         overflow_fix=None if fix is None else OverflowFix(fix),
@@ -50,7 +49,7 @@ def quantize_options(config: QuantizationConfig, samples: int, ignored: Collecti
     }
 
 
-def _parameters(part: Quantized) -> QuantizationParameters:
+def _parameters(part: Quantizer) -> QuantizationParameters:
     mode = None if part.mode is None else QuantizationMode(part.mode)
     return QuantizationParameters(mode=mode, signedness_to_force=part.signed, per_channel=part.per_channel)
 
