@@ -20,7 +20,7 @@ from torch import nn
 
 from nncf_compactprune.accuracy_aware.progress import EpochResult, Progress, TrainingLoopStatistics
 from nncf_compactprune.accuracy_aware.runner import Functions, Log, SearchingRunner, TrainingRunner
-from nncf_compactprune.algorithms import ChannelPruning, CompressionAlgorithm
+from nncf_compactprune.algorithms import ChannelPruning, CompressionAlgorithm, CompressionStage
 from nncf_compactprune.config import AccuracyAwareTraining, CompressionConfig, load_section, read_document
 from nncf_compactprune.config.nncf2_top_level import modern_top_level
 from nncf_compactprune.errors import CompactPruneError, ConfigError, Problem
@@ -246,6 +246,10 @@ class EarlyExitCompressionTrainingLoop:
                 f"Warning: no compressed model holds the accuracy: {accuracy:.4f} is the best, "
                 f"{runner.minimal_tolerable_accuracy:.4f} is allowed. Train longer, or allow more."
             )
+        algorithms = self.compression_controller.algorithms
+        late = [a.name for a in algorithms if not a.adjustable and a.stage() is CompressionStage.UNCOMPRESSED]
+        if late:
+            runner.log(f"Not judged, as it begins at strip(): {', '.join(late)}. Measure the accuracy again there.")
         runner.log(f"Result: rate {self.compression_controller.compression_rate:.3f}, accuracy {accuracy:.4f}")
         if self._snapshots is not None and self._part is None and is_main_process():
             self._snapshots.remove()

@@ -101,6 +101,13 @@ def compress(run: Run, dense: Network) -> Compressed:
     for name, check in checks.items():
         run.say(f"Self-check of {name}: {check}")
     pruned = run.measured(model, "Compressed" if carries_hooks(model) else "Pruned")
+    if watched is not None and pruned.accuracy is not None:
+        before, watched = watched, watched.ended(100 * pruned.accuracy)
+        if before.holds and not watched.holds:
+            run.say(
+                f"Warning: the accuracy held before the last entries came: {watched.final:.2f} % now, "
+                f"{watched.allowed:.2f} % allowed. Allow more, or set accuracy_control in the quantization entry."
+            )
     latency = {a.name: a.latency for a in controller.algorithms if isinstance(a, ChannelPruning) and a.latency}
     for name, result in latency.items():
         run.say(f"Latency of {name}: {result}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -48,6 +48,7 @@ class Watched:
     :param holds: whether the result is allowed.
     :param rate: the result's compression rate.
     :param epochs: all of them.
+    :param final: the exported network's: entries that begin at the end, such as quantization behind pruning, are in it.
     """
 
     mode: str
@@ -56,6 +57,7 @@ class Watched:
     holds: bool
     rate: float
     epochs: Sequence[EpochResult]
+    final: float | None = None
 
     @property
     def tried(self) -> list[RateTried]:
@@ -68,6 +70,13 @@ class Watched:
             for rate, of in sorted(by_rate.items())
         ]
 
+    def ended(self, accuracy: float) -> Watched:
+        """The same, judged by the network as it is exported.
+
+        :param accuracy: its test accuracy, in percent.
+        """
+        return replace(self, holds=self.holds and accuracy >= self.allowed, final=accuracy)
+
     def to_json(self) -> dict[str, Any]:
         """For the report."""
         return {
@@ -79,6 +88,8 @@ class Watched:
     def to_markdown(self) -> list[str]:
         """Lines for the report."""
         found = f"{self.rate:.1%} removed holds it" if self.holds else "no compressed network held it"
+        if self.final is not None:
+            found = f"{found}, with {self.final:.2f} % as exported"
         return [
             "## Accuracy-aware training",
             "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.user_files import NET_SOURCE
 from nncf_compactprune.errors import ConfigError
 from nncf_compactprune.run import watching
 from nncf_compactprune.run.pipeline import load_run, run
+from nncf_compactprune.run.state import Run
 from nncf_compactprune.run.training import train_epoch
 
 ADAPTIVE = {
@@ -152,3 +154,21 @@ def test_what_cannot_be_watched_is_told_before_training(tmp_path: Path, changes:
     with pytest.raises(ConfigError) as caught:
         run(write_config(tmp_path / "a", **changes), say=lambda _: None)
     assert message in str(caught.value)
+
+
+def test_what_begins_at_the_end_is_judged_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Run.measured
+    monkeypatch.setattr(
+        Run, "measured", lambda self, model, which: replace(measured(self, model, which), accuracy=0.0)
+        if which == "Compressed" else measured(self, model, which),
+    )  # fmt: skip
+    pruning = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.7}, "params": {"pruning_steps": 1, "round_to": 1}}
+    quantization = {"algorithm": "quantization", "params": {"start_epoch": None, "subset_size": 20}}
+    lines: list[str] = []
+    changes = {"accuracy_aware_training": EARLY, "compression": [pruning, quantization]}
+    outcome = run(write_config(tmp_path / "a", **changes), say=lines.append)
+    found = json.loads((outcome.directory / "summary.json").read_text())["accuracy_aware_training"]
+    assert any("begins at strip(): quantization" in line for line in lines)
+    assert any(line.startswith("Warning: the accuracy held before the last entries came: 0.00 % now") for line in lines)
+    assert (found["holds"], found["final"]) == (False, 0.0)
+    assert "no compressed network held it, with 0.00 % as exported" in (outcome.directory / "report.md").read_text()
