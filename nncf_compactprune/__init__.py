@@ -33,7 +33,7 @@ from nncf_compactprune.errors import (
     TraceError,
 )
 from nncf_compactprune.export import ExportedFile, export_model
-from nncf_compactprune.host.nncf_versions import traces_by_patching
+from nncf_compactprune.host.nncf_versions import IS_NNCF_2
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.plugins.hookspecs import hookimpl
@@ -82,5 +82,5 @@ __all__ = [
     "save_pruned",
 ]
 
-if traces_by_patching():  # NNCF 2.19's own config and create_compressed_model then take the algorithms of this package
+if IS_NNCF_2:  # NNCF 2.19's own config and create_compressed_model then take the algorithms of this package
     from nncf_compactprune.integrations import nncf219  # noqa: F401

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nncf_compactprune.algorithms import ChannelPruning
 from nncf_compactprune.controller import CompressionController, create_compressed_model
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host import nncf2
-from nncf_compactprune.host.nncf_versions import LEGACY_TRACING, traces_by_patching
 from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.plugins import default_plugins
 
@@ -55,8 +55,8 @@ class Engine:
         self.model = model
         self._config = config
         entries = config["compression"]
-        entries = entries if isinstance(entries, list) else [entries]
-        self.entries = [dict(entry) for entry in entries if entry["algorithm"] in _names]
+        self._listed = entries if isinstance(entries, list) else [entries]
+        self.entries = [dict(entry) for entry in self._listed if entry["algorithm"] in _names]
         self._plan = plan_of(model)
         self._controller: CompressionController | None = None
 
@@ -91,6 +91,14 @@ class Engine:
                 f"{left_out[0]} does not go with NNCF 2's create_compressed_model: it runs parts of the network by "
                 "themselves, and NNCF 2 has wrapped them by then. Call nncf_compactprune.create_compressed_model with "
                 "this entry first, strip, and give NNCF the result with the other entries."
+            )
+            raise CompactPruneError(msg)
+        known, names = default_plugins().algorithms, [entry["algorithm"] for entry in self.entries]
+        cutting = [name for name in names if issubclass(known[name], ChannelPruning)]
+        if cutting and any(entry["algorithm"] == "filter_pruning" for entry in self._listed):
+            msg = (
+                f"{cutting[0]} does not go beside NNCF 2's filter_pruning, whose masks keep the widths from before the "
+                "cut. Leave one of them out, or strip with the first entry and compress the result with the other."
             )
             raise CompactPruneError(msg)
         document = {key: self._config[key] for key in SHARED_KEYS if key in self._config}
@@ -245,12 +253,8 @@ class _Scheduler(nncf2.BaseCompressionScheduler):  # type: ignore[misc]
 def install() -> None:
     """Makes the installed algorithms known to NNCF 2, once. Importing this module does it.
 
-    :raises CompactPruneError: NNCF 2 does not trace as its algorithms need it.
+    Where NNCF 2 does not trace as its algorithms need it, its own ``create_compressed_model`` names the variable.
     """
-    if not traces_by_patching():
-        msg = f"NNCF 2.19 compresses from its config only with {LEGACY_TRACING}=1: set it in the environment before "
-        msg += "NNCF is imported."
-        raise CompactPruneError(msg)
     if _names:
         return
     for name in default_plugins().algorithms:
