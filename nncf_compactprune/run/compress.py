@@ -25,8 +25,10 @@ from nncf_compactprune.integrations.layouts import PROCESSOR, processor
 from nncf_compactprune.integrations.pretrained import save_pruned_hf
 from nncf_compactprune.plan import PruningPlan, make_plan
 from nncf_compactprune.run.datasets import ResolvedDataset, only_classes
+from nncf_compactprune.run.models import save_weights
+from nncf_compactprune.run.prepare import make_room
 from nncf_compactprune.run.settings import RunConfig
-from nncf_compactprune.run.state import FINE_TUNING, Network, Run
+from nncf_compactprune.run.state import DENSE_FILE, FINE_TUNING, Network, Run
 from nncf_compactprune.run.training import fit
 from nncf_compactprune.run.watching import Watched, train_watching
 from nncf_compactprune.storage.checkpoint import save_pruned
@@ -57,7 +59,7 @@ class Compressed:
 
 
 def compress(run: Run, dense: Network) -> Compressed:
-    """Compresses and fine-tunes the run's model, and stores it.
+    """Compresses and fine-tunes the run's model, and stores both networks.
 
     :param run: its model is the dense one, and is compressed in place.
     :param dense: a copy of it.
@@ -77,6 +79,9 @@ def compress(run: Run, dense: Network) -> Compressed:
         # where this run starts from a smaller network, the dense one still teaches
         teacher=None if run.config.warm_start is None else copy.deepcopy(dense.model),
     )
+    if resume is None:  # what an earlier run left was there until here: the compression could begin
+        make_room(run)
+        save_weights(dense.model, run.directory / DENSE_FILE)
     plan = plan_of(model)
     if run.dataset is not None and plan is not None and plan.output_classes:
         known = only_classes(run.dataset, plan.output_classes)  # labels are counted anew from here on

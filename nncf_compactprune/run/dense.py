@@ -6,19 +6,18 @@ import copy
 
 from nncf_compactprune.controller import create_compressed_model
 from nncf_compactprune.run.datasets import ResolvedDataset
-from nncf_compactprune.run.models import load_weights, save_weights
+from nncf_compactprune.run.models import load_weights
+from nncf_compactprune.run.prepare import make_room
 from nncf_compactprune.run.state import DENSE, DENSE_FILE, FINE_TUNING, Network, Run
 from nncf_compactprune.run.training import fit
 
 
 def train_dense(run: Run) -> Network:
-    """Trains the model where the config says so, stores its weights and returns a copy of it."""
+    """Trains the model where the config says so, and returns a copy of it."""
     if run.resume(FINE_TUNING) is not None:
         load_weights(run.model, run.directory / DENSE_FILE)
-    else:
-        if run.config.weights is None and run.dataset is not None:
-            _pretrain(run, run.dataset)
-        save_weights(run.model, run.directory / DENSE_FILE)
+    elif run.config.weights is None and run.dataset is not None:
+        _pretrain(run, run.dataset)
     return run.measured(copy.deepcopy(run.model), "Dense")
 
 
@@ -36,6 +35,7 @@ def _pretrain(run: Run, dataset: ResolvedDataset) -> None:
         example_inputs=run.inputs,
         plugins=run.plugins,
     )
+    make_room(run)
     say(f"Training the dense model for {config.pretrain_epochs} epochs")
     fit(
         run.model,

@@ -1,4 +1,4 @@
-"""The first stage of a run: dataset, model, checks before any training, and what an earlier run left."""
+"""The first stage of a run: dataset, model, checks before any training; and room for results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nncf_compactprune.run.warm_start import check_warm_start
 from nncf_compactprune.storage.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from nncf_compactprune.storage.plan_file import PLAN_FILE
 from nncf_compactprune.storage.snapshots import Snapshots
-from nncf_compactprune.storage.writing import write_whole
+from nncf_compactprune.storage.writing import whole_files, write_whole
 
 RESULTS = (
     *(DENSE_FILE, PLAN_FILE, WEIGHTS_FILE, "summary.json", "report.md", "report.html"),
@@ -35,7 +35,7 @@ RESULTS = (
 
 
 def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
-    """Builds what the run works on, checks it, and makes room for its results.
+    """Builds what the run works on, and checks it. What an earlier run left stays, see :func:`make_room`.
 
     :param settings: the config.
     :param plugins: where names are looked up.
@@ -74,10 +74,8 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
     if found is not None:
         say(f"Going on from {found.path}")
         snapshots.history += found.facts["history"]
-    else:
-        remove_old_results(directory, say)
-    # The first file written also tells whether the directory can be written, before hours of training.
-    write_whole(directory / CONFIG_FILE, (json.dumps(settings.document, indent=2) + "\n").encode())
+    with whole_files(directory, []):
+        pass  # the directory can be written, which is to be known before hours of training
     return Run(settings, plugins, say, resolved.model, example, dataset, snapshots, found)
 
 
@@ -151,6 +149,15 @@ def _epoch_of_cut(entry: ChannelPruningConfig, epochs: int, plugins: Plugins) ->
         if schedule(at, initial=params.pruning_init, target=target, steps=params.pruning_steps) >= target:
             return params.num_init_steps + at + 1
     return None
+
+
+def make_room(run: Run) -> None:
+    """The run can start, and its results take the place of those of an earlier one.
+
+    :param run: its compression was begun, or tried out.
+    """
+    remove_old_results(run.directory, run.say)
+    write_whole(run.directory / CONFIG_FILE, (json.dumps(run.settings.document, indent=2) + "\n").encode())
 
 
 def remove_old_results(directory: Path, say: Say) -> None:

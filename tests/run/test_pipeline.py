@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.user_files import NET_SOURCE
 
-from nncf_compactprune.errors import ConfigError
+from nncf_compactprune.errors import BudgetError, ConfigError
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.plugins.hookspecs import Schedule, hookimpl
 from nncf_compactprune.run import pipeline, prepare
@@ -126,3 +126,17 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_removed(device: s
     with pytest.raises(ConfigError, match=r'device: no such device here: .* Write "auto", "cpu", or'):
         pipeline.run(write_config(tmp_path, device=device))
     assert (tmp_path / "out" / "plan.json").read_text() == "old"
+
+
+def test_a_compression_that_cannot_begin_removes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("plan.json", "config.json", "dense.safetensors"):
+        (tmp_path / "out" / name).write_text("old")
+    compression = {"algorithm": "fbnet_pruning", "budget": {"macs": 1e-6}, "params": {"schedule": "one_shot"}}
+    for pretrain_epochs in (0, 1):
+        config = write_config(tmp_path, compression=compression, epochs=0, pretrain_epochs=pretrain_epochs)
+        with pytest.raises(BudgetError):
+            pipeline.run(config)
+        assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == dict.fromkeys(
+            ("plan.json", "config.json", "dense.safetensors"), "old"
+        )
