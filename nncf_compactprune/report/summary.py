@@ -103,6 +103,7 @@ class Summary(_Part):
     command: list[str]
     environment: dict[str, str]
     config: dict[str, Any]
+    files: dict[str, str] = Field(default={}, description="SHA-256 of the files that the config names")
     model: str
     dataset: str | None
     algorithm: str

@@ -142,6 +142,7 @@ def _document(run: Run, comparison: Comparison, compressed: Compressed, files: F
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "environment": environment(),
         "config": dict(run.settings.document),
+        "files": dict(run.files),
         "model": run.config.model,
         "dataset": run.config.dataset,
         "algorithm": plan.algorithm,

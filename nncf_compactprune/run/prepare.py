@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,14 +69,15 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
     if settings.compression.accuracy_aware_training is not None and "epochs" in settings.document:
         say("Note: epochs is not read, as accuracy_aware_training says how long to train")
     directory = Path(config.output_dir)
-    snapshots = Snapshots(directory / SNAPSHOTS, _identity(settings))
+    files = settings.file_digests()
+    snapshots = Snapshots(directory / SNAPSHOTS, _identity(settings, files))
     found = snapshots.newest()
     if found is not None:
         say(f"Going on from {found.path}")
         snapshots.history += found.facts["history"]
     with whole_files(directory, []):
         pass  # the directory can be written, which is to be known before hours of training
-    return Run(settings, plugins, say, resolved.model, example, dataset, snapshots, found)
+    return Run(settings, plugins, say, resolved.model, example, dataset, files, snapshots, found)
 
 
 def _dataset(settings: Settings, plugins: Plugins) -> ResolvedDataset | None:
@@ -280,7 +281,7 @@ def check_classes(resolved: ResolvedModel, example: ExampleInputs, dataset: Reso
         raise ResolveError(msg)
 
 
-def _identity(settings: Settings) -> str:
-    """A digest of everything in the config but the place of the results."""
+def _identity(settings: Settings, files: Mapping[str, str]) -> str:
+    """A digest of everything in the config but the place of the results, and of the files that it names."""
     document = {key: value for key, value in settings.document.items() if key != "output_dir"}
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([document, files], sort_keys=True).encode()).hexdigest()

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
+from os.path import isfile
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,8 +18,10 @@ from torch import nn
 from nncf_compactprune.config import CompressionConfig, Section, load_config, load_section, read_document
 from nncf_compactprune.config.reading import Document
 from nncf_compactprune.errors import nearest
+from nncf_compactprune.host.torch_internals import tree_leaves
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.run.training import Autocast
+from nncf_compactprune.storage.digests import file_digest
 
 DEFAULT_MOMENTUM = 0.9
 
@@ -160,6 +164,12 @@ class Settings:
     document: Mapping[str, Any]
     compression: CompressionConfig
     run: RunConfig
+
+    def file_digests(self) -> dict[str, str]:
+        """SHA-256 of every file that the config names (trained weights, a ranking): its content decides the result, and
+        may change under the same name."""
+        names = {leaf for leaf in tree_leaves(dict(self.document)) if isinstance(leaf, str) and isfile(leaf)}
+        return {name: file_digest(Path(name)) for name in sorted(names)}
 
 
 def read_settings(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class Run:
     :param model: is trained and compressed in place.
     :param example: what checks and exports run on: a test image where there are any.
     :param dataset: None for a run without data.
+    :param files: digests of the files that the config names, as they were when the run began.
     :param snapshots: where every epoch leaves one; keeps the history of epochs.
     :param found: the snapshot to go on from.
     """
@@ -56,6 +57,7 @@ class Run:
     model: nn.Module
     example: ExampleInputs
     dataset: ResolvedDataset | None
+    files: Mapping[str, str]
     snapshots: Snapshots
     found: Snapshot | None
 

@@ -66,7 +66,7 @@ def test_summary_follows_its_schema(summary: Summary, tmp_path: Path) -> None:
     assert read_summary(tmp_path) == summary
     schema = summary_schema()
     assert schema["additionalProperties"] is False
-    optional = {"summary_version", "labels", "pixels", "accuracy_aware_training", "latency_budget"}
+    optional = {"summary_version", "files", "labels", "pixels", "accuracy_aware_training", "latency_budget"}
     assert set(summary_document()) | optional == set(schema["properties"])
     (tmp_path / "summary.json").write_text(json.dumps({**summary_document(), "modell": 1}))
     with pytest.raises(CompactPruneError, match="is no summary of a run"):

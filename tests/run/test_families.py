@@ -172,6 +172,26 @@ def test_a_member_whose_config_changed_is_made_anew_with_all_that_follow(
     assert started == ["macs_0.7"]
 
 
+def test_a_family_of_other_weights_under_the_same_name_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_config(tmp_path, siblings=[], weights=str(tmp_path / "sibling.safetensors"), epochs=0)
+    path.write_text(path.read_text().replace('"exponential"', '"one_shot"'))
+    make_family(path, say=quiet)
+    started: list[str] = []
+
+    def noted(settings: Any, **kwargs: Any) -> None:
+        started.append(Path(settings.run.output_dir).name)
+
+    monkeypatch.setattr(members, "run_settings", noted)
+    make_family(path, say=quiet)
+    assert started == []
+    state = load_file(tmp_path / "sibling.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "sibling.safetensors")
+    make_family(path, say=quiet)
+    assert started == ["macs_0.7", "macs_0.5_params_0.6"]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

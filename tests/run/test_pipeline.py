@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,11 @@ def test_a_compression_that_cannot_begin_removes_nothing(tmp_path: Path) -> None
         assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == dict.fromkeys(
             ("plan.json", "config.json", "dense.safetensors"), "old"
         )
+
+
+def test_files_that_a_config_names_are_told_by_their_content(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_text("weights")
+    compression = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "ignored_scopes": ["{re}" + "a|" * 3000]}
+    config = write_config(tmp_path, weights=str(tmp_path / "weights.safetensors"), compression=compression)
+    digests = read_settings(config).file_digests()
+    assert digests == {str(tmp_path / "weights.safetensors"): hashlib.sha256(b"weights").hexdigest()}

@@ -98,12 +98,13 @@ def _member(member: Member, before: Summary | None, say: Say, plugins: Plugins) 
 
 
 def _finished(member: Member, before: Summary | None) -> Summary | None:
-    """The summary of an earlier run with the same config, not older than the one it starts from."""
+    """The summary of an earlier run with the same config and files, not older than the one it starts from."""
     try:
         summary = read_summary(member.directory)
     except CompactPruneError:
         return None
-    same = _asked(summary.config) == _asked(member.settings.document)
+    settings = member.settings
+    same = _asked(summary.config) == _asked(settings.document) and summary.files == settings.file_digests()
     return summary if same and (before is None or summary.created >= before.created) else None
 
 
