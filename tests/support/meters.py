@@ -43,6 +43,7 @@ class FakeMeter(Meter):
     identity = title = "a fake device"
     tells_layers = True
     drift = 0.0  # by a request
+    luck = 1.0  # of every network
 
     def __init__(self, options: MeterOptions) -> None:
         super().__init__(options)
@@ -58,7 +59,7 @@ class FakeMeter(Meter):
         assert not model.training
         self.loaded.append(sum(parameter.numel() for parameter in model.parameters()))
         drift = self.drift if self.loaded[-1] < self.loaded[0] else 0.0
-        return Counting(model, tells_layers=self.tells_layers, drift=drift)
+        return Counting(model, tells_layers=self.tells_layers, drift=drift, luck=self.luck)
 
 
 class Silent(FakeMeter):

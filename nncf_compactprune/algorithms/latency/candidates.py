@@ -55,6 +55,14 @@ class Candidates:
         wanted = tuple(int(width) for width in widths)
         return self._heard(lambda: self._measured(wanted))
 
+    def measure_dense(self) -> Measured:
+        """Measures the dense network, whatever is known of it: its ratio is 1, but the machine may be faster or slower
+        today.
+
+        :raises ExportError: the network cannot be exported, or does not run on the device.
+        """
+        return self._heard(lambda: self._compared(self._dense_widths))
+
     def measure_anew(self, widths: Sequence[int]) -> Measured:
         """Measures a network whatever is known of it, both networks loaded anew. What it finds takes the place of what
         was known.
@@ -71,14 +79,15 @@ class Candidates:
         self._dense = None
 
     def _measured(self, widths: tuple[int, ...]) -> Measured:
-        meter, cache = self._started(), self._cache
-        assert cache is not None
-        if (known := cache.get(widths)) is not None:
-            return known
-        start = time.perf_counter()
+        self._started()
+        assert self._cache is not None
+        return self._cache.get(widths) or self._compared(widths)
+
+    def _compared(self, widths: tuple[int, ...]) -> Measured:
+        meter, start = self._started(), time.perf_counter()
         if self._dense is None:
-            self._dense = self._load(meter, self._graph.sizes.tolist())
-        is_dense = widths == tuple(self._graph.sizes.tolist())
+            self._dense = self._load(meter, self._dense_widths)
+        is_dense = widths == self._dense_widths
         network = self._dense if is_dense else self._load(meter, widths)
         try:
             paired = in_turns(self._dense, network)
@@ -88,16 +97,17 @@ class Candidates:
                 network.close()
         ratio, seconds = 1.0 if is_dense else paired.ratio, time.perf_counter() - start
         one = Measured(widths, ratio, paired.spread, paired.first_ms, layers, seconds)
-        cache.add(one)
+        assert self._cache is not None
+        self._cache.add(one)
         return one
 
     def _measured_anew(self, widths: tuple[int, ...]) -> Measured:
         meter, known = self._started(), self._measured(widths)
-        if widths == tuple(self._graph.sizes.tolist()):
+        if widths == self._dense_widths:
             return known
         self.done()
         start = time.perf_counter()
-        paired = loaded_anew(lambda: self._load(meter, self._graph.sizes.tolist()), lambda: self._load(meter, widths))
+        paired = loaded_anew(lambda: self._load(meter, self._dense_widths), lambda: self._load(meter, widths))
         seconds = time.perf_counter() - start
         one = replace(
             known, ratio=paired.ratio, spread=paired.spread, dense_ms=paired.first_ms, seconds=known.seconds + seconds
@@ -105,6 +115,10 @@ class Candidates:
         assert self._cache is not None
         self._cache.add(one)
         return one
+
+    @property
+    def _dense_widths(self) -> tuple[int, ...]:
+        return tuple(self._graph.sizes.tolist())
 
     def _load(self, meter: Meter, widths: Sequence[int]) -> LoadedNetwork:
         return meter.load(self._copy(widths), self._inputs)

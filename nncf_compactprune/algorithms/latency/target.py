@@ -103,7 +103,7 @@ class LatencyTarget:
         self._final: Measured | None = None
         self._chosen_by = 1.0
         self._title = f"{self._candidates.title}, {options}"
-        dense = self._measure(graph.sizes)
+        dense = self._kept(self._candidates.measure_dense())
         self.dense_ns = max(round(dense.dense_ms * 1e6), 1)
         self.asked_ns = min(budget.resolve("latency", self.dense_ns), self.dense_ns)
         #: what allocation goes by
@@ -148,8 +148,7 @@ class LatencyTarget:
             plan, one = min(tried, key=lambda pair: self._distance(pair[1]))
             if any(one.widths == earlier.widths for _, earlier, _ in chosen):
                 break
-            fresh = self._candidates.measure_anew(one.widths)
-            self._measured[fresh.widths] = fresh
+            fresh = self._kept(self._candidates.measure_anew(one.widths))
             tried[:] = [(p, fresh if m.widths == fresh.widths else m) for p, m in tried]
             chosen.append((plan, fresh, one.ratio))
             if abs(fresh.ratio / self._asked - 1) <= TOLERANCE or fresh.spread > TOLERANCE:
@@ -214,7 +213,9 @@ class LatencyTarget:
         return self.asked_ns / self.dense_ns
 
     def _measure(self, widths: Sequence[float] | np.typing.NDArray[np.number]) -> Measured:
-        one = self._candidates.measure([float(width) for width in widths])
+        return self._kept(self._candidates.measure([float(width) for width in widths]))
+
+    def _kept(self, one: Measured) -> Measured:
         self._measured[one.widths] = one
         return one
 

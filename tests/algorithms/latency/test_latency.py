@@ -169,7 +169,7 @@ def test_a_schedule_measures_before_training_and_at_the_decision(plugins):
     ctrl.strip()
 
     again, masked = create_compressed_model(model32("residual"), config, compression_state=state, plugins=plugins)
-    assert FakeMeter.loaded == []  # all was measured, and is kept
+    assert len(FakeMeter.loaded) == 1  # all was measured and is kept, but for the dense network's time of today
     assert 0 < again.compression_rate < 0.4
     again.strip()
     assert time_of(masked) / dense == pytest.approx(0.6, rel=0.05)
@@ -195,7 +195,7 @@ def test_measurements_are_kept_and_a_torn_line_costs_one(plugins):
     first, _ = pruned(plugins, 0.6)
     assert len(FakeMeter.loaded) > 5
     second, _ = pruned(plugins, 0.6)
-    assert len(FakeMeter.loaded) == 2 * LOADS  # the chosen network is measured anew, beside the dense one
+    assert len(FakeMeter.loaded) == 1 + 2 * LOADS  # the dense one, and the chosen one anew beside it
     assert second.plan == first.plan
     assert second.latency.ratio == first.latency.ratio
     (file,) = cache_folder().glob("*.jsonl")
@@ -205,7 +205,17 @@ def test_measurements_are_kept_and_a_torn_line_costs_one(plugins):
     others = [line for line in lines if json.loads(line).get("widths") != chosen]
     file.write_text("\n".join([*others, lines[-1][:20]]))
     pruned(plugins, 0.6)
-    assert len(FakeMeter.loaded) == 2 + 2 * LOADS  # the lost one, beside the dense network
+    assert len(FakeMeter.loaded) == 3 + 2 * LOADS  # and the lost one, beside the dense network once more
+
+
+def test_milliseconds_are_those_of_today_though_the_ratios_were_measured_earlier(plugins, monkeypatch):
+    asked = f"{time_of(model32('plain')) * 0.6:.6f} ms"
+    monkeypatch.setattr(FakeMeter, "luck", 2.0)  # the machine is busy
+    assert pruned(plugins, asked)[0].latency.ratio == pytest.approx(0.3, rel=0.05)
+    monkeypatch.setattr(FakeMeter, "luck", 1.0)
+    result = pruned(plugins, asked)[0]
+    assert time_of(result.model) == pytest.approx(result.latency.asked_ms, rel=0.05)
+    assert result.latency.ms == pytest.approx(time_of(result.model), rel=1e-3)
 
 
 def test_other_options_devices_and_networks_are_measured_anew():
