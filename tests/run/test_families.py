@@ -15,13 +15,14 @@ from support.user_files import NET_SOURCE
 from nncf_compactprune import create_compressed_model
 from nncf_compactprune.cli import main
 from nncf_compactprune.errors import CompactPruneError, ConfigError
-from nncf_compactprune.plan import PruningPlan
+from nncf_compactprune.plan import Cost, PruningPlan
 from nncf_compactprune.report.families import Point, Results, beside_siblings, family_markdown
 from nncf_compactprune.report.family_charts import fronts
 from nncf_compactprune.report.summary import read_summary
 from nncf_compactprune.run import compress
-from nncf_compactprune.run.families import members
+from nncf_compactprune.run.families import check, members
 from nncf_compactprune.run.families.members import FamilyOutcome, make_family
+from nncf_compactprune.run.families.settings import read_family
 from nncf_compactprune.run.models import resolve_model
 from nncf_compactprune.run.pipeline import load_run, run, run_settings
 from nncf_compactprune.run.settings import read_settings
@@ -193,12 +194,26 @@ def test_a_family_of_other_weights_under_the_same_name_is_made_anew(
 
 
 @pytest.mark.parametrize(
+    "family",
+    [
+        [{"latency": "2ms"}, {"latency": "3ms", "precision": "int8"}],
+        [{"macs": 0.5, "latency": "2ms"}, {"macs": 0.5, "latency": "2ms", "threads": 1}],
+        [{"macs": 0.5, "params": 0.5}, {"macs": 0.6, "params": 0.4}],
+        [0.5, {"macs": 0.6, "latency": "2ms"}],
+    ],
+)
+def test_members_that_numbers_cannot_order_are_left_to_their_order(family: list[Any], tmp_path: Path) -> None:
+    check._falling(read_family(write_config(tmp_path, family=family)), Cost(1000, 1000))
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"family": None}, r'family: missing.*"family": \[0.75, 0.5, 0.35\]'),
         ({"family": [0.5, 1.5]}, r"family\[1\]: expected a number in \(0, 1\) or an object, got 1.5"),
         ({"family": [0.5, 0.7]}, r"family\[1\]: 'macs_0.7' may keep .* MACs, and 'macs_0.5' before it .*Order"),
         ({"family": [{"latency": "2ms"}, {"latency": "3ms"}]}, r"family\[1\]: 'latency_3ms' may keep 3,000,000 n"),
+        ({"family": [{"macs": 0.5, "params": 0.4}, {"params": 0.4}]}, r"family\[1\]: 'params_0.4' may keep .* param"),
         ({"family": [0.5, {"latency": 0.4}]}, r"family\[1\]\.latency: a share of the time would be .*larger member's"),
         ({"family": [0.5, "0.7"]}, r"family\[1\]"),
         ({"family": [0.5, 0.001]}, r"family\[1\]: budget: macs of at most .* cannot be reached.*the least is"),

@@ -40,11 +40,10 @@ class Candidates:
         drop_masks(self._model)
         self._model.cpu().eval()
         self._inputs = to_device(context.example_inputs, torch.device("cpu"))
-        self._meter: Meter | None = None
         self._build = meter
-        self._cache: MeasurementCache | None = None
+        self._session: tuple[Meter, MeasurementCache] | None = None
         self._dense: LoadedNetwork | None = None
-        self.title = self._shared(lambda: self._started().title)
+        self.title = self._shared(lambda: self._started()[0].title)
 
     def measure(self, widths: Sequence[float]) -> Measured:
         """Compares the network of these widths with the dense one, unless that was done before.
@@ -79,12 +78,12 @@ class Candidates:
         self._dense = None
 
     def _measured(self, widths: tuple[int, ...]) -> Measured:
-        self._started()
-        assert self._cache is not None
-        return self._cache.get(widths) or self._compared(widths)
+        _, cache = self._started()
+        return cache.get(widths) or self._compared(widths)
 
     def _compared(self, widths: tuple[int, ...]) -> Measured:
-        meter, start = self._started(), time.perf_counter()
+        meter, cache = self._started()
+        start = time.perf_counter()
         if self._dense is None:
             self._dense = self._load(meter, self._dense_widths)
         is_dense = widths == self._dense_widths
@@ -97,12 +96,11 @@ class Candidates:
                 network.close()
         ratio, seconds = 1.0 if is_dense else paired.ratio, time.perf_counter() - start
         one = Measured(widths, ratio, paired.spread, paired.first_ms, layers, seconds)
-        assert self._cache is not None
-        self._cache.add(one)
+        cache.add(one)
         return one
 
     def _measured_anew(self, widths: tuple[int, ...]) -> Measured:
-        meter, known = self._started(), self._measured(widths)
+        (meter, cache), known = self._started(), self._measured(widths)
         if widths == self._dense_widths:
             return known
         self.done()
@@ -112,8 +110,7 @@ class Candidates:
         one = replace(
             known, ratio=paired.ratio, spread=paired.spread, dense_ms=paired.first_ms, seconds=known.seconds + seconds
         )
-        assert self._cache is not None
-        self._cache.add(one)
+        cache.add(one)
         return one
 
     @property
@@ -130,12 +127,11 @@ class Candidates:
             apply_plan(model, make_plan(self._graph, keep), plugins=self._plugins)
         return model
 
-    def _started(self) -> Meter:
-        if self._meter is None:
-            self._meter = self._build()
-            signature = network_signature(self._model, self._inputs)
-            self._cache = MeasurementCache(self._meter.identity, self._meter.options, signature)
-        return self._meter
+    def _started(self) -> tuple[Meter, MeasurementCache]:
+        if self._session is None:
+            meter, signature = self._build(), network_signature(self._model, self._inputs)
+            self._session = meter, MeasurementCache(meter.identity, meter.options, signature)
+        return self._session
 
     def _heard(self, work: Callable[[], Measured]) -> Measured:
         found = json.loads(self._shared(lambda: json.dumps(asdict(work()))))

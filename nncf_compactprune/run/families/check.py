@@ -20,6 +20,7 @@ from nncf_compactprune.run.families.settings import SIBLINGS, Family, Member, Si
 from nncf_compactprune.run.models import ExampleInputs, ResolvedModel, resolve_model
 from nncf_compactprune.run.prepare import check_classes, normalised_for, real_example
 from nncf_compactprune.run.warm_start import absolute
+from nncf_compactprune.serving.meter import MeterOptions
 
 _UNITS = {"macs": "MACs", "params": "parameters", "latency": "nanoseconds"}
 
@@ -90,27 +91,31 @@ def _network(
 
 def _falling(family: Family, dense: Cost) -> None:
     """
-    :raises ConfigError: a member may keep more than the one before it, or as much.
+    :raises ConfigError: a member may keep as much as the one before it, or more, in all that bounds it.
     """
-    budgets = [absolute(member.budget, dense) for member in family.members]
-    costs = [_numbers(budget) for budget in budgets]
-    for at, (before, after) in enumerate(itertools.pairwise(costs), 1):
-        shared = [(before[kind], after[kind], kind) for kind in KINDS if kind in before and kind in after]
-        larger = [(old, new, kind) for old, new, kind in shared if new > old]
-        if larger or (shared and all(new == old for old, new, _ in shared)):
-            old, new, kind = (larger or shared)[0]
-            message = (
-                f"'{family.members[at].name}' may keep {new:,} {_UNITS[kind]}, and '{family.members[at - 1].name}' "
-                f"before it {old:,}. Order the members from the largest to the smallest."
-            )
-            raise ConfigError(family.source, [Problem(f"family[{at}]", message)])
+    limits = [_limits(absolute(member.budget, dense)) for member in family.members]
+    for at, (before, after) in enumerate(itertools.pairwise(limits), 1):
+        compared = [(kind, before.get((kind, meter)), new) for (kind, meter), new in after.items()]
+        if any(old is None or new is None or new < old for _, old, new in compared):
+            continue
+        kind, old, new = compared[0]
+        message = (
+            f"'{family.members[at].name}' may keep {new:,} {_UNITS[kind]}, and '{family.members[at - 1].name}' "
+            f"before it {old:,}. Order the members from the largest to the smallest."
+        )
+        raise ConfigError(family.source, [Problem(f"family[{at}]", message)])
 
 
-def _numbers(budget: Budget) -> dict[Kind, int]:
-    """What is allowed, in nanoseconds where it is a time; a share of the time takes a measurement, and is left out."""
-    given = {kind: getattr(budget, kind) for kind in KINDS}
-    known = (kind for kind, value in given.items() if value is not None and (kind != "latency" or type(value) is str))
-    return {kind: budget.resolve(kind, 0) for kind in known}
+def _limits(budget: Budget) -> dict[tuple[Kind, object], int | None]:
+    """The limits, by kind and what measures them, in nanoseconds where they are times. None: a share of the time, which
+    takes a measurement to compare."""
+    given = {kind: getattr(budget, kind) for kind in KINDS if getattr(budget, kind) is not None}
+    return {
+        (kind, (budget.runtime, MeterOptions.of(budget)) if kind == "latency" else None): (
+            None if kind == "latency" and not isinstance(value, str) else budget.resolve(kind, 0)
+        )
+        for kind, value in given.items()
+    }
 
 
 def _reachable(family: Family, at: int, member: Member, dense: Network, plugins: Plugins) -> None:
