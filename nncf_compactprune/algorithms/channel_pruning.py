@@ -42,11 +42,12 @@ from nncf_compactprune.cut.depth import with_branches
 from nncf_compactprune.cut.diagnosis import analyse, culprits
 from nncf_compactprune.cut.masks import Masks, drop_masks, kept_by_masks
 from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
+from nncf_compactprune.cut.transaction import transaction
 from nncf_compactprune.decide.budgets import AllocationProblem, Limits, Normalizer, allocate, least_widths
 from nncf_compactprune.decide.scopes import ScopeRules, prunable_groups
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
 from nncf_compactprune.host.distributed import averaged, process_count, require_agreement
-from nncf_compactprune.host.tensors import copy_in
+from nncf_compactprune.host.tensors import copy_in, model_tensors
 from nncf_compactprune.plan import PruningPlan, make_plan
 
 _Scores = TypeVar("_Scores")
@@ -733,10 +734,8 @@ class ChannelPruning(CompressionAlgorithm):
             decided = self.plan if self._rate >= goal else None
             plan = decided or self._agreed(goal)
         make_up = self.before_cut()
-        self._cut(plan)
+        self._cut(plan, make_up=None if decided is not None and self._trained_masked else make_up)
         self._rate = goal
-        if decided is None or not self._trained_masked:
-            make_up(plan)
         self.context.plugins.emit("pruned", plan=plan, self_check=self.self_check)
 
     def _shrink(self) -> None:
@@ -755,35 +754,52 @@ class ChannelPruning(CompressionAlgorithm):
         self._trained_masked = trained
         self.context.plugins.emit("shrunk", plan=plan, self_check=self.self_check)
 
-    def _cut(self, plan: PruningPlan, *, on_the_way: bool = False) -> None:
-        """Cuts the model as it is.
+    def _cut(
+        self,
+        plan: PruningPlan,
+        *,
+        on_the_way: bool = False,
+        make_up: Callable[[PruningPlan], None] | None = None,
+    ) -> None:
+        """Cuts the model as it is; where that fails, or making up for it, everything is as before.
 
         :param plan: in the dense model's channels.
         :param on_the_way: the schedule goes on from there.
+        :param make_up: what is done to the cut model, see :meth:`before_cut`.
         """
         what_goes = self.shrunk.from_here(plan)
         if self._masks is not None:
             self._masks.share(self.context.ema)  # a copy of a masked model has masks of its own
             self._masks.remove()
         context = self.context
+        copies = [context.model] if context.ema is None else [context.model, copy_in(context.ema, context.model)]
         try:
-            with self.context.timed("surgery"):
-                self.self_check = prune_in_place(
-                    context.model,
-                    what_goes,
-                    context.example_inputs,
-                    optimizer=context.optimizer,
-                    ema=context.ema,
-                    plugins=context.plugins,
-                )
+            with transaction() as log:
+                with context.timed("surgery"):
+                    check = prune_in_place(
+                        context.model,
+                        what_goes,
+                        context.example_inputs,
+                        optimizer=context.optimizer,
+                        ema=context.ema,
+                        plugins=context.plugins,
+                        within=log,
+                    )
+                for shadow in copies[1:]:
+                    drop_masks(shadow)
+                if make_up is not None:
+                    for model in copies:
+                        for _, tensor in model_tensors(model).named():
+                            log.keep_content(tensor)
+                    make_up(plan)
         except BaseException:
             if self._masks is not None:
                 self._masks = Masks(context.model, self.present)
+                self._masks.share(context.ema)
                 if self.plan is not None:
                     self._masks.update(self.shrunk.from_here(self.plan))
             raise
-        if context.ema is not None:
-            drop_masks(copy_in(context.ema, context.model))
+        self.self_check = check
         self.plan = plan
         self._done = not on_the_way
         if process_count() > 1 and context.optimizer is not None:

@@ -78,6 +78,7 @@ def prune_in_place(
     plugins: Plugins | None = None,
     self_check: bool = True,
     dry_run: bool = False,
+    within: Transaction | None = None,
 ) -> SelfCheck | None:
     """Cuts a model to a plan and proves that it computes what the masked model computed.
 
@@ -94,13 +95,14 @@ def prune_in_place(
     :param plugins: where facts of modules come from; the installed plugins by default.
     :param self_check: whether both models are run and compared.
     :param dry_run: put everything back after the check.
+    :param within: the transaction that the cut is a part of; by default it is one of its own.
     :return: the comparison, or None without ``self_check``.
     :raises PlanError: the plan does not fit.
     :raises SelfCheckError: the cut model does not run or computes something else. The model, optimizer and EMA copy are
         bit for bit what they were.
     """
     plan.validate(model)
-    with transaction() as log:
+    with transaction() if within is None else nullcontext(within) as log:
         probe = Probe(model, plan) if self_check else None
         cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
         check = None if probe is None else _proven(log, model, plan, probe, example_inputs)

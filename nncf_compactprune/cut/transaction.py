@@ -63,6 +63,15 @@ class Transaction:
 
         self._make(Change(f"the data of a tensor of shape {list(old_data.shape)}", do, undo))
 
+    def keep_content(self, tensor: Tensor) -> None:
+        """What is written into a tensor from here on is undone. Its content is copied.
+
+        :param tensor: a parameter or buffer.
+        """
+        data, content = tensor.data, tensor.data.clone()
+        what = f"the content of a tensor of shape {list(data.shape)}"
+        self._make(Change(what, lambda: None, lambda: data.copy_(content)))
+
     def set_attribute(self, target: object, name: str, value: Any) -> None:
         """Sets an attribute.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from support.data_free import randn, state, unchanged, with_statistics_of
 from support.networks import images, trained
 from torch import nn
 
-from nncf_compactprune import create_compressed_model, prune
-from nncf_compactprune.algorithms.base import Context
+from nncf_compactprune import create_compressed_model, plan_of, prune
+from nncf_compactprune.algorithms import channel_pruning
+from nncf_compactprune.algorithms.base import CompressionStage, Context
+from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
+from nncf_compactprune.algorithms.data_free.reconstruction import Reconstruction
 from nncf_compactprune.algorithms.data_free.refit import RefitConfig
 from nncf_compactprune.errors import ConfigError, DataError, DataFreeError
 from nncf_compactprune.plugins import default_plugins
@@ -119,3 +124,65 @@ def test_words_are_not_generated() -> None:
             initializer={"refit": {"source": "inversion"}},
         )  # fmt: skip
     assert unchanged(model, before)
+
+
+def contents(*networks: nn.Module) -> list[torch.Tensor]:
+    return [tensor.clone() for network in networks for tensor in network.state_dict().values()]
+
+
+@pytest.mark.parametrize("initializer", [{"refit": {"num_samples": 64}}, None])
+def test_a_refit_or_adaptation_that_fails_leaves_the_network_whole(
+    initializer: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(work: Callable[..., None]) -> Callable[..., None]:
+        def fails(*args: Any, **kwargs: Any) -> None:
+            work(*args, **kwargs)
+            msg = "no more memory"
+            raise RuntimeError(msg)
+
+        return fails
+
+    monkeypatch.setattr(Reconstruction, "run", failing(Reconstruction.run))
+    monkeypatch.setattr(channel_pruning, "adapt_batch_norm", failing(adapt_batch_norm))
+    model = network()
+    ema = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    F.cross_entropy(model(DATA), LABELS).backward()
+    optimizer.step()
+    before, steps = contents(model, ema), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="no more memory"):
+        prune(model, X, budget={"macs": 0.6}, round_to=1, train_loader=LOADER, ema=ema, optimizer=optimizer,
+              initializer=initializer)  # fmt: skip
+    assert plan_of(model) is None
+    assert all(map(torch.equal, contents(model, ema), before))
+    assert all(
+        torch.equal(state["momentum_buffer"], steps["state"][at]["momentum_buffer"])
+        for at, state in optimizer.state_dict()["state"].items()
+    )
+
+
+def test_an_adaptation_that_fails_behind_a_schedule_leaves_the_masks_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(context: Context, samples: int, *, asked_for: bool = False) -> None:
+        msg = "no more memory"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(channel_pruning, "adapt_batch_norm", fails)
+    model = network()
+    params = {"schedule": "exponential", "pruning_steps": 2, "round_to": 1}
+    entry = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.6}, "params": params}
+    ctrl, _ = create_compressed_model(
+        model, {"input_info": {"sample_size": [2, 3, 12, 12]}, "compression": entry}, LOADER
+    )
+    ema = copy.deepcopy(model)
+    ctrl.attach(optimizer=torch.optim.SGD(model.parameters(), 0.1), ema=ema)
+    ctrl.scheduler.epoch_step()
+    ctrl.scheduler.epoch_step()
+    before, outputs = contents(model, ema), [net.eval()(X) for net in (model, ema)]
+    with pytest.raises(RuntimeError, match="no more memory"):
+        ctrl.scheduler.epoch_step()
+    assert ctrl.compression_stage() is CompressionStage.PARTIALLY_COMPRESSED
+    assert all(map(torch.equal, contents(model, ema), before))
+    assert all(map(torch.equal, [net(X) for net in (model, ema)], outputs))
+    monkeypatch.undo()
+    ctrl.scheduler.epoch_step()
+    assert ctrl.compression_stage() is CompressionStage.FULLY_COMPRESSED
