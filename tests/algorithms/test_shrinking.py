@@ -175,6 +175,20 @@ def test_the_end_is_saved_in_the_dense_models_channels(tmp_path):
     assert plan_of(again).before.macs == trace(trained("residual"), images(torch.float64)).macs
 
 
+def test_a_last_cut_of_nothing_leaves_the_check_of_the_one_before():
+    def nearly_there_at_once(epoch, *, initial, target, steps):
+        return target if epoch else target * (1 - 1e-9)
+
+    model, ctrl, steps = start(settings(schedule=nearly_there_at_once, shrink_every=1))
+    train_epoch(model, ctrl, steps)
+    (pruning,) = ctrl.algorithms
+    check = pruning.self_check
+    assert check.compared
+    train_epoch(model, ctrl, steps)
+    assert pruning.settled
+    assert pruning.self_check is check
+
+
 def test_a_shadow_copy_shrinks_along():
     model, ctrl, steps = start(settings(shrink_every=2), momentum=0.9)
     shadow = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
