@@ -217,6 +217,8 @@ def test_members_that_numbers_cannot_order_are_left_to_their_order(family: list[
         ({"family": [0.5, {"latency": 0.4}]}, r"family\[1\]\.latency: a share of the time would be .*larger member's"),
         ({"family": [0.5, "0.7"]}, r"family\[1\]"),
         ({"family": [0.5, 0.001]}, r"family\[1\]: budget: macs of at most .* cannot be reached.*the least is"),
+        ({"compression": {"algorithm": "filter_pruning", "params": {"pruning_flops_target": 0.5}}},
+         r"family: the budgets go to the first entry of .compression., and 'filter_pruning' takes none\. Put"),
         ({"dataset": None}, "dataset: missing. A family is compared by accuracy"),
         ({"siblings": [{"model": "timm:resnet18"}]}, r"siblings\[0\]\.weights: missing. An untrained network"),
         ({"siblings": [{"model": "timm:resnet18", "weights": "no.safetensors"}]}, r"siblings\[0\].*no such file"),

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from nncf_compactprune.config import Budget, Section, load_section, read_document
 from nncf_compactprune.config.reading import Document
 from nncf_compactprune.errors import ConfigError, Problem
-from nncf_compactprune.plugins import Plugins
+from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.run.settings import RunConfig, Settings, settings_of
 from nncf_compactprune.run.state import DENSE_FILE
 
@@ -115,7 +115,7 @@ def read_family(
         message = 'missing. Give the shares of the MACs that the members keep, such as "family": [0.75, 0.5, 0.35].'
         raise ConfigError(document.name, [Problem("family", message)])
     config, run = load_section(document, FamilyConfig), load_section(document, RunConfig)
-    _refuse(document, run, config)
+    _refuse(document, run, config, plugins or default_plugins())
     budgets = [one if isinstance(one, Budget) else Budget(macs=one) for one in config.family]
     names = [_name(budget) for budget in budgets]
     members = []
@@ -137,7 +137,7 @@ def family_schema() -> dict[str, Any]:
     return {"properties": schema["properties"], "$defs": definitions}
 
 
-def _refuse(document: Document, run: RunConfig, config: FamilyConfig) -> None:
+def _refuse(document: Document, run: RunConfig, config: FamilyConfig, plugins: Plugins) -> None:
     problems = []
     if run.dataset is None:
         problems.append(Problem("dataset", "missing. A family is compared by accuracy."))
@@ -146,8 +146,15 @@ def _refuse(document: Document, run: RunConfig, config: FamilyConfig) -> None:
     if document.data.get("accuracy_aware_training") is not None:
         message = "a search chooses one network's size, and a family's sizes are given. Leave one of them out."
         problems.append(Problem("accuracy_aware_training", message))
-    if not _budget_entries(document.data):
+    entries = _budget_entries(document.data)
+    if not entries:
         problems.append(Problem("compression", "has no entry of a pruning algorithm, which the budgets could go to."))
+    elif not _takes_budget(entries[0], plugins):
+        message = (
+            f"the budgets go to the first entry of \"compression\", and '{entries[0]['algorithm']}' takes none. Put an "
+            'algorithm there that does, such as "fbnet_pruning".'
+        )
+        problems.append(Problem("family", message))
     for at, one in enumerate(config.family[1:], 1):
         if config.start == "previous" and isinstance(one, Budget) and isinstance(one.latency, (int, float)):
             message = (
@@ -171,6 +178,12 @@ def _budget_entries(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     entries = [entries] if isinstance(entries, dict) else entries
     objects = [entry for entry in entries if isinstance(entry, dict)]
     return [entry for entry in objects if "budget" in entry] or objects[:1]
+
+
+def _takes_budget(entry: Mapping[str, Any], plugins: Plugins) -> bool:
+    """Whether an entry may have a budget; where it has one, or is none of an algorithm, reading it tells."""
+    kind = plugins.algorithms.get(str(entry.get("algorithm")))
+    return "budget" in entry or kind is None or "budget" in kind.Config.model_fields
 
 
 def _member_data(document: Document, budget: Budget) -> dict[str, Any]:
