@@ -21,8 +21,9 @@ from nncf_compactprune.algorithms import ChannelPruning, CompressionAlgorithm, C
 from nncf_compactprune.algorithms.latency import LatencyResult
 from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.config import CompressionConfig, load_algorithm, load_config
+from nncf_compactprune.config.reading import one_of
 from nncf_compactprune.cut.self_check import SelfCheck
-from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.errors import CompactPruneError, ConfigError, Problem, nearest
 from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.export.formats import format_of
 from nncf_compactprune.host.calls import rows_of
@@ -453,7 +454,7 @@ def prune(
     optimizer: Optimizers | None = None,
     ema: nn.Module | None = None,
     plugins: Plugins | None = None,
-    **params: Any,
+    **more: Any,
 ) -> PruningResult:
     """Prunes a model in place, at once.
 
@@ -474,13 +475,16 @@ def prune(
     :param optimizer: one or several, whose state is cut along.
     :param ema: a shadow copy of the model; it is cut along.
     :param plugins: where algorithms, criteria and rules come from; the installed plugins by default.
-    :param params: the algorithm's ``params`` (``round_to``, ``allocation``, ...).
+    :param more: the algorithm's ``params`` (``round_to``, ``allocation``, ...), and what other keys its entry in a
+        configuration has (``generation`` of ``data_free_layerwise``).
     :raises ConfigError: a wrong argument.
     :raises CompactPruneError: nothing prunable, unreachable budget, failed self-check; the model is untouched.
     """
     refuse_wrapped(model)
     plugins = plugins or default_plugins()
+    sections, params = _sorted_out(more, algorithm, plugins)
     entry: dict[str, Any] = {
+        **sections,
         "algorithm": algorithm,
         "budget": dict(budget),
         "ignored_scopes": list(ignored_scopes),
@@ -492,10 +496,38 @@ def prune(
         entry["initializer"] = dict(initializer)
     config = load_algorithm(entry, plugins, source="prune")
     context = Context(model, example_inputs, plugins, train_loader, optimizer, ema)
-    built = _build(plugins, config, context)
-    if not isinstance(built, ChannelPruning):
-        msg = f"prune: '{algorithm}' is no pruning algorithm. Use create_compressed_model with a configuration."
-        raise CompactPruneError(msg)
+    built: Any = _build(plugins, config, context)
     built.prepare()
     built.strip()
     return PruningResult(model, built.final_plan, built.graph, built.self_check, dict(context.seconds), built.latency)
+
+
+def _sorted_out(
+    given: Mapping[str, Any], algorithm: str, plugins: Plugins
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Keywords of :func:`prune`: sections of the algorithm's entry, and its ``params``. Values are not looked at.
+
+    :raises CompactPruneError: it is no pruning algorithm.
+    :raises ConfigError: keywords that are neither.
+    """
+    kind: Any = plugins.algorithms.get(algorithm)
+    if kind is None:  # told with all that is known
+        return {}, given
+    if not issubclass(kind, ChannelPruning):
+        msg = (
+            f"prune: '{algorithm}' is no pruning algorithm. Use create_compressed_model(model, {{\"compression\": "
+            f'{{"algorithm": "{algorithm}"}}}}, train_loader, example_inputs=...), and strip() of the controller.'
+        )
+        raise CompactPruneError(msg)
+    fields = kind.Config.model_fields
+    params = fields["params"].annotation
+    sections = fields.keys() - {"algorithm", "params"}
+    known = {*sections - kind.Config.unread.keys(), *params.model_fields.keys() - params.unread.keys()}
+    unknown = [key for key in given if key not in sections and key not in params.model_fields]
+    if unknown:
+        source, expected = "prune", f" Expected {one_of(sorted(known))}."
+        hints = {key: nearest(key, known) or expected for key in unknown}
+        raise ConfigError(
+            source, [Problem(key, f"'{algorithm}' has no such key.{hint}") for key, hint in hints.items()]
+        )
+    return {k: v for k, v in given.items() if k in sections}, {k: v for k, v in given.items() if k not in sections}

@@ -12,14 +12,14 @@ from support.data_free import randn, state, unchanged, with_statistics_of
 from support.networks import images, trained
 from torch import nn
 
-from nncf_compactprune import CompressionStage, create_compressed_model, export_model
+from nncf_compactprune import CompressionStage, create_compressed_model, export_model, prune
 from nncf_compactprune.algorithms.data_free import Reconstruction
 from nncf_compactprune.algorithms.data_free.operations import refittable
 from nncf_compactprune.algorithms.data_free.quantizers import GridQuantizer
 from nncf_compactprune.channels import trace
 from nncf_compactprune.config import json_schema
 from nncf_compactprune.cut.surgery import plan_of
-from nncf_compactprune.errors import ConfigError, DataFreeError, ScopeError
+from nncf_compactprune.errors import CompactPruneError, ConfigError, DataFreeError, ScopeError
 from nncf_compactprune.export import verify_export
 
 X = images(torch.float32)
@@ -35,6 +35,23 @@ def compress(model, *entries, loader=None):
     entries = [{"generation": FEW, **entry} for entry in entries]
     config = {"input_info": {"sample_size": [2, 3, 12, 12]}, "compression": entries}
     return create_compressed_model(model, config, loader)
+
+
+def test_prune_takes_every_key_of_the_entry_as_a_keyword() -> None:
+    algorithm = "data_free_layerwise"
+    by_keyword, by_config = network(), network()
+    prune(by_keyword, X, algorithm, budget={"macs": 0.8}, round_to=1, generation={**FEW, "seed": 3})
+    compress(by_config, prune_entry(0.8, generation={**FEW, "seed": 3}))
+    assert torch.equal(by_keyword(X), by_config(X))
+    for mistake, said in (
+        ({"generation": {"sample": 3}}, r"prune: generation\.sample: unknown key\. Did you mean 'samples'"),
+        ({"generatio": FEW}, r"prune: generatio: 'data_free_layerwise' has no such key\. Did you mean 'generation'\?"),
+        ({"x": 1}, r"prune: x: .*no such key\. Expected one of .allocation., .*, .generation., .*target_scopes."),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            prune(by_config, X, algorithm, budget={"macs": 0.5}, **mistake)
+    with pytest.raises(CompactPruneError, match=r"'data_free_quantization' is no pruning algorithm\. Use create_compr"):
+        prune(by_config, X, "data_free_quantization", budget={"macs": 0.5}, generation=FEW)
 
 
 def prune_entry(budget=0.5, **more):
