@@ -51,6 +51,7 @@ def statistics_loss(x: Tensor, norm: BatchNorm) -> Tensor:
     :param norm: the BatchNorm, with running statistics.
     :return: the loss, a scalar of at least 0.
     """
+    x = at_least_float32(x)
     dims = [0, *range(2, x.dim())]
     mean, var = x.mean(dims), x.var(dims, unbiased=False)
     stored_mean, stored_var = statistics(norm)
@@ -138,13 +139,18 @@ def invert(
                 scores = scores_of(call_model(model, network.wrap(images)))
                 loss = sum(terms, images.new_zeros(())) + settings.smooth_weight * _roughness(images)
                 if labels is not None:
-                    loss = loss + settings.class_weight * functional.cross_entropy(scores, labels)
+                    loss = loss + settings.class_weight * functional.cross_entropy(at_least_float32(scores), labels)
                 # only the images' gradient: none is left behind in the model
                 (images.grad,) = torch.autograd.grad(loss, [images])
             optimizer.step()
             schedule.step()
             on_step()
     return images.detach().contiguous()
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Sums over many values of a bfloat16 or float16 network lose or overflow what they are about."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _roughness(images: Tensor) -> Tensor:

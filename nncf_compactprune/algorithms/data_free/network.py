@@ -56,8 +56,8 @@ class SingleInput:
         return cls(example_inputs, shape, output.shape[1] if output.dim() == 2 else 0)
 
     def wrap(self, examples: Tensor) -> Any:
-        """The model's inputs with these examples in them, ``[n, *shape]``."""
-        return wrapped(self.example_inputs, examples)
+        """The model's inputs with these examples in them, ``[n, *shape]``, of their dtype."""
+        return wrapped(self.example_inputs, examples.to(tensors_of(self.example_inputs)[0].dtype))
 
 
 def example_shape(example_inputs: Any) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from nncf_compactprune import CompressionStage, create_compressed_model, export_model, prune
 from nncf_compactprune.algorithms.data_free import Reconstruction
+from nncf_compactprune.algorithms.data_free.generation import statistics_loss
 from nncf_compactprune.algorithms.data_free.operations import refittable
 from nncf_compactprune.algorithms.data_free.quantizers import GridQuantizer
 from nncf_compactprune.channels import trace
@@ -52,6 +53,35 @@ def test_prune_takes_every_key_of_the_entry_as_a_keyword() -> None:
             prune(by_config, X, algorithm, budget={"macs": 0.5}, **mistake)
     with pytest.raises(CompactPruneError, match=r"'data_free_quantization' is no pruning algorithm\. Use create_compr"):
         prune(by_config, X, "data_free_quantization", budget={"macs": 0.5}, generation=FEW)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "dtype"),
+    [
+        ("data_free_layerwise", torch.bfloat16),
+        ("data_free_sparsity", torch.float64),
+        ("data_free_quantization", torch.float16),
+    ],
+)
+def test_networks_of_other_floats_come_out_as_near_in_their_dtype(algorithm: str, dtype: torch.dtype) -> None:
+    few, found, dense = {**FEW, "source": "inversion+bn_sampling"}, {}, network().eval()(DATA)
+    entry = {"algorithm": algorithm, "generation": few, "params": {}}
+    if algorithm == "data_free_layerwise":
+        entry |= {"budget": {"macs": 0.8}, "params": {"round_to": 1}}
+    for kind in (torch.float32, dtype):
+        model = network().to(kind).eval()
+        ctrl, model = create_compressed_model(model, {"compression": entry}, example_inputs=X.to(kind))
+        ctrl.strip()
+        assert all(p.dtype == kind for p in model.parameters())
+        with torch.no_grad():
+            found[kind] = float((model(DATA.to(kind)).float() - dense).square().mean() / dense.var(0).mean())
+    assert found[dtype] < 1.5 * found[torch.float32], found
+
+
+def test_the_loss_of_statistics_does_not_overflow_in_float16() -> None:
+    norm, x = nn.BatchNorm2d(4), 400 * randn(8, 4, 6, 6)
+    expected = statistics_loss(x.half().float(), norm)
+    assert float(statistics_loss(x.half(), norm.half())) == pytest.approx(float(expected), rel=1e-3)
 
 
 def prune_entry(budget=0.5, **more):
