@@ -44,7 +44,7 @@ def table(title: str) -> dict[str, str]:
 def fields(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
     result: dict[str, str] = {}
     for name, field in model.model_fields.items():
-        if name in getattr(model, "unread", {}) or (prefix == "" and name == "algorithm") or name == "refit":
+        if name in getattr(model, "unread", {}) or (prefix == "" and name == "algorithm"):
             continue
         if any(isinstance(mark, NotYet) for mark in field.metadata):  # refused, with the way
             continue

@@ -22,7 +22,7 @@ from torch import Tensor
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm, check_batch
 from nncf_compactprune.algorithms.data_free.reconstruction import Refits
-from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, check_refit
+from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, check_refit, refits_at_once
 from nncf_compactprune.algorithms.group_sparsity import GroupSparsity
 from nncf_compactprune.algorithms.latency import LatencyResult, LatencyTarget
 from nncf_compactprune.algorithms.search import (
@@ -142,13 +142,7 @@ class ChannelPruningConfig(AlgorithmConfig):
 
     @model_validator(mode="after")
     def _refits_at_once(self) -> ChannelPruningConfig:
-        if self.initializer.refit is not None and not self.params.prunes_before_training:
-            msg = (
-                "initializer.refit goes back to what the dense layers gave, and a schedule leaves no dense layers: set "
-                '"schedule": "one_shot" and "num_init_steps": 0, or leave out the re-fit.'
-            )
-            raise ValueError(msg)
-        return self
+        return refits_at_once(self, '"schedule": "one_shot" and "num_init_steps": 0')
 
     @model_validator(mode="after")
     def _tries_what_there_is(self, info: ValidationInfo) -> ChannelPruningConfig:
@@ -377,8 +371,8 @@ class ChannelPruning(CompressionAlgorithm):
 
     @property
     def _refit(self) -> RefitConfig | None:
-        """How layers are re-fitted; entries in NNCF 2.x's grammar do not know of it."""
-        return getattr(self.config.initializer, "refit", None)
+        """How layers are re-fitted; None: they are not."""
+        return self.config.initializer.refit
 
     def check_budget(self) -> ChannelGraph:
         """Analyses the model and leaves it as it is.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 from torch import nn
@@ -23,6 +23,7 @@ from nncf_compactprune.plan import PruningPlan
 RIDGE = 0.03
 LARGE_SAMPLES = 1000  # of more than 64 x 64 pixels
 IMAGE_MEMORY = 2**30  # bytes of all images
+_Entry = TypeVar("_Entry", bound=Any)
 
 
 class RefitConfig(Section):
@@ -49,6 +50,23 @@ class RefitConfig(Section):
         fitting = REAL_SAMPLES if is_small(shape_of_one(context.example_inputs)) else LARGE_SAMPLES
         fitting = max(1, min(fitting, int(IMAGE_MEMORY / max(bytes_each, 1))))
         return GenerationConfig(source="dataset", samples=self.num_samples or fitting)
+
+
+def refits_at_once(entry: _Entry, how: str) -> _Entry:
+    """Refuses a re-fit behind a schedule.
+
+    :param entry: has ``initializer`` and ``params``.
+    :param how: the keys with which its cut happens at once.
+    :return: the entry.
+    :raises ValueError: it has a re-fit, and is not cut before training.
+    """
+    if entry.initializer.refit is not None and not entry.params.prunes_before_training:
+        msg = (
+            "initializer.refit goes back to what the dense layers gave, and a schedule leaves no dense layers: set "
+            f"{how}, or leave out the re-fit."
+        )
+        raise ValueError(msg)
+    return entry
 
 
 def check_refit(context: Context, config: RefitConfig) -> None:

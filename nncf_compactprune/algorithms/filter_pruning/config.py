@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from nncf_compactprune.algorithms.data_free.refit import RefitConfig, refits_at_once
 from nncf_compactprune.algorithms.filter_pruning.schedules import ScheduleName, bias_is_possible
-from nncf_compactprune.config import Budget, Nncf2Entry, Section, Spelling, Whole
+from nncf_compactprune.config import Budget, Initializer, Nncf2Entry, Section, Spelling, Whole
 
 Importance = Literal["L2", "L1", "geometric_median"]
 _DEFAULT_TARGET = 0.5
@@ -121,6 +122,16 @@ class FilterPruningParams(Section):
         return False
 
 
+class FilterPruningInitializer(Initializer):
+    """What happens before training.
+
+    :param refit: ``{}`` re-fits every layer around the cut to what the dense layer gave; null: no re-fit. NNCF 2.x has
+        no such key.
+    """
+
+    refit: RefitConfig | None = None
+
+
 class FilterPruningConfig(Nncf2Entry):
     """A ``filter_pruning`` entry.
 
@@ -135,12 +146,17 @@ class FilterPruningConfig(Nncf2Entry):
     }
 
     pruning_init: float = Field(default=0.0, ge=0, lt=1)
+    initializer: FilterPruningInitializer = FilterPruningInitializer()
     params: FilterPruningParams = FilterPruningParams()
 
     @property
     def budget(self) -> Budget:
         """What ``pruning_flops_target`` leaves."""
         return Budget(macs=1 - (self.params.pruning_flops_target or 0.0))
+
+    @model_validator(mode="after")
+    def _refits_at_once(self) -> FilterPruningConfig:
+        return refits_at_once(self, '"schedule": "baseline" and "num_init_steps": 0')
 
     @model_validator(mode="after")
     def _has_a_curve(self) -> FilterPruningConfig:

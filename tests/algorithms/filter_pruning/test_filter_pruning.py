@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.data_free import randn, with_statistics_of
 from support.networks import Classifier, ResidualBlock, conv_bn, images, labelled_batches
 from torch import nn
 
 from nncf_compactprune import create_compressed_model
 from nncf_compactprune.algorithms.filter_pruning.importance import widths_of_lowest
+from nncf_compactprune.config import load_algorithm
 from nncf_compactprune.errors import BudgetError, ConfigError, NothingPrunableError
 
 INPUT = {"sample_size": [2, 3, 12, 12]}
@@ -307,6 +309,20 @@ def test_all_mistakes_at_once():
     with pytest.raises(ConfigError) as caught:
         compressed(pruning_target=7, schedule="none", legr_params={"sigma": 1}, prune_first_convs=True)
     assert len(caught.value.problems) == 4
+
+
+def test_layers_are_refitted_where_the_entry_asks_for_it():
+    data, found = randn(64, 3, 12, 12), {}
+    network = with_statistics_of(Net(), data)
+    for initializer in ({}, {"initializer": {"refit": {}}}):
+        config = {"input_info": INPUT, "compression": {**entry(pruning_target=0.5), **initializer}}
+        ctrl, model = create_compressed_model(copy.deepcopy(network), config, [(data, None)])
+        assert ("layers re-fitted" in ctrl.statistics().to_str()) == bool(initializer)
+        with torch.no_grad():
+            found[bool(initializer)] = float((model.eval()(data) - network(data)).square().mean())
+    assert found[True] < 0.7 * found[False]
+    with pytest.raises(ConfigError, match=r'initializer.refit .*: set "schedule": "baseline" and "num_init_steps": 0'):
+        load_algorithm({"algorithm": "filter_pruning", "initializer": {"refit": {}}})
 
 
 def test_a_start_without_a_curve_is_a_mistake():
