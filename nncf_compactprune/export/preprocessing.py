@@ -9,6 +9,7 @@ import numpy as np
 import openvino
 import torch
 from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
+from torch import Tensor
 
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.options import Pixels
@@ -52,15 +53,33 @@ def verify_embedded(ready: Prepared, path: Path, tolerance: float) -> None:
     pixels = ready.options.pixels
     if pixels is None:
         return
-    inputs = ready.references[0].inputs.tensors[0]
-    shape = (1, inputs.shape[1], 1, 1)
-    mean, std = (torch.tensor(_spread(one, inputs.shape[1])).view(shape) for one in (pixels.mean, pixels.std))
-    whole = ((inputs * std + mean) * LARGEST).round().clamp(0, LARGEST).to(torch.uint8)
-    expected = ready.flat((whole.float() / LARGEST - mean) / std)
+    pictures = pictures_of(ready.references[0].inputs.tensors[0], pixels)
+    expected = ready.flat(normalised(pictures, pixels))
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = compiled(np.ascontiguousarray(whole.permute(0, 2, 3, 1).numpy()))
+    found = compiled(np.ascontiguousarray(pictures.numpy()))
     for at, name in enumerate(ready.output_names):
         _check(path, name, expected[at].numpy(), np.asarray(found[at]), tolerance)
+
+
+def pictures_of(images: Tensor, pixels: Pixels) -> Tensor:
+    """Whole pixels, u8 ``[n, h, w, c]``, as near as they come to a network's inputs ``[n, c, h, w]``.
+
+    :param images: normalised.
+    :param pixels: how.
+    """
+    mean, std = _per_channel(pixels, images.shape[1])
+    whole = ((images * std + mean) * LARGEST).round().clamp(0, LARGEST).to(torch.uint8)
+    return whole.permute(0, 2, 3, 1)
+
+
+def normalised(pictures: Tensor, pixels: Pixels) -> Tensor:
+    """A network's inputs ``[n, c, h, w]``, as torch computes them from whole pixels.
+
+    :param pictures: u8 ``[n, h, w, c]``.
+    :param pixels: how they are normalised.
+    """
+    mean, std = _per_channel(pixels, pictures.shape[3])
+    return (pictures.permute(0, 3, 1, 2).float() / LARGEST - mean) / std
 
 
 def _check(path: Path, name: str, expected: Array, got: Array, tolerance: float) -> None:
@@ -71,6 +90,12 @@ def _check(path: Path, name: str, expected: Array, got: Array, tolerance: float)
             f"value, more than {tolerance:.0e}. Export without embed_preprocessing."
         )
         raise ExportError(msg)
+
+
+def _per_channel(pixels: Pixels, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and std, ``[1, c, 1, 1]``."""
+    mean, std = (torch.tensor(_spread(one, channels)).view(1, -1, 1, 1) for one in (pixels.mean, pixels.std))
+    return mean, std
 
 
 def _spread(values: tuple[float, ...], channels: int) -> list[float]:

@@ -24,8 +24,9 @@ def noise_for(server: Server, batch: int, sample_size: Sequence[int] | None = No
     for name, shape, kind in zip(server.input_names, server.input_shapes, server.input_types, strict=True):
         rest = tuple(sample_size) if sample_size is not None else shape[1:]
         if any(side is None for side in rest) or not shape or (shape == (None,) and sample_size is None):
+            example = ",".join(str(side or 224) for side in shape[1:]) or "3,224,224"
             msg = f"{server.path}: input '{name}' has the open shape {list(shape)}. Say the size of a sample, without "
-            msg += "the batch, as in --sample-size 3,224,224."
+            msg += f"the batch, as in --sample-size {example}."
             raise ExportError(msg)
         size = (batch, *(side or 1 for side in rest))
         if kind.startswith("float"):

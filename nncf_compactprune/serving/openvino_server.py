@@ -12,6 +12,7 @@ import numpy as np
 import openvino
 
 from nncf_compactprune.errors import ExportError, nearest
+from nncf_compactprune.export.options import Pixels
 from nncf_compactprune.export.prepared import Array
 from nncf_compactprune.serving.server import LayerTime, Server, Serving, Tap, Weight
 
@@ -42,6 +43,7 @@ class OpenVinoServer(Server):
         self.input_names = tuple(_name(port) for port in self._model.inputs)
         self.input_shapes = tuple(_shape(port) for port in self._model.inputs)
         self.input_types = tuple(np.dtype(port.get_element_type().to_dtype()).name for port in self._model.inputs)
+        self.pixels = _pixels(self._model)
         if shapes is not None:
             # Served for single requests, a model has its shape fixed: an open one costs time of its own.
             self._model.reshape(
@@ -134,6 +136,16 @@ class OpenVinoServer(Server):
         except RuntimeError:  # AUTO, and devices that do not say
             return self.serving.precision or "f32"
         return _TYPES.get(hint, "f32")
+
+
+def _pixels(model: Any) -> Pixels | None:
+    """What embedded preprocessing does: such a file of this package takes u8 images, and says mean and std."""
+    ports, said = model.inputs, [["compactprune", key] for key in ("mean", "std")]
+    pictures = len(ports) == 1 and ports[0].get_element_type() == openvino.Type.u8
+    if not pictures or ports[0].get_node().layout != openvino.Layout("NHWC") or not all(map(model.has_rt_info, said)):
+        return None
+    mean, std = (tuple(map(float, model.get_rt_info(path).astype(str).split())) for path in said)
+    return Pixels(mean, std)
 
 
 def _executed_in(exec_type: str) -> str:

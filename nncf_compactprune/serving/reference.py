@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.decide.labelled import class_scores
+from nncf_compactprune.export.options import Pixels
 from nncf_compactprune.export.prepared import Array, FlatModel, ModelInputs, evaluation_on_cpu, named_outputs
+from nncf_compactprune.export.preprocessing import normalised, pictures_of
 from nncf_compactprune.host.torch_internals import Convolution, TransposedConvolution
 
 SINGLES = 4  # requests of batch 1 that are compared
@@ -20,7 +22,7 @@ SINGLES = 4  # requests of batch 1 that are compared
 class ServedBatch:
     """One request and what torch answers.
 
-    :param inputs: the request.
+    :param inputs: the request, as torch takes it.
     :param outputs: torch's.
     :param labels: ``[n]``, of its samples; None without labels or where other batches hold these samples.
     """
@@ -82,23 +84,28 @@ class TorchSide:
         self.classes = list(classes)
         #: which output holds the class scores
         self.scores_at = 0
-        self._known: dict[int | None, list[ServedBatch]] = {}
+        self._known: dict[tuple[int | None, Pixels | None], list[ServedBatch]] = {}
 
     @property
     def inputs(self) -> ModelInputs:
         """The example, flat."""
         return ModelInputs.of(self.model, self.example_inputs)
 
-    def batches(self, fixed: int | None) -> list[ServedBatch]:
+    def batches(self, fixed: int | None, pixels: Pixels | None = None) -> list[ServedBatch]:
         """Requests and answers.
 
         :param fixed: the only batch size that the file takes; None: single samples first, then larger batches.
+        :param pixels: for a file that takes whole pixels: torch is asked about the same ones, normalised like this.
         """
-        if fixed not in self._known:
+        key = (fixed, pixels)
+        if key not in self._known:
             with evaluation_on_cpu(self.model) as model, torch.no_grad():
                 flat = FlatModel(model, self.inputs)
-                self._known[fixed] = [self._answered(flat, *one) for one in self._requests(fixed)]
-        return self._known[fixed]
+                self._known[key] = [
+                    self._answered(flat, inputs if pixels is None else _of_whole_pixels(inputs, pixels), labels)
+                    for inputs, labels in self._requests(fixed)
+                ]
+        return self._known[key]
 
     def widths(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights of all convolutions and linear layers, by name."""
@@ -133,3 +140,7 @@ class TorchSide:
             scores = class_scores(output)
             self.scores_at = next(position for position, tensor in enumerate(tensors) if tensor is scores)
         return ServedBatch(inputs, tuple(tensor.numpy().copy() for tensor in tensors), labels)
+
+
+def _of_whole_pixels(inputs: ModelInputs, pixels: Pixels) -> ModelInputs:
+    return replace(inputs, tensors=tuple(normalised(pictures_of(one, pixels), pixels) for one in inputs.tensors))

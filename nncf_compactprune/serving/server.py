@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from nncf_compactprune.errors import ExportError
+from nncf_compactprune.export.options import Pixels
 from nncf_compactprune.export.prepared import Array
 
 PRECISIONS = ("f32", "bf16", "f16")
@@ -109,6 +110,8 @@ class Server:
     input_shapes: tuple[tuple[int | None, ...], ...]
     #: NumPy's names of the inputs' types
     input_types: tuple[str, ...]
+    #: how the file itself normalises the u8 pictures ``[n, h, w, c]`` that it takes; None: it takes what torch takes
+    pixels: Pixels | None = None
 
     def __init__(self, path: Path, serving: Serving) -> None:
         self.path, self.serving = path, serving

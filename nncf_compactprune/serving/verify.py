@@ -18,7 +18,9 @@ from torch import Tensor
 
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.formats import in_file_order
+from nncf_compactprune.export.options import Pixels
 from nncf_compactprune.export.prepared import Array, FlatModel, ModelInputs, evaluation_on_cpu, reason_of
+from nncf_compactprune.export.preprocessing import normalised, pictures_of
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.serving.departure import between, from_torch, module_values, relative_error
 from nncf_compactprune.serving.noise import noise_for
@@ -103,7 +105,7 @@ def verify_served(
     if torch_side is not None:
         widths, wrong = _compare_widths(server, torch_side)
         problems += wrong
-        batches = torch_side.batches(server.fixed_batch)
+        batches = torch_side.batches(server.fixed_batch, server.pixels)
     else:
         batches = _own_batches(path, server, real, sample_size, plugins)
     compared = _Compared(torch_side)
@@ -210,8 +212,14 @@ def _limit(server: Server, labelled: bool) -> float | None:
 
 
 def _served(server: Server, batch: ServedBatch) -> list[Array]:
-    named = dict(zip(batch.inputs.names, batch.inputs.arrays(), strict=True))
-    return server.run(in_file_order(server.path, server.input_names, named))
+    return server.run(_arrays(server, batch.inputs))
+
+
+def _arrays(server: Server, inputs: ModelInputs) -> list[Array]:
+    """A request as the file takes it."""
+    if server.pixels is not None:
+        inputs = replace(inputs, tensors=tuple(pictures_of(one, server.pixels) for one in inputs.tensors))
+    return in_file_order(server.path, server.input_names, dict(zip(inputs.names, inputs.arrays(), strict=True)))
 
 
 def _onnx_problems(path: Path) -> list[str]:
@@ -260,8 +268,7 @@ def _departs(
     """
     said = f"differs from {'torch' if side is not None else 'itself in f32'} by {compared.error:.1e} "
     said += f"({compared.where}), more than {limit:.0e} for {server.arithmetic}."
-    named = dict(zip(batch.inputs.names, batch.inputs.arrays(), strict=True))
-    arrays = in_file_order(path, server.input_names, named)
+    arrays = _arrays(server, batch.inputs)
     try:
         exact = open_server(
             path, replace(server.serving, precision=None if path.suffix == ".onnx" else "f32"), plugins=plugins
@@ -292,9 +299,11 @@ def _own_batches(
         requests = [(ModelInputs(names, (one,), False, {}), known) for one, known in real.requests(server.fixed_batch)]
     else:
         sizes = [server.fixed_batch] if server.fixed_batch else [1, 2]
-        requests = [(noise_for(server, size, sample_size), None) for size in sizes]
-    batches = []
-    for inputs, labels in requests:
-        named = dict(zip(inputs.names, inputs.arrays(), strict=True))
-        batches.append(ServedBatch(inputs, tuple(exact.run(in_file_order(path, exact.input_names, named))), labels))
-    return batches
+        requests = [(_as_torch_takes(noise_for(server, size, sample_size), server.pixels), None) for size in sizes]
+    return [ServedBatch(inputs, tuple(exact.run(_arrays(exact, inputs))), labels) for inputs, labels in requests]
+
+
+def _as_torch_takes(inputs: ModelInputs, pixels: Pixels | None) -> ModelInputs:
+    if pixels is None:
+        return inputs
+    return replace(inputs, tensors=tuple(normalised(one, pixels) for one in inputs.tensors))

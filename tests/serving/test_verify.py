@@ -16,7 +16,7 @@ from support.networks import model32
 
 from nncf_compactprune import prune
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export import ExportOptions, export_model
+from nncf_compactprune.export import ExportOptions, Pixels, export_model
 from nncf_compactprune.run.verifying import verify
 from nncf_compactprune.serving import Serving, open_server
 from nncf_compactprune.serving.reference import RealInputs, TorchSide
@@ -147,6 +147,27 @@ def test_a_file_of_open_size_is_told_its_sample(torch_side: TorchSide, tmp_path:
         verify(path, say=list)
     (check,) = verify(path, sample_size=(3, 20, 28), say=list)
     assert check.passed
+
+
+def test_a_file_that_normalises_pictures_itself_is_given_pictures(torch_side: TorchSide, tmp_path: Path) -> None:
+    path = tmp_path / "model.xml"
+    options = ExportOptions(pixels=Pixels((0.5,), (0.25, 0.2, 0.3)), embed_preprocessing=True)
+    export_model(torch_side.model, torch_side.example_inputs, path, options=options)
+    for serving in (Serving(), EXACT):
+        check = verify_served(path, torch_side, serving)
+        assert check.passed, check.problems
+        assert (check.compared_with, check.samples, check.batch_sizes) == ("torch", 20, (1, 4, 8))
+    real = RealInputs(torch_side.samples, torch_side.labels, batch_size=8)
+    for check in (verify_served(path, None, real=real), *verify(path, sample_size=(8, 8, 3), say=list)):
+        assert check.passed, check.problems
+    with pytest.raises(ExportError, match=r"--sample-size 224,224,3"):
+        verify(path, say=list)
+
+    model = openvino.Core().read_model(path)
+    model.set_rt_info("0.4", ["compactprune", "mean"])  # the file does not do what it says
+    openvino.save_model(model, tmp_path / "other.xml", compress_to_fp16=False)
+    check = verify_served(tmp_path / "other.xml", torch_side, EXACT)
+    assert "differs from torch" in " ".join(check.problems)
 
 
 def test_onnx_that_the_checker_refuses_fails(files: Path, torch_side: TorchSide, tmp_path: Path) -> None:
