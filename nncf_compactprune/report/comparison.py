@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -50,6 +50,7 @@ class _Row:
     dense: float | None
     pruned: float | None
     show: Callable[[float], str]
+    dense_is: str = ""
 
     @property
     def ratio(self) -> float | None:
@@ -59,6 +60,7 @@ class _Row:
     @property
     def cells(self) -> tuple[str, str, str, str]:
         dense, pruned = ("-" if value is None else self.show(value) for value in (self.dense, self.pruned))
+        dense += f" ({self.dense_is})" if self.dense_is else ""
         if self.name == "Accuracy" and self.dense is not None and self.pruned is not None:
             # A ratio of accuracies means nothing to anybody; points do.
             last = f"{100 * (self.pruned - self.dense):+.2f} points"
@@ -147,7 +149,21 @@ def _pairs(
     prefix: str, dense: Mapping[str, float], pruned: Mapping[str, float], show: Callable[[float], str]
 ) -> Iterator[_Row]:
     for key in [*dense, *(key for key in pruned if key not in dense)]:
-        yield _Row(f"{prefix}{key}", dense.get(key), pruned.get(key), show)
+        beside = dense_label(key, dense)
+        precision = beside.rpartition(" ")[2] if beside != key else ""
+        yield _Row(f"{prefix}{key}", dense.get(beside), pruned.get(key), show, precision)
+
+
+def dense_label(label: str, dense: Iterable[str]) -> str:
+    """The dense network's file that one of the pruned network is set beside: of the same format and precision; for an
+    INT8 file the float file of its format, the first where there are several.
+
+    :param label: of the pruned network's file, such as ``ONNX INT8``.
+    :param dense: labels of the dense network's files.
+    """
+    format_, _, precision = label.rpartition(" ")
+    of_its_format = [one for one in dense if one.rpartition(" ")[0] == format_]
+    return of_its_format[0] if precision == "INT8" and label not in of_its_format and of_its_format else label
 
 
 def in_words(value: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.report.charts import curves, front, inline, layer_times
-from nncf_compactprune.report.comparison import Comparison, NetworkFigures, comparison_cells, in_words
+from nncf_compactprune.report.comparison import Comparison, NetworkFigures, comparison_cells, dense_label, in_words
 from nncf_compactprune.report.summary import Summary
 
 PAGE_FILE = "report.html"
@@ -69,12 +69,10 @@ def _cards(summary: Summary) -> list[tuple[str, str, str]]:
         cards.append(("Test accuracy", f"{100 * pruned.accuracy:.2f} %", f"{points:+.2f} points"))
     cards.append(("MACs", f"{_share(pruned.macs, dense.macs)} %", f"of {in_words(dense.macs)}"))
     cards.append(("Parameters", f"{_share(pruned.params, dense.params)} %", f"of {in_words(dense.params)}"))
-    for label, before in list(dense.latency_ms.items())[:1]:
-        if pruned.latency_ms.get(label):
-            faster = before / pruned.latency_ms[label]
-            cards.append(
-                (f"Speed, {label}", f"{faster:.2f} times", f"{before:.3g} → {pruned.latency_ms[label]:.3g} ms")
-            )
+    for label, after in list(pruned.latency_ms.items())[:1]:
+        before = dense.latency_ms.get(dense_label(label, dense.latency_ms))
+        if before and after:
+            cards.append((f"Speed, {label}", f"{before / after:.2f} times", f"{before:.3g} → {after:.3g} ms"))
     good = sum(not one.problems for one in summary.served)
     if summary.served:
         cards.append(("Files verified as served", f"{good} of {len(summary.served)}", "outputs and decisions"))

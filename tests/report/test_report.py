@@ -80,6 +80,20 @@ def test_what_was_not_measured_has_no_row_and_zero_has_no_ratio() -> None:
     assert "| Accuracy | - | 50.00 % | - |" in to_markdown(Comparison(NetworkFigures(1, 1), NetworkFigures(1, 1, 0.5)))
 
 
+def test_int8_files_are_set_beside_the_dense_float_file_of_their_format() -> None:
+    dense = NetworkFigures(4, 4, None, {"ONNX FP32": 1000, "ONNX FP16": 500, "OpenVINO FP16": 400}, {"ONNX FP32": 10.0})
+    quantized = NetworkFigures(2, 2, None, {"ONNX INT8": 250, "OpenVINO INT8": 100, "GGML INT8": 1}, {"ONNX INT8": 2.5})
+    comparison = Comparison(dense, quantized)
+    ratio = json.loads(to_json(comparison))["ratio"]
+    assert ratio["file_bytes"]["ONNX INT8"] == ratio["latency_ms"]["ONNX INT8"] == 0.25
+    assert (ratio["file_bytes"]["OpenVINO INT8"], ratio["file_bytes"]["GGML INT8"]) == (0.25, None)
+    lines = to_markdown(comparison).splitlines()
+    assert "| File, ONNX INT8 | 1000 B (FP32) | 250 B | 25.0 % |" in lines
+    assert "| Latency, ONNX INT8 | 10 ms (FP32) | 2.5 ms | 25.0 % |" in lines
+    both = Comparison(NetworkFigures(1, 1, None, {"ONNX FP32": 8, "ONNX INT8": 2}), quantized)
+    assert json.loads(to_json(both))["ratio"]["file_bytes"]["ONNX INT8"] == 125
+
+
 def test_comparison_is_written_by_ending(comparison: Comparison, tmp_path: Path) -> None:
     path = write_comparison(comparison, tmp_path / "new" / "report.json")
     assert path.read_text(encoding="utf-8") == to_json(comparison)
