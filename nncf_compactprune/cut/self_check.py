@@ -42,7 +42,7 @@ class SelfCheck:
     :param worst: name of the layer where ``inside`` was found.
     :param compared: names of the cut layers that were compared.
     :param unseen: names of the cut layers that were not.
-    :param silent: the outputs say nothing: there are none, or they hold one value only.
+    :param silent: the outputs say nothing: there are none, or they hold one value only, which other inputs do not change.
     """
 
     error: float
@@ -177,12 +177,13 @@ def _compare(
         try:
             with masked(model, plan, trial.inputs), precision(model):
                 expected, masked_failed = _runs(model, inputs, "with masks", probe.masked, trial)
+                silent = _says_nothing(expected) and not _changes(expected, model, inputs, trial)
         finally:
             log.replay()
         if compact_failed is not None and masked_failed is None:
             raise compact_failed
         if not probe.to_be_repeated:
-            return _difference(expected, compact, plan.output_classes), _says_nothing(expected), probe.result()
+            return _difference(expected, compact, plan.output_classes), silent, probe.result()
 
 
 def _runs(
@@ -214,6 +215,25 @@ def _first(out: Tensor) -> Tensor:
 def _says_nothing(outputs: Sequence[Tensor]) -> bool:
     """Whether no output holds more than one value."""
     return not any(out.numel() > 1 and bool((out != out.reshape(-1)[0]).any()) for out in outputs)
+
+
+def _changes(outputs: Sequence[Tensor], model: nn.Module, inputs: Any, trial: Trial) -> bool:
+    """Whether other inputs change the one number that a network answers with, as a regressor does."""
+    if not any(out.numel() for out in outputs):
+        return False
+    try:
+        others = _run(model, tree_map(_another, inputs), "on other inputs")
+    except SelfCheckError:
+        return False
+    return _difference(outputs, [_first(out) for out in others] if trial.in_pairs else others, ()) > SELF_CHECK_TOLERANCE
+
+
+def _another(leaf: Any) -> Any:
+    """A tensor of other values of the same kind, such that no norm hides the change."""
+    if not isinstance(leaf, Tensor) or not leaf.dim():
+        return leaf
+    shifted = leaf.roll(1, -1)
+    return shifted / 2 if leaf.is_floating_point() else shifted
 
 
 def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:

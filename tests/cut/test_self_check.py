@@ -164,12 +164,6 @@ def test_an_empty_comparison_is_no_proof(caplog):
     assert "proves nothing" in caplog.text
 
 
-def test_the_result_says_what_was_compared():
-    seen = SelfCheck(1e-7, "float32", 0.1, 2e-7, "a", ("a", "b"), ("c",))
-    assert str(seen) == "error 1e-07 at the outputs, 2e-07 inside (2 of 3 cut layers compared)"
-    assert seen.is_proof
-
-
 RUNS: list = []  # what networks are called with and answer: no attribute, or it would be taken back
 
 
@@ -185,6 +179,25 @@ class OneExample(nn.Module):
 
     def forward(self, x):
         return x.view(1, *x.shape[1:])
+
+
+@pytest.mark.parametrize("more", [(), (OneExample(),)], ids=["in pairs", "one example"])
+def test_one_number_is_compared_where_other_inputs_change_it(more):
+    model = nn.Sequential(counted(*more), nn.ReLU(), nn.Linear(4, 1)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    plan = random_plan(model, x)
+    check = prune_in_place(model, plan, x, dry_run=True)
+    assert not check.silent
+    assert "at the outputs" in str(check)
+    with torch.no_grad():
+        model[2].weight.mul_(1e-30)
+    assert prune_in_place(model, plan, x, dry_run=True).silent
+
+
+def test_the_result_says_what_was_compared():
+    seen = SelfCheck(1e-7, "float32", 0.1, 2e-7, "a", ("a", "b"), ("c",))
+    assert str(seen) == "error 1e-07 at the outputs, 2e-07 inside (2 of 3 cut layers compared)"
+    assert seen.is_proof
 
 
 def counted(*more: nn.Module) -> nn.Module:
