@@ -18,7 +18,7 @@ from nncf_compactprune.errors import ExportError, nearest
 from nncf_compactprune.export.folding import folded
 from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order, of_batch
-from nncf_compactprune.export.options import OLDEST_QUANTIZED_OPSET
+from nncf_compactprune.export.options import OLDEST_QUANTIZED_OPSET, OpsetError
 from nncf_compactprune.export.prepared import Array, Prepared, is_quantized, reason_of
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
@@ -103,7 +103,7 @@ def _traced(ready: Prepared) -> onnx.ModelProto:
     opset = ready.options.opset
     if opset is not None and opset < OLDEST_QUANTIZED_OPSET and is_quantized(ready.flat.model):
         msg = f"opset: a quantized model needs {OLDEST_QUANTIZED_OPSET} or more, got {opset}."
-        raise ExportError(msg)
+        raise OpsetError(msg)
     with exporting("torch's ONNX exporter failed", ready), ready.after_a_run(), warnings.catch_warnings():
         # torch's own deprecation, raised while its exporter copies its own tree specs.
         warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.`", FutureWarning)
@@ -140,7 +140,7 @@ def _traced(ready: Prepared) -> onnx.ModelProto:
     got = next(one.version for one in proto.opset_import if one.domain in ("", "ai.onnx"))
     if opset is not None and got != opset:
         msg = f"opset: the model cannot be written in opset {opset}; torch's exporter gave {got}. Ask for {got}."
-        raise ExportError(msg)
+        raise OpsetError(msg)
     return proto
 
 

@@ -10,6 +10,10 @@ from nncf_compactprune.errors import ExportError
 OLDEST_OPSET, OLDEST_QUANTIZED_OPSET = 13, 18
 
 
+class OpsetError(ExportError):
+    """A model cannot be written in the opset that was asked for."""
+
+
 @dataclass(frozen=True)
 class Pixels:
     """How images become inputs: pixels / 255, minus mean, over std.
@@ -52,7 +56,7 @@ class ExportOptions:
             raise ExportError(msg)
         if self.opset is not None and self.opset < OLDEST_OPSET:
             msg = f"opset: expected {OLDEST_OPSET} or more, got {self.opset}."
-            raise ExportError(msg)
+            raise OpsetError(msg)
         if self.embed_preprocessing and self.pixels is None:
             msg = "embed_preprocessing: needs pixels, the mean and std that images are normalised with."
             raise ExportError(msg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from nncf_compactprune.algorithms import CompressionAlgorithm, CompressionStage
 from nncf_compactprune.controller import CompressionController as NativeController
 from nncf_compactprune.controller import Scheduler, Statistics
 from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.export import ExportedFile, export_model
+from nncf_compactprune.export import ExportedFile, ExportOptions, export_model
 from nncf_compactprune.export.formats import export_formats
+from nncf_compactprune.export.options import OpsetError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.host.torch_internals import tensors_of
@@ -284,48 +286,50 @@ class CompressionController(_Controller):
 
         :param save_path: ends in ``.onnx``, ``.xml`` (OpenVINO IR) or as a plugin's format does; ``.onnx`` is added
             where ``save_format`` says ONNX.
-        :param save_format: ``"onnx"``, ``"onnx_<opset>"`` (the exporter chooses its opset itself) or ``"openvino"``;
-            default: by the path.
+        :param save_format: ``"onnx"``, ``"onnx_<opset>"`` or ``"openvino"``; default: by the path. Where the model
+            cannot be written in that opset, a warning says so, and torch's exporter chooses it.
         :param input_names: default: ``input.0``, ``input.1``, ... as NNCF 2.x has them.
         :param output_names: default: ``output.0``, ``output.1``, ...
         :param model_args: positional arguments to append to the example input, and a dict of keyword arguments last.
         :raises ExportError: unknown format, or the file computes something else.
         :raises StorageError: the file cannot be written.
         """
-        path = _with_suffix(Path(save_path), save_format)
+        path, opset = _place_of(Path(save_path), save_format)
         small = self._copy()
         example = _with_more(small.example_inputs, model_args)
         model = small.strip()
         with evaluating(model):
             outputs = tensors_of(call_model(model, example))
-        inputs = tensors_of(example)
-        return export_model(
-            model,
-            example,
-            path,
-            input_names=input_names or [f"input.{at}" for at in range(len(inputs))],
-            output_names=output_names or [f"output.{at}" for at in range(len(outputs))],
-            plugins=small.plugins,
-        )
+        names: dict[str, Any] = {
+            "input_names": input_names or [f"input.{at}" for at in range(len(tensors_of(example)))],
+            "output_names": output_names or [f"output.{at}" for at in range(len(outputs))],
+        }
+        try:
+            options = ExportOptions(opset=opset)
+            return export_model(model, example, path, **names, options=options, plugins=small.plugins)
+        except OpsetError as error:
+            nncf_logger.warning("export_model: %s torch's exporter chooses the opset instead of %s.", error, opset)
+            return export_model(model, example, path, **names, plugins=small.plugins)
 
     def _copy(self) -> NativeController:
         """A controller of a copy of the model; loader, plugins and optimizer are not copied."""
         return self._native.copied()
 
 
-def _with_suffix(path: Path, save_format: str | None) -> Path:
-    name, _, opset = (save_format or "").partition("_")
+def _place_of(path: Path, save_format: str | None) -> tuple[Path, int | None]:
+    """The path with its ending, and the opset of ``"onnx_<opset>"``."""
+    numbered = re.fullmatch(r"onnx_(\d+)", save_format or "")
+    name, opset = ("onnx", int(numbered[1])) if numbered else (save_format, None)
     known = {one.name: one.suffix for one in export_formats().values()}
     known["ir"] = known["openvino"]
-    if opset:
-        nncf_logger.info("export_model: the exporter chooses its opset itself; %s is not asked for.", opset)
     if name and name not in known:
-        msg = f"export_model: save_format: expected one of {', '.join(sorted(known))}, got '{save_format}'."
+        said = f"{', '.join(sorted(known))} or onnx_<opset>"
+        msg = f"export_model: save_format: expected one of {said}, got '{save_format}'."
         raise CompactPruneError(msg)
-    wanted = known.get(name, ".onnx")
+    wanted = known.get(name or "", ".onnx")
     if path.suffix == wanted or (not name and path.suffix in known.values()):
-        return path
-    return path.with_name(path.name + wanted)
+        return path, opset
+    return path.with_name(path.name + wanted), opset
 
 
 def _with_more(example: Any, model_args: tuple[Any, ...] | None) -> Any:

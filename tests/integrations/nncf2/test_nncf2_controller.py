@@ -90,6 +90,26 @@ def test_the_loop_of_nncf2_ends_with_a_small_file(tmp_path):
     assert weights(model) == weights(small)
 
 
+def test_the_opset_of_an_export_is_honoured_or_a_warning_says_what_is_written(tmp_path, caplog):
+    onnx = pytest.importorskip("onnx")
+    ctrl, _ = compressed()
+
+    def opset_of(save_format):
+        (file,) = ctrl.export_model(tmp_path / "net", save_format)
+        assert file.path == tmp_path / "net.onnx"
+        return onnx.load(file.path).opset_import[0].version
+
+    assert opset_of("onnx_20") == 20
+    assert "opset" not in caplog.text
+    own = opset_of("onnx")
+    for older in (11, 14):
+        caplog.clear()
+        assert opset_of(f"onnx_{older}") == own
+        assert f"torch's exporter chooses the opset instead of {older}." in caplog.text
+    with pytest.raises(CompactPruneError, match=r"or onnx_<opset>, got 'openvino_11'"):
+        ctrl.export_model(tmp_path / "net", "openvino_11")
+
+
 def test_a_copy_is_cut_and_the_model_stays_masked():
     ctrl, model = compressed()
     ctrl.compression_rate = 0.3
