@@ -42,7 +42,8 @@ class SelfCheck:
     :param worst: name of the layer where ``inside`` was found.
     :param compared: names of the cut layers that were compared.
     :param unseen: names of the cut layers that were not.
-    :param silent: the outputs say nothing: there are none, or they hold one value only, which other inputs do not change.
+    :param silent: the outputs say nothing: there are none, or they hold one value only, which other inputs do not
+        change.
     """
 
     error: float
@@ -225,7 +226,9 @@ def _changes(outputs: Sequence[Tensor], model: nn.Module, inputs: Any, trial: Tr
         others = _run(model, tree_map(_another, inputs), "on other inputs")
     except SelfCheckError:
         return False
-    return _difference(outputs, [_first(out) for out in others] if trial.in_pairs else others, ()) > SELF_CHECK_TOLERANCE
+    if trial.in_pairs:
+        others = [_first(out) for out in others]
+    return _difference(outputs, others, ()) > SELF_CHECK_TOLERANCE
 
 
 def _another(leaf: Any) -> Any:
