@@ -372,6 +372,18 @@ def test_every_key_reaches_nncf() -> None:
     assert estimator.min.quantile_outlier_prob == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("device", ["ANY", "CPU", "GPU", "NPU"])
+def test_what_a_depthwise_convolution_reads_has_one_range_unless_asked(device: str) -> None:
+    def most_ranges(**keys) -> int:
+        ctrl, _ = compress(network(), entry(params={"target_device": device, "start_epoch": None}, **keys))
+        found = hooks(ctrl.strip())
+        return max(one.module.scale.numel() for one in found if not one.before)  # weights' are in front of operations
+
+    assert most_ranges() == 1
+    if device in ("ANY", "CPU"):
+        assert most_ranges(activations={"per_channel": None}) == 32
+
+
 class Shifted(nn.Module):
     """Besides images it takes what all examples share: a shift of channels, and a number."""
 

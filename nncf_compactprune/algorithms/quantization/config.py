@@ -141,8 +141,13 @@ class Quantized(Quantizer):
 
 
 class QuantizedActivations(Quantized):
-    """The same of activations."""
+    """The same of activations.
 
+    :param per_channel: a range for every channel of what depthwise convolutions read; null is NNCF's choice, which
+        does so, and which ONNX Runtime computes in float.
+    """
+
+    per_channel: bool | None = False
     unified_scale_ops: Annotated[None, NotYet(_UNIFIED)] = None
     linked_quantizer_scopes: Annotated[None, NotYet(_UNIFIED)] = None
 
