@@ -15,6 +15,7 @@ from torch import nn
 
 from nncf_compactprune.errors import ExportError, nearest
 from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
+from nncf_compactprune.export.unrounded import Range
 from nncf_compactprune.plugins import Plugins, default_plugins
 
 
@@ -81,6 +82,14 @@ class ExportFormat:
     def open(self, path: Path) -> Session:
         """Opens a file on the CPU to compare values, in the arithmetic that it was written for."""
         raise NotImplementedError
+
+    def open_unrounded(self, path: Path) -> tuple[Session, list[Range]] | None:
+        """Opens a quantized file without its quantizers of activations, whose ranges are told beside it.
+
+        :param path: the file.
+        :return: None where a format does not know how; its quantized files are then judged by their largest error.
+        """
+        return None
 
     def open_timed(self, path: Path, inputs: Mapping[str, Array], device: str) -> Callable[[], object]:
         """Opens a file as it is deployed for single requests.

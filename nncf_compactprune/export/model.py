@@ -15,7 +15,7 @@ from nncf_compactprune.errors import ExportError, nearest
 from nncf_compactprune.export.formats import ExportFormat, export_formats, opened
 from nncf_compactprune.export.options import ExportOptions
 from nncf_compactprune.export.prepared import is_quantized, prepared
-from nncf_compactprune.export.verify import Verification, compare
+from nncf_compactprune.export.verify import Verification, compare_with
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.storage.plan_file import plan_digest
 from nncf_compactprune.storage.writing import whole_files
@@ -106,7 +106,7 @@ def export_model(
         for format_, by_precision in paths.items():
             known[format_].write(ready, {precision: stage / path.name for precision, path in by_precision.items()})
         checks = [
-            compare(opened(stage / path.name, plugins), path, ready.references, ready.output_names, tolerance)
+            compare_with(ready, opened(stage / path.name, plugins), stage / path.name, path, tolerance, plugins)
             for _, _, path in files
         ]
         for kind, _, path in files:

@@ -20,6 +20,7 @@ from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order, of_batch
 from nncf_compactprune.export.options import OLDEST_QUANTIZED_OPSET, OpsetError
 from nncf_compactprune.export.prepared import Array, Prepared, is_quantized, reason_of
+from nncf_compactprune.export.unrounded import Range, onnx_without_rounding
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
 _PROVIDERS = {"CPU": "CPUExecutionProvider", "CUDA": "CUDAExecutionProvider"}
@@ -59,10 +60,17 @@ class OnnxFormat(ExportFormat):
             _save(model, path, external=ready.options.external_data)
 
     def open(self, path: Path) -> Session:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return self._session(path, onnx.load(path, load_external_data=False).graph)
+
+    def open_unrounded(self, path: Path) -> tuple[Session, list[Range]]:
+        model = onnx.load(path)
+        ranges = onnx_without_rounding(model)
+        return self._session(model.SerializeToString(), model.graph), ranges
+
+    def _session(self, source: Path | bytes, graph: onnx.GraphProto) -> Session:
+        session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
         ports = session.get_inputs()
         names = tuple(port.name for port in ports)
-        graph = onnx.load(path, load_external_data=False).graph
         half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
         quantized = any(node.op_type == "DequantizeLinear" for node in graph.node)
         return Session(

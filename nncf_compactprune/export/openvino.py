@@ -21,6 +21,7 @@ from nncf_compactprune.export.formats import ExportFormat, Session, in_file_orde
 from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
 from nncf_compactprune.export.preprocessing import embedded, verify_embedded
 from nncf_compactprune.export.tolerances import TOLERANCES
+from nncf_compactprune.export.unrounded import Range, ir_without_rounding
 from nncf_compactprune.host.torch_internals import TracerWarning
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
@@ -68,12 +69,20 @@ class OpenVinoFormat(ExportFormat):
         verify_embedded(ready, path, TOLERANCES[arithmetic])
 
     def open(self, path: Path) -> Session:
+        return self._session(openvino.Core().read_model(path))
+
+    def open_unrounded(self, path: Path) -> tuple[Session, list[Range]]:
         model = openvino.Core().read_model(path)
+        ranges = ir_without_rounding(model)
+        return self._session(model), ranges
+
+    def _session(self, model: Any) -> Session:
         nodes = model.get_ops()
         half = any(n.get_type_name() == "Constant" and n.get_output_element_type(0) == openvino.Type.f16 for n in nodes)
         quantized = any(node.get_type_name() == "FakeQuantize" for node in nodes)
-        # OpenVINO would otherwise compute in bfloat16 where the CPU has it.
-        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        # OpenVINO would otherwise compute in bfloat16 where the CPU has it, and round inputs of layers of INT8 weights.
+        exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+        compiled = openvino.Core().compile_model(model, "CPU", exact)
 
         def run(arrays: Sequence[Array]) -> list[Array]:
             results = compiled(list(arrays))

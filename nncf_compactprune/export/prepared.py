@@ -238,6 +238,16 @@ def prepared(
         yield Prepared(flat, trace_inputs, tuple(references), ins, outs, dynamic_batch, options)
 
 
+def outputs_of(flat: FlatModel, inputs: ModelInputs) -> tuple[Array, ...]:
+    """What torch computes; the model is as it was afterwards.
+
+    :param flat: in evaluation mode.
+    :param inputs: a batch.
+    """
+    with unmarked(flat.model), torch.no_grad():
+        return tuple(out.numpy().copy() for out in flat(*(tensor.clone() for tensor in inputs.tensors)))
+
+
 def named_outputs(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Walks tensors, sequences and mappings (``ModelOutput`` is one); ``None`` and plain values are passed over.
 

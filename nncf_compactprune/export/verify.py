@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,18 @@ import numpy as np
 from torch import nn
 
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export.formats import Session, in_file_order, opened
-from nncf_compactprune.export.prepared import Array, Reference, prepared, reason_of
+from nncf_compactprune.export.formats import Session, format_of, in_file_order, opened
+from nncf_compactprune.export.prepared import (
+    Array,
+    Prepared,
+    Reference,
+    outputs_of,
+    prepared,
+    reason_of,
+)
+from nncf_compactprune.export.tolerances import ROUNDED, UNROUNDED
 from nncf_compactprune.export.tolerances import TOLERANCES as TOLERANCES
+from nncf_compactprune.export.unrounded import can_do_without_rounding, unlike, without_rounding
 from nncf_compactprune.plugins import Plugins
 
 
@@ -60,7 +69,35 @@ def verify_export(
     file = Path(path)
     session = opened(file, plugins)
     with prepared(model, inputs, dynamic_batch=session.dynamic_batch) as ready:
-        return compare(session, file, ready.references, ready.output_names, tolerance)
+        return compare_with(ready, session, file, file, tolerance, plugins)
+
+
+def compare_with(
+    ready: Prepared, session: Session, file: Path, shown_as: Path, tolerance: float | None, plugins: Plugins | None
+) -> Verification:
+    """Compares a file with the model that it was exported from; a quantized one without rounding, too.
+
+    :param ready: the model.
+    :param session: the file, opened in its runtime.
+    :param file: the file, which may still be in its staging place.
+    :param shown_as: the path for messages and the result.
+    :param tolerance: largest accepted error relative to the largest absolute output; default: by arithmetic.
+    :param plugins: where formats come from.
+    :raises ExportError: it computes something else, or has other quantizers.
+    """
+    unrounded = format_of(file, plugins).open_unrounded(file) if can_do_without_rounding(ready.flat.model) else None
+    if unrounded is None:
+        return compare(session, shown_as, ready.references, ready.output_names, tolerance)
+    exact, ranges = unrounded
+    with without_rounding(ready.flat.model) as own:
+        references = [Reference(one.inputs, outputs_of(ready.flat, one.inputs)) for one in ready.references]
+    exact = replace(exact, runtime=f"{exact.runtime}, without the rounding of activations,")
+    compare(exact, shown_as, references, ready.output_names, UNROUNDED)
+    if wrong := unlike(ranges, own):
+        msg = f"{shown_as}: {wrong}. The file was not exported from this model as it is."
+        raise ExportError(msg)
+    limit = ROUNDED if tolerance is None else tolerance
+    return compare(session, shown_as, ready.references, ready.output_names, limit)
 
 
 def compare(

@@ -17,10 +17,19 @@ import onnx
 from torch import Tensor
 
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export.formats import in_file_order
+from nncf_compactprune.export.formats import existing, in_file_order
 from nncf_compactprune.export.options import Pixels
-from nncf_compactprune.export.prepared import Array, FlatModel, ModelInputs, evaluation_on_cpu, reason_of
+from nncf_compactprune.export.prepared import (
+    Array,
+    FlatModel,
+    ModelInputs,
+    evaluation_on_cpu,
+    outputs_of,
+    reason_of,
+)
 from nncf_compactprune.export.preprocessing import normalised, pictures_of
+from nncf_compactprune.export.tolerances import UNROUNDED
+from nncf_compactprune.export.unrounded import can_do_without_rounding, unlike, without_rounding
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.serving.departure import between, from_torch, module_values, relative_error
 from nncf_compactprune.serving.noise import noise_for
@@ -117,9 +126,13 @@ def verify_served(
         problems.append(f"{server.runtime} fails on inputs {shapes}: {reason_of(error)}.")
     if torch_side is not None and server.precision != "f32" and not server.quantized and not problems:
         problems += _wrong_in_f32(path, serving, torch_side, batches, plugins)
+    judged = False
+    if torch_side is not None and server.quantized:
+        judged, wrong = _without_rounding(path, server, torch_side, batches, plugins)
+        problems += wrong
     labelled = compared.labelled > 0
     whose = "torch's" if torch_side is not None else "in f32 it"
-    limit = tolerance if tolerance is not None else _limit(server, labelled)
+    limit = tolerance if tolerance is not None else _limit(server, labelled or judged)
     if limit is not None and not compared.error <= limit:
         problems.append(_departs(path, server, torch_side, batches[0], compared, limit, plugins))
     if labelled and compared.torch_correct - compared.correct > max_drop * compared.labelled:
@@ -202,11 +215,41 @@ class _Compared:
         return self.torch_correct / self.labelled if self.labelled else None
 
 
-def _limit(server: Server, labelled: bool) -> float | None:
-    """None where accuracy decides: of quantized files, and of those that are right in f32 and rounded as served."""
+def _without_rounding(
+    path: Path, server: Server, side: TorchSide, batches: Sequence[ServedBatch], plugins: Plugins | None
+) -> tuple[bool, list[str]]:
+    """A quantized file beside its network, both without the rounding of activations, on the first and last batch.
+
+    :return: whether they can be compared, and what is wrong.
+    """
+    opened = existing(path, plugins).open_unrounded(path) if can_do_without_rounding(side.model) else None
+    if opened is None:
+        return False, []
+    session, ranges = opened
+    compared = _Compared(side)
+    with evaluation_on_cpu(side.model) as model, without_rounding(model) as own:
+        for batch in {id(one): one for one in (batches[0], batches[-1])}.values():
+            expected = outputs_of(FlatModel(model, batch.inputs), batch.inputs)
+            compared.add(ServedBatch(batch.inputs, expected, None), session.run(_arrays(server, batch.inputs)))
+    wrong = unlike(ranges, own)
+    problems = [] if wrong is None else [f"{wrong}."]
+    if not compared.error <= UNROUNDED:
+        problems.append(
+            f"without the rounding of activations it differs from torch by {compared.error:.1e} ({compared.where}), "
+            f"more than {UNROUNDED:.0e}."
+        )
+    return True, problems
+
+
+def _limit(server: Server, judged: bool) -> float | None:
+    """None where something else decides: accuracy of files that are right in f32 and rounded as served; of quantized
+    ones that, or what they compute without rounding.
+
+    :param judged: whether there is something else.
+    """
     if server.quantized:
-        return None if labelled else SERVED_TOLERANCES["int8"]
-    if labelled and server.precision != "f32" and server.path.suffix != ".onnx":
+        return None if judged else SERVED_TOLERANCES["int8"]
+    if judged and server.precision != "f32" and server.path.suffix != ".onnx":
         return None
     return max(SERVED_TOLERANCES[server.precision], SERVED_TOLERANCES["f16"] if server.half_weights else 0.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nncf_compactprune.host.nncf_hooks import HookState
 
@@ -23,12 +23,20 @@ class StoredQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
     def __init__(self, *, signed: bool, size: int = 1, axis: int = 0) -> None:
         super().__init__()
         self.signed, self.axis = signed, axis
+        self.rounds = True  # a plain value: tracers take a buffer's for data
         # declared here: TorchScript, which OpenVINO traces with, takes annotations of a class for its own
         self.scale: Tensor
         self.zero_point: Tensor
         self.register_buffer("scale", torch.ones(size))
         self.register_buffer("zero_point", torch.zeros(size, dtype=torch.int32))
         self._note_numbers()
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Rounds, or only cuts activations off at the ends of the range.
+
+        :param enabled: whether it rounds.
+        """
+        self.rounds = enabled
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Step sizes and zero points."""
@@ -53,12 +61,21 @@ class StoredQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
         super()._load_from_state_dict(*args, **kwargs)
         self._note_numbers()
 
+    @property
+    def levels(self) -> tuple[int, int]:
+        """The first and the last level."""
+        return (-128, 127) if self.signed else (0, 255)
+
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantizes."""
-        low, high = (-128, 127) if self.signed else (0, 255)
+        low, high = self.levels
         per_channel = self.scale.numel() > 1
         if torch.compiler.is_exporting():
             return self._as_onnx(x, per_channel)
+        if not self.rounds and not isinstance(x, nn.Parameter):
+            shape = [-1 if dim == self.axis and per_channel else 1 for dim in range(x.dim())]
+            ends = ((level - self.zero_point) * self.scale for level in (low, high))
+            return x.clamp(*(end.view(shape) for end in ends))
         if per_channel:
             return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, self.axis, low, high)
         return torch.fake_quantize_per_tensor_affine(x, self._step, self._zero, low, high)
