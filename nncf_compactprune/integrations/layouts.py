@@ -52,9 +52,7 @@ def export_to_layout(
     :raises ExportError: an unknown layout, a model that it cannot hold, or what ``export_model`` raises.
     """
     folder = Path(directory)
-    if layout not in LAYOUTS[1:]:
-        msg = f"layout: expected optimum or ovms, got '{layout}'.{nearest(layout, LAYOUTS)}"
-        raise ExportError(msg)
+    check_layout(model, layout)
     documents: dict[str, Mapping[str, Any]] = {}
     target = folder / name / "1" / "model.xml"
     if layout == "optimum":
@@ -80,24 +78,43 @@ def export_to_layout(
     return files
 
 
-def _documents(model: Any, example_inputs: Any, options: ExportOptions) -> dict[str, Mapping[str, Any]]:
-    """``config.json`` and, for images, ``preprocessor_config.json``."""
-    data_config = getattr(model, "pretrained_cfg", None)
-    if hasattr(model, "config") and hasattr(model.config, "to_dict"):
-        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-        config.pop(CONFIG_ATTRIBUTE, None)  # the file holds the network, whatever its widths
-    elif data_config and "architecture" in data_config:
-        config = {
-            "model_type": "timm_wrapper",
-            "architecture": data_config["architecture"],
-            "num_labels": model.num_classes,
-        }
-    else:
+def check_layout(model: Any, layout: str) -> None:
+    """Refuses a layout that cannot hold a model, before the long work.
+
+    :param model: it is only looked at.
+    :param layout: ``optimum`` or ``ovms``.
+    :raises ExportError: an unknown layout, or a model that it cannot hold.
+    """
+    if layout not in LAYOUTS[1:]:
+        msg = f"layout: expected optimum or ovms, got '{layout}'.{nearest(layout, LAYOUTS)}"
+        raise ExportError(msg)
+    if layout == "optimum" and not _of_transformers(model) and "architecture" not in _timm_config(model):
         msg = (
             f"layout: optimum reads models of transformers and timm, got {type(model).__name__}. Use the layout plain "
             "or ovms."
         )
         raise ExportError(msg)
+
+
+def _of_transformers(model: Any) -> bool:
+    return hasattr(model, "config") and hasattr(model.config, "to_dict")
+
+
+def _timm_config(model: Any) -> Mapping[str, Any]:
+    return getattr(model, "pretrained_cfg", None) or {}
+
+
+def _documents(model: Any, example_inputs: Any, options: ExportOptions) -> dict[str, Mapping[str, Any]]:
+    """``config.json`` and, for images, ``preprocessor_config.json``."""
+    if _of_transformers(model):
+        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+        config.pop(CONFIG_ATTRIBUTE, None)  # the file holds the network, whatever its widths
+    else:
+        config = {
+            "model_type": "timm_wrapper",
+            "architecture": _timm_config(model)["architecture"],
+            "num_labels": model.num_classes,
+        }
     if options.labels:
         config |= {
             "id2label": {str(at): label for at, label in enumerate(options.labels)},

@@ -22,6 +22,7 @@ from nncf_compactprune.export import (
     export_model,
     is_quantized,
 )
+from nncf_compactprune.integrations.layouts import export_to_layout
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.report import Comparison, NetworkFigures, plot_widths, to_json, to_markdown
 from nncf_compactprune.report.charts import curves, layer_times
@@ -112,6 +113,18 @@ def _export(run: Run, networks: Mapping[str, Network]) -> dict[str, Sequence[Exp
                 output_names=chosen.output_names,
                 options=export_options(run, name == "pruned"),
             )
+    if chosen.layout != "plain":
+        model = networks["pruned"].model
+        export_to_layout(
+            model,
+            run.example,
+            run.directory / chosen.layout,
+            chosen.layout,
+            precision=None if is_quantized(model) else chosen.precisions[0],
+            input_names=chosen.input_names,
+            output_names=chosen.output_names,
+            options=export_options(run, pruned=True),
+        )
     return files
 
 

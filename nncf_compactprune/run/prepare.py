@@ -16,6 +16,7 @@ from nncf_compactprune.config import InputInfo
 from nncf_compactprune.decide.labelled import class_scores
 from nncf_compactprune.errors import ConfigError, Problem, ResolveError, first_line
 from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.integrations.layouts import check_layout
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.run.datasets import ResolvedDataset, resolve_dataset
 from nncf_compactprune.run.models import ExampleInputs, ResolvedModel, resolve_model
@@ -58,6 +59,8 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
         weights=config.weights,
         plugins=plugins,
     )
+    if config.export.layout != "plain":
+        check_layout(resolved.model, config.export.layout)
     example = resolved.example_inputs
     if dataset is not None:
         dataset = normalised_for(resolved, dataset)

@@ -82,6 +82,8 @@ class ExportConfig(Section):
     :param embed_preprocessing: scaling and normalising of pixels goes into the files.
     :param input_names: of the files' inputs, in order; null: the exporter's.
     :param output_names: of the outputs.
+    :param layout: ``"optimum"`` or ``"ovms"``: the pruned network is also written into a directory of this name, as
+        optimum-intel or OpenVINO Model Server reads it, INT8 where it is quantized; ``"plain"``: it is not.
     """
 
     formats: tuple[str, ...] = Field(default=("onnx", "openvino"), min_length=1, strict=False)
@@ -93,6 +95,7 @@ class ExportConfig(Section):
     embed_preprocessing: bool = False
     input_names: list[str] | None = None
     output_names: list[str] | None = None
+    layout: Literal["plain", "optimum", "ovms"] = "plain"
 
     @field_validator("formats")
     @classmethod
