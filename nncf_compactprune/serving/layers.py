@@ -107,7 +107,7 @@ def profile(
         clocks = [spent[at].get(one.operation) for at, one in enumerate((before, after))]
         times = tuple(clock.microseconds if clock else 0.0 for clock in clocks)
         pair = LayerPair(
-            known.get(after.operation, _short(after.operation)),
+            known.get(after.operation, after.module or after.operation),
             after.shape,
             (before.macs or 0, after.macs or 0),
             (times[0], times[1]),
@@ -132,10 +132,6 @@ def modules_of(weights: Sequence[Weight], names: Sequence[tuple[str, tuple[int, 
         if at is not None:
             found[weight.operation] = left.pop(at)[0]
     return found
-
-
-def _short(operation: str) -> str:
-    return operation.removeprefix("__module.").partition("/")[0]
 
 
 def _rest(weights: Sequence[Weight], times: Sequence[LayerTime]) -> float:

@@ -18,6 +18,7 @@ from nncf_compactprune.serving.server import LayerTime, Server, Serving, Tap, We
 
 _TYPES = {"f32": "f32", "bf16": "bf16", "bfloat16": "bf16", "f16": "f16", "float16": "f16", "float32": "f32"}
 _PRODUCTS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
+_MODULE = "__module."
 # Between a stored weight and the layer that uses it: conversion from int8 or float16, dequantization, layout.
 _ON_THE_WAY = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose", "FakeQuantize", "FakeConvert")
 
@@ -102,7 +103,8 @@ class OpenVinoServer(Server):
                 constant = _constant(port.get_node())
                 if constant is not None and port.get_partial_shape().is_static:
                     shape = _torch_shape(node, tuple(port.get_shape()))
-                    yield Weight(node.get_friendly_name(), constant.get_friendly_name(), shape, *_work_of(node, shape))
+                    names = (node.get_friendly_name(), constant.get_friendly_name())
+                    yield Weight(*names, shape, *_work_of(node, shape), _module(node))
 
     def layer_times(self, arrays: Sequence[Array], runs: int, quantile: float = 0.5) -> list[LayerTime]:
         profiled = self._core.compile_model(
@@ -185,6 +187,14 @@ def _work_of(node: Any, weight: tuple[int, ...]) -> tuple[int | None, int | None
     shape = ports[0].get_shape()
     side = int(shape[2]) if len(shape) == 4 and node.get_type_name() == "Convolution" else 0
     return places * math.prod(weight[1:]), given + result + math.prod(weight), side
+
+
+def _module(node: Any) -> str:
+    """The torch module by which an operation is named, or one that reads its result."""
+    readers = [port.get_node() for port in node.output(0).get_target_inputs()]
+    names = [one.get_friendly_name() for one in (node, *readers)]
+    modules = (name.removeprefix(_MODULE).partition("/")[0] for name in names if name.startswith(_MODULE))
+    return next((name for name in modules if not name.startswith("__nncf_hooks")), "")
 
 
 def _constant(node: Any) -> Any:

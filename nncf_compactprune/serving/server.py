@@ -68,6 +68,8 @@ class Weight:
     :param macs: multiply-accumulates of one request; None where the file's shapes are open.
     :param moved: numbers read and written: input, weight and output; None likewise.
     :param side: height of the input; 0 where it has none, or it is open.
+    :param module: of the torch model, by the name of the operation, or of one that reads it where an exporter folded a
+        norm into the weight; empty where neither says.
     """
 
     operation: str
@@ -76,6 +78,7 @@ class Weight:
     macs: int | None = None
     moved: int | None = None
     side: int = 0
+    module: str = ""
 
 
 @dataclass(frozen=True)
