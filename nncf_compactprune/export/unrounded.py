@@ -101,7 +101,7 @@ def onnx_without_rounding(model: onnx.ModelProto) -> list[Range]:
             low, high = (((end - zero.astype(np.float64)) * scale).reshape(-1) for end in (ends.min, ends.max))
             ranges.append(Range(node.name or node.output[0], low, high))
             axis = next((one.i for one in node.attribute if one.name == "axis"), 1)
-            shape = [1] * dims.get(node.input[0], 0)
+            shape = [1] * dims.get(node.input[0], 4)
             if low.size > 1:
                 shape[axis] = low.size
             names = [f"{node.output[0]}.{end}" for end in ("low", "high", "raised")]
@@ -127,8 +127,9 @@ def ir_without_rounding(model: Any) -> list[Range]:
     ranges = []
     for node in [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]:
         given, *bounds = (node.input_value(at) for at in (0, 3, 4))
-        if any(port.get_node().get_type_name() != "Constant" for port in bounds):
-            continue
+        kinds = [port.get_node().get_type_name() for port in (given, *bounds)]
+        if kinds[0] == "Constant" or kinds[1:] != ["Constant", "Constant"]:
+            continue  # a parameter, which torch rounds, too
         low, high = (np.asarray(port.get_node().data, np.float64).reshape(-1) for port in bounds)
         ranges.append(Range(node.get_friendly_name(), low, high))
         raised = opset13.maximum(given, bounds[0])

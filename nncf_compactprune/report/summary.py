@@ -74,7 +74,7 @@ class Served(_Part):
     samples: int
     batch_sizes: list[int]
     error: float = Field(description="largest difference relative to the largest output")
-    tolerance: float | None = Field(description="largest accepted error; null where accuracy decides")
+    tolerance: float | None = Field(description="largest accepted error; null where something else decides")
     agreement: float | None = Field(description="share of samples with torch's first class")
     accuracy: float | None = Field(description="the file's own")
     torch_accuracy: float | None

@@ -56,7 +56,7 @@ class ServedCheck:
     :param samples: how many samples were compared.
     :param batch_sizes: in which batches.
     :param error: largest difference relative to the largest output.
-    :param tolerance: largest accepted one; None where accuracy decides.
+    :param tolerance: largest accepted one; None where accuracy decides, or what is computed without rounding.
     :param agreement: share of samples with the same first class as torch; None without labels.
     :param accuracy: the file's own, in [0, 1]; None without labels.
     :param torch_accuracy: torch's on the same samples.
