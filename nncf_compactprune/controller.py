@@ -28,6 +28,7 @@ from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.export.formats import format_of
 from nncf_compactprune.host.calls import rows_of
 from nncf_compactprune.host.distributed import refuse_wrapped
+from nncf_compactprune.host.graph_modules import back_to_graph_module, plain_or_back
 from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plan import PruningPlan
@@ -279,6 +280,7 @@ class CompressionController:
         """Ends the compression: cuts what is still masked and removes every hook. In place; returns the model."""
         for algorithm in self.begun:
             algorithm.strip()
+        back_to_graph_module(self.model)
         self._context.plugins.emit("stripped", model=self.model)
         return self.model
 
@@ -347,7 +349,9 @@ def create_compressed_model(
         context.example_inputs = found if found is not None else _varied(config.example_inputs(context.device))
     algorithms = [_build(plugins, entry, context) for entry in config.compression]
     controller = CompressionController(context, algorithms)
-    controller.begin(_states(compression_state, controller.algorithms))
+    states = _states(compression_state, controller.algorithms)
+    with plain_or_back(model):
+        controller.begin(states)
     if compression_state is not None:
         controller.scheduler.load_state(compression_state["scheduler"])
     return controller, model
@@ -497,8 +501,10 @@ def prune(
     config = load_algorithm(entry, plugins, source="prune")
     context = Context(model, example_inputs, plugins, train_loader, optimizer, ema)
     built: Any = _build(plugins, config, context)
-    built.prepare()
-    built.strip()
+    with plain_or_back(model):
+        built.prepare()
+        built.strip()
+    back_to_graph_module(model)
     return PruningResult(model, built.final_plan, built.graph, built.self_check, dict(context.seconds), built.latency)
 
 
