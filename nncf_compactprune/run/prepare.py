@@ -16,7 +16,7 @@ from nncf_compactprune.config import InputInfo
 from nncf_compactprune.decide.labelled import class_scores
 from nncf_compactprune.errors import ConfigError, Problem, ResolveError, first_line
 from nncf_compactprune.host.calls import call_model, evaluating
-from nncf_compactprune.integrations.layouts import check_layout
+from nncf_compactprune.integrations.layouts import PROCESSOR, check_layout
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.run.datasets import ResolvedDataset, resolve_dataset
 from nncf_compactprune.run.models import ExampleInputs, ResolvedModel, resolve_model
@@ -32,6 +32,10 @@ RESULTS = (
     *(DENSE_FILE, PLAN_FILE, WEIGHTS_FILE, "summary.json", "report.md", "report.html"),
     *("model_card.md", "widths.png", "training.png", "layers.png"),
     "report.json",  # of versions before 0.1.0
+)
+EXPORTED = (
+    *("dense/model*", "pruned/model*"),
+    *("optimum/openvino_model*", "optimum/config.json", f"optimum/{PROCESSOR}", "ovms/model/1/model*"),
 )
 
 
@@ -170,7 +174,7 @@ def remove_old_results(directory: Path, say: Say) -> None:
     :param directory: the run's; it need not exist.
     :param say: is told how many files go.
     """
-    exported = (path for network in ("dense", "pruned") for path in sorted((directory / network).glob("model*")))
+    exported = (path for pattern in EXPORTED for path in sorted(directory.glob(pattern)))
     files = [directory / name for name in RESULTS]
     checkpoints = sorted((directory / CHECKPOINTS).glob(f"{PREFIX}*.pth"))
     old = [path for path in (*files, *exported, *checkpoints) if path.is_file()]

@@ -98,13 +98,14 @@ def test_schedule_of_a_plugin_is_asked_when_it_arrives(
 
 def test_results_of_an_earlier_run_are_removed_aloud_and_other_files_stay(tmp_path: Path) -> None:
     said: list[str] = []
-    old = ["plan.json", "widths.png", "dense.safetensors", "pruned/model.fp16.onnx"]
+    old = ["plan.json", "widths.png", "dense.safetensors", "pruned/model.fp16.onnx", "optimum/openvino_model.bin"]
+    old += ["optimum/config.json", "ovms/model/1/model.xml"]
     for name in [*old, "images.safetensors", "pruned/notes.txt"]:
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("old")
     prepare.remove_old_results(tmp_path, said.append)
-    assert said == [f"Removing 4 files of an earlier run from {tmp_path}"]
+    assert said == [f"Removing 7 files of an earlier run from {tmp_path}"]
     assert not any((tmp_path / name).exists() for name in old)
     assert (tmp_path / "images.safetensors").exists()
     assert (tmp_path / "pruned" / "notes.txt").exists()
