@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -18,12 +18,13 @@ from torch import nn
 from nncf_compactprune.config import CompressionConfig, Section, load_config, load_section, read_document
 from nncf_compactprune.config.reading import Document
 from nncf_compactprune.errors import nearest
-from nncf_compactprune.host.torch_internals import tree_leaves
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.run.training import Autocast
 from nncf_compactprune.storage.digests import file_digest
 
 DEFAULT_MOMENTUM = 0.9
+#: keys of files that a run writes
+WRITTEN = ("cache", "save_ranking_coeffs_path")
 
 
 class OptimizerConfig(Section):
@@ -170,9 +171,22 @@ class Settings:
 
     def file_digests(self) -> dict[str, str]:
         """SHA-256 of every file that the config names (trained weights, a ranking): its content decides the result, and
-        may change under the same name."""
-        names = {leaf for leaf in tree_leaves(dict(self.document)) if isinstance(leaf, str) and isfile(leaf)}
-        return {name: file_digest(Path(name)) for name in sorted(names)}
+        may change under the same name. What the run writes there itself is left out."""
+        texts = list(_texts(self.document))
+        names = {text for _, text in texts} - {text for key, text in texts if key in WRITTEN}
+        return {name: file_digest(Path(name)) for name in sorted(names) if isfile(name)}
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All strings of a document, each with the key that it stands under."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, one in value.items():
+            yield from _texts(one, name)
+    elif isinstance(value, Sequence):
+        for one in value:
+            yield from _texts(one, key)
 
 
 def read_settings(

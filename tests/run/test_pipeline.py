@@ -150,3 +150,23 @@ def test_files_that_a_config_names_are_told_by_their_content(tmp_path: Path) -> 
     config = write_config(tmp_path, weights=str(tmp_path / "weights.safetensors"), compression=compression)
     digests = read_settings(config).file_digests()
     assert digests == {str(tmp_path / "weights.safetensors"): hashlib.sha256(b"weights").hexdigest()}
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [
+        {"algorithm": "data_free_layerwise", "budget": {"macs": 0.5}, "generation": {"cache": "FILE"}},
+        {
+            "algorithm": "filter_pruning",
+            "params": {"interlayer_ranking_type": "learned_ranking", "save_ranking_coeffs_path": "FILE"},
+        },
+    ],
+)
+def test_a_file_that_the_run_writes_makes_no_other_run_of_it(compression: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "written.json"
+    settings = read_settings(
+        write_config(tmp_path, compression=json.loads(json.dumps(compression).replace("FILE", str(file))))
+    )
+    before = settings.file_digests()
+    file.write_text("written by the run")
+    assert settings.file_digests() == before
