@@ -104,7 +104,8 @@ class OpenVinoServer(Server):
                 if constant is not None and port.get_partial_shape().is_static:
                     shape = _torch_shape(node, tuple(port.get_shape()))
                     names = (node.get_friendly_name(), constant.get_friendly_name())
-                    yield Weight(*names, shape, *_work_of(node, shape), _module(node))
+                    macs, moved, side = _work_of(node, shape)
+                    yield Weight(*names, shape, macs, moved, side, _module(node))
 
     def layer_times(self, arrays: Sequence[Array], runs: int, quantile: float = 0.5) -> list[LayerTime]:
         profiled = self._core.compile_model(
