@@ -105,27 +105,44 @@ def refusal(whose: str, reads: Sequence[ValueRead]) -> ExportError:
     return ExportError(f"{whose}: {reads[0]}.{more} A file would keep what the example gave. {_REMEDY}")
 
 
-class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows what is computed from the inputs, and notes where Python is given a value of it."""
+class FromInputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows what is computed from the inputs.
+
+    :param inputs: of the model, which is then run on copies of them, ``self.inputs``.
+    """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.inputs = [tensor.clone() for tensor in inputs]
-        self.found: list[ValueRead] = []
-        self._modules: list[str] = []
         # Kept alive, because the number of a tensor that is gone is given to another one.
         self._derived: dict[int, Tensor] = {id(tensor): tensor for tensor in self.inputs}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        """Whether a tensor was computed from the inputs."""
+        return id(tensor) in self._derived
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = tensors_of((args, kwargs))
-        if any(id(tensor) in self._derived for tensor in given):
-            if func.name().partition(".")[0] in _READS:
-                self._note()
-            written = given[:1] if func.name().partition(".")[0].endswith("_") else []
+        if any(tensor in self for tensor in given):
+            name = func.name().partition(".")[0]
+            self.taken_by(name)
+            written = given[:1] if name.endswith("_") else []
             for tensor in (*written, *tensors_of(result)):
                 self._derived[id(tensor)] = tensor
         return result
+
+    def taken_by(self, operation: str) -> None:
+        """An operation took something that was computed from the inputs."""
+
+
+class _Reads(FromInputs):  # type: ignore[no-untyped-call]
+    """Notes where Python is given a value that was computed from the inputs."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__(inputs)
+        self.found: list[ValueRead] = []
+        self._modules: list[str] = []
 
     def entering(self, name: str) -> Any:
         """A hook that notes which module runs."""
@@ -135,7 +152,9 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A hook that notes that the last one ended."""
         self._modules.pop()
 
-    def _note(self) -> None:
+    def taken_by(self, operation: str) -> None:
+        if operation not in _READS:
+            return
         frame = sys._getframe(2)
         while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _DISPATCH):
             frame = frame.f_back

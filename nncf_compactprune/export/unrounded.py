@@ -9,7 +9,7 @@ nothing hides a wrong weight; and the ranges of the quantizers are compared one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ from onnx import numpy_helper
 from openvino import opset13
 from torch import nn
 
-from nncf_compactprune.export.prepared import Array
+from nncf_compactprune.export.branches import FromInputs
+from nncf_compactprune.export.prepared import Array, FlatModel, ModelInputs
+from nncf_compactprune.host.calls import unmarked
 from nncf_compactprune.host.nncf_hooks import hooks
 
 RANGE_TOLERANCE = 1e-3  # of the range: a zero point that is wrong by one level moves it by 4e-3
@@ -60,18 +62,29 @@ def can_do_without_rounding(model: nn.Module) -> bool:
 
 
 @contextmanager
-def without_rounding(model: nn.Module) -> Iterator[list[Range]]:
-    """A quantized network whose activations are not rounded; yields the ranges of its quantizers.
+def without_rounding(flat: FlatModel, inputs: ModelInputs) -> Iterator[list[Range]]:
+    """A quantized network whose activations are not rounded; yields the ranges of their quantizers.
 
-    :param model: with quantizers of this package; weights stay rounded.
+    :param flat: with quantizers of this package. What does not depend on the inputs stays rounded, as in the files.
+    :param inputs: a batch, on which it runs once.
     """
-    found = [(hook.key, hook.module) for hook in hooks(model)]
+    found = [(hook.key, hook.module) for hook in hooks(flat.model)]
     quantizers = [(name, one) for name, one in found if isinstance(one, torch.ao.quantization.FakeQuantizeBase)]
-    ranges = [_range_of(name, quantizer) for name, quantizer in quantizers]
+    computed, activations = FromInputs(inputs.tensors), set()
+
+    def note(module: nn.Module, given: tuple[Any, ...]) -> None:
+        if given[0] in computed:
+            activations.add(module)
+
+    with ExitStack() as notes, unmarked(flat.model), torch.no_grad(), computed:
+        for _, quantizer in quantizers:
+            notes.callback(quantizer.register_forward_pre_hook(note).remove)
+        flat(*computed.inputs)
+    quantizers = [(name, one) for name, one in quantizers if one in activations]
     try:
         for _, quantizer in quantizers:
             quantizer.enable_fake_quant(False)
-        yield ranges
+        yield [_range_of(name, quantizer) for name, quantizer in quantizers]
     finally:
         for _, quantizer in quantizers:
             quantizer.enable_fake_quant()
@@ -93,8 +106,11 @@ def onnx_without_rounding(model: onnx.ModelProto) -> list[Range]:
     shaped = onnx.shape_inference.infer_shapes(model).graph
     dims = {one.name: len(one.type.tensor_type.shape.dim) for one in [*shaped.value_info, *shaped.input]}
     ranges, source, nodes = [], {}, []
+    computed = {one.name for one in graph.input} - constants.keys()
     for node in graph.node:
-        if node.op_type == "QuantizeLinear" and node.input[0] not in constants:
+        if not computed.isdisjoint(node.input):
+            computed.update(node.output)
+        if node.op_type == "QuantizeLinear" and node.input[0] in computed:
             scale, *given = (numpy_helper.to_array(constants[name]) for name in node.input[1:])
             zero = given[0] if given else np.zeros(1, np.uint8)
             ends = np.iinfo(zero.dtype)
@@ -124,12 +140,17 @@ def onnx_without_rounding(model: onnx.ModelProto) -> list[Range]:
 
 def ir_without_rounding(model: Any) -> list[Range]:
     """The same for an OpenVINO model."""
-    ranges = []
-    for node in [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]:
+    ranges, nodes = [], model.get_ordered_ops()
+    computed: set[str] = set()
+    for node in nodes:
+        givers = {port.get_node().get_name() for port in node.input_values()}
+        if node.get_type_name() == "Parameter" or not computed.isdisjoint(givers):
+            computed.add(node.get_name())
+    for node in [node for node in nodes if node.get_type_name() == "FakeQuantize"]:
         given, *bounds = (node.input_value(at) for at in (0, 3, 4))
-        kinds = [port.get_node().get_type_name() for port in (given, *bounds)]
-        if kinds[0] == "Constant" or kinds[1:] != ["Constant", "Constant"]:
-            continue  # a parameter, which torch rounds, too
+        constant = all(port.get_node().get_type_name() == "Constant" for port in bounds)
+        if node.get_name() not in computed or not constant:
+            continue
         low, high = (np.asarray(port.get_node().data, np.float64).reshape(-1) for port in bounds)
         ranges.append(Range(node.get_friendly_name(), low, high))
         raised = opset13.maximum(given, bounds[0])

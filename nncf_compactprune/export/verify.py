@@ -81,7 +81,8 @@ def compare_with(
     :param session: the file, opened in its runtime.
     :param file: the file, which may still be in its staging place.
     :param shown_as: the path for messages and the result.
-    :param tolerance: largest accepted error relative to the largest absolute output; default: by arithmetic.
+    :param tolerance: largest accepted error relative to the largest absolute output; default: by arithmetic. Without
+        rounding no less than :data:`UNROUNDED`.
     :param plugins: where formats come from.
     :raises ExportError: it computes something else, or has other quantizers.
     """
@@ -89,10 +90,11 @@ def compare_with(
     if unrounded is None:
         return compare(session, shown_as, ready.references, ready.output_names, tolerance)
     exact, ranges = unrounded
-    with without_rounding(ready.flat.model) as own:
+    with without_rounding(ready.flat, ready.trace_inputs) as own:
         references = [Reference(one.inputs, outputs_of(ready.flat, one.inputs)) for one in ready.references]
-    exact = replace(exact, runtime=f"{exact.runtime}, without the rounding of activations,")
-    compare(exact, shown_as, references, ready.output_names, UNROUNDED)
+    runtime = f"{session.runtime}, without the rounding of activations,"
+    exact = replace(exact, runtime=runtime, arithmetic=session.arithmetic)
+    compare(exact, shown_as, references, ready.output_names, max(UNROUNDED, tolerance or 0.0))
     if wrong := unlike(ranges, own):
         msg = f"{shown_as}: {wrong}. The file was not exported from this model as it is."
         raise ExportError(msg)

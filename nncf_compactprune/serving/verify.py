@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,16 +119,18 @@ def verify_served(
     else:
         batches = _own_batches(path, server, real, sample_size, plugins)
     compared = _Compared(torch_side)
+    runs = True
     try:
         for batch in batches:
             compared.add(batch, _served(server, batch))
     except Exception as error:
+        runs = False
         shapes = [list(tensor.shape) for tensor in batch.inputs.tensors]
         problems.append(f"{server.runtime} fails on inputs {shapes}: {reason_of(error)}.")
     if torch_side is not None and server.precision != "f32" and not server.quantized and not problems:
         problems += _wrong_in_f32(path, serving, torch_side, batches, plugins)
     judged = False
-    if torch_side is not None and server.quantized:
+    if torch_side is not None and server.quantized and runs:
         judged, wrong = _without_rounding(path, server, torch_side, batches, plugins)
         problems += wrong
     labelled = compared.labelled > 0
@@ -227,9 +230,11 @@ def _without_rounding(
         return False, []
     session, ranges = opened
     compared = _Compared(side)
-    with evaluation_on_cpu(side.model) as model, without_rounding(model) as own:
+    with evaluation_on_cpu(side.model) as model, ExitStack() as stack:
+        flat = FlatModel(model, batches[0].inputs)
+        own = stack.enter_context(without_rounding(flat, batches[0].inputs))
         for batch in {id(one): one for one in (batches[0], batches[-1])}.values():
-            expected = outputs_of(FlatModel(model, batch.inputs), batch.inputs)
+            expected = outputs_of(flat, batch.inputs)
             compared.add(ServedBatch(batch.inputs, expected, None), session.run(_arrays(server, batch.inputs)))
     wrong = unlike(ranges, own)
     problems = [] if wrong is None else [f"{wrong}."]

@@ -122,3 +122,49 @@ def test_a_wrong_file_is_found(
     for side in (TorchSide(model, images[:2]), TorchSide(model, images[:2], images, labels, batch_size=8)):
         check = verify_served(tmp_path / name, side, max_drop=1.0)
         assert message in " ".join(check.problems)
+
+
+class WithTable(nn.Module):
+    """Multiplies by a table that is a buffer, as of cosines; NNCF quantizes it as a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        table = torch.randn(16, 16)
+        table[0] = 100  # coarse levels, while what is multiplied by it is 0
+        self.register_buffer("table", table)
+        for parameter in self.first.parameters():
+            parameter.data[0] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(torch.relu(self.first(x)) @ self.table))
+
+
+@pytest.fixture(scope="module")
+def with_table() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 6), torch.zeros(8, dtype=torch.long)) for _ in range(4)]
+    config = {"input_info": {"sample_size": [8, 6]}, "compression": {"algorithm": "quantization"}}
+    controller, _ = create_compressed_model(WithTable(), config, batches)
+    return controller.strip().eval(), batches[0][0]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.xml"])
+def test_buffers_that_are_quantized_stay_rounded_in_both(
+    name: str, with_table: tuple[nn.Module, torch.Tensor], tmp_path: Path
+) -> None:
+    model, images = with_table
+    export_model(model, images, tmp_path / name)
+    check = verify_served(tmp_path / name, TorchSide(model, images))
+    assert not check.problems
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.xml"])
+def test_a_quantized_file_that_does_not_run_is_told_not_raised(
+    name: str, with_table: tuple[nn.Module, torch.Tensor], tmp_path: Path
+) -> None:
+    export_model(*with_table, tmp_path / name)
+    wider = copy.deepcopy(with_table[0])
+    wider.first = nn.Linear(7, 16)
+    problems = verify_served(tmp_path / name, TorchSide(wider, torch.randn(2, 7))).problems
+    assert any("fails on inputs [[" in one for one in problems)

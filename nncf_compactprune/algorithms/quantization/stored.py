@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nncf_compactprune.host.nncf_hooks import HookState
 
@@ -32,7 +32,7 @@ class StoredQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
         self._note_numbers()
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Rounds, or only cuts activations off at the ends of the range.
+        """Rounds, or only cuts off at the ends of the range.
 
         :param enabled: whether it rounds.
         """
@@ -72,7 +72,7 @@ class StoredQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
         per_channel = self.scale.numel() > 1
         if torch.compiler.is_exporting():
             return self._as_onnx(x, per_channel)
-        if not self.rounds and not isinstance(x, nn.Parameter):
+        if not self.rounds:
             shape = [-1 if dim == self.axis and per_channel else 1 for dim in range(x.dim())]
             ends = ((level - self.zero_point) * self.scale for level in (low, high))
             return x.clamp(*(end.view(shape) for end in ends))
