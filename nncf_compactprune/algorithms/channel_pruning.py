@@ -161,6 +161,10 @@ class ChannelPruningConfig(AlgorithmConfig):
         return self
 
     @property
+    def needs_labels(self) -> str:
+        return "initializer.search" if self.initializer.search is not None else ""
+
+    @property
     def settings(self) -> list[dict[str, Any]]:
         """What a search tries, in order; empty where there is none."""
         search = self.initializer.search

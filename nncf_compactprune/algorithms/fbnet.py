@@ -57,6 +57,10 @@ class FBNetConfig(ChannelPruningConfig):
 
     params: FBNetParams = FBNetParams()
 
+    @property
+    def needs_labels(self) -> str:
+        return "params.importance" if self.params.importance in ("taylor", "fisher") else super().needs_labels
+
 
 class FBNetPruning(ChannelPruning):
     """Magnitude pruning of channels, scheduled, under exact budgets."""

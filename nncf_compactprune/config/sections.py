@@ -138,3 +138,8 @@ class AlgorithmConfig(Section):
     ignored_scopes: Scopes = Field(default_factory=list)
     target_scopes: Scopes | None = None
     initializer: Initializer = Initializer()
+
+    @property
+    def needs_labels(self) -> str:
+        """The key, within the entry, that needs labelled samples; empty: images without labels are enough."""
+        return ""

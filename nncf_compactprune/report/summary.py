@@ -22,7 +22,7 @@ class _Part(BaseModel):
 class Figures(_Part):
     """What one network costs and how good it is."""
 
-    accuracy: float | None = Field(description="test top-1 in [0, 1]; null without a dataset")
+    accuracy: float | None = Field(description="test top-1 in [0, 1]; null without labels")
     macs: int = Field(description="multiply-accumulates of one sample")
     params: int
     file_bytes: dict[str, int] = Field(description="bytes on disk by format")

@@ -140,7 +140,7 @@ def export_options(run: Run, pruned: bool) -> ExportOptions:
         return ExportOptions(**asked)
     plan = plan_of(run.model)
     kept = plan.output_classes if pruned and plan is not None and plan.output_classes else range(len(data.class_names))
-    labels = [data.class_names[at] for at in kept]
+    labels = [data.class_names[at] for at in kept] if data.labelled else []
     pixels = Pixels(tuple(data.mean), tuple(data.std))
     return ExportOptions(**asked, labels=labels, pixels=pixels, embed_preprocessing=chosen.embed_preprocessing)
 
@@ -189,6 +189,7 @@ def _as_json(check: SelfCheck) -> dict[str, Any]:
 def _write_markdown(run: Run, comparison: Comparison, compressed: Compressed, pictures: Sequence[str]) -> None:
     config, plan = run.config, compressed.plan
     data = f"Dataset `{config.dataset}`" if config.dataset is not None else "No dataset"
+    data += ", without labels" if run.dataset is not None and not run.dataset.labelled else ""
     lines = [
         f"# {config.model}, pruned",
         "",

@@ -83,17 +83,17 @@ def compress(run: Run, dense: Network) -> Compressed:
         make_room(run)
         save_weights(dense.model, run.directory / DENSE_FILE)
     plan = plan_of(model)
-    if run.dataset is not None and plan is not None and plan.output_classes:
-        known = only_classes(run.dataset, plan.output_classes)  # labels are counted anew from here on
+    if run.labelled is not None and plan is not None and plan.output_classes:
+        known = only_classes(run.labelled, plan.output_classes)  # labels are counted anew from here on
         run = replace(run, dataset=known)
         scores = _Scores(dense.model, plan.output_classes)
         measured = run.measured(scores, f"Dense, among classes {', '.join(known.class_names)}")
         dense = replace(dense, accuracy=measured.accuracy)
     watched = None
-    if run.dataset is not None and aware is not None and dense.accuracy is not None:
-        watched = train_watching(run, run.dataset, controller, model, dense.accuracy)
-    elif run.dataset is not None:
-        _fine_tune(run, run.dataset, controller, model)
+    if run.labelled is not None and aware is not None and dense.accuracy is not None:
+        watched = train_watching(run, run.labelled, controller, model, dense.accuracy)
+    elif run.labelled is not None:
+        _fine_tune(run, run.labelled, controller, model)
     model = controller.strip()
     plan = plan_of(model) or _plan_of_whole(run, dense.model)
     if carries_hooks(model):

@@ -26,6 +26,8 @@ def model_card(
     """
     config = run.config
     data = f"`{config.dataset}`" if config.dataset is not None else "no data"
+    measured = comparison.dense.accuracy is not None
+    accuracy = "Accuracy is top-1 on the test images, by torch." if measured else "No accuracy was measured."
     lines = [
         "---",
         "library_name: openvino",
@@ -40,7 +42,7 @@ def model_card(
         "",
         "## Measured",
         "",
-        "Accuracy is top-1 on the test images, by torch. Latency is the median of single requests on this machine.",
+        f"{accuracy} Latency is the median of single requests on this machine.",
         "",
         to_markdown(comparison),
         "## Files",

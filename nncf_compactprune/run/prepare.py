@@ -53,6 +53,11 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
     _check_search(settings, plugins)
     check_warm_start(settings)
     dataset = _dataset(settings, plugins)
+    if dataset is None or not dataset.labelled:
+        _check_without_labels(settings, dataset)
+    if dataset is not None and not dataset.labelled:
+        count = len(dataset.train)  # type: ignore[arg-type]
+        say(f"{count} images of '{dataset.name}', without labels: nothing is trained and no accuracy measured")
     if dataset is not None:
         settings = _with_input_info(settings, dataset)
     config = settings.run
@@ -71,8 +76,9 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
         example = real_example(resolved, dataset)
         check_classes(resolved, example, dataset)
     resolved.model.to(training_device(config.device, settings.source))
-    for warning in late_schedules(settings, plugins):
-        say(f"Warning: {warning}")
+    if dataset is not None and dataset.labelled:
+        for warning in late_schedules(settings, plugins):
+            say(f"Warning: {warning}")
     if settings.compression.accuracy_aware_training is not None and "epochs" in settings.document:
         say("Note: epochs is not read, as accuracy_aware_training says how long to train")
     directory = Path(config.output_dir)
@@ -89,7 +95,6 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
 
 def _dataset(settings: Settings, plugins: Plugins) -> ResolvedDataset | None:
     if settings.run.dataset is None:
-        _check_without_data(settings)
         return None
     return resolve_dataset(settings.run.dataset, settings.run.dataset_options, plugins)
 
@@ -102,7 +107,7 @@ def late_schedules(settings: Settings, plugins: Plugins) -> Iterator[str]:
     """
     epochs = epochs_of_schedule(settings)
     for entry in settings.compression.compression:
-        if settings.run.dataset is None or not isinstance(entry, ChannelPruningConfig):
+        if not isinstance(entry, ChannelPruningConfig):
             continue
         needed = _epoch_of_cut(entry, epochs, plugins)
         if needed is not None and needed <= epochs:
@@ -184,21 +189,28 @@ def remove_old_results(directory: Path, say: Say) -> None:
         path.unlink()
 
 
-def _check_without_data(settings: Settings) -> None:
-    """Without a dataset nothing can be trained, and nothing else says what the input looks like.
+def _check_without_labels(settings: Settings, dataset: ResolvedDataset | None) -> None:
+    """Without labels nothing can be trained. Without any dataset nothing else says what the input looks like.
 
-    :raises ConfigError: with everything that a dataset would be needed for.
+    :raises ConfigError: with everything that labels, or a dataset, would be needed for.
     """
     config, problems = settings.run, []
+    why = "there is no dataset" if dataset is None else f"'{dataset.name}' has no labels"
     if config.weights is None:
-        problems.append(Problem("weights", "missing. Without a dataset, name a file of trained weights."))
+        message = f"missing. Name a file of trained weights: {why}, so nothing can be trained."
+        problems.append(Problem("weights", message))
     for key in ("epochs", "pretrain_epochs"):
         if getattr(config, key):
-            message = f"expected 0 without a dataset, got {getattr(config, key)}. Nothing can be trained."
+            message = f"expected 0, got {getattr(config, key)}: {why}, so nothing can be trained."
             problems.append(Problem(key, message))
     if settings.compression.accuracy_aware_training is not None:
-        problems.append(Problem("accuracy_aware_training", "nothing can be trained or measured without a dataset."))
-    if not settings.compression.input_info:
+        message = f"leave it out: {why}, so nothing can be trained or measured."
+        problems.append(Problem("accuracy_aware_training", message))
+    for at, entry in enumerate(settings.compression.compression):
+        if entry.needs_labels:
+            message = f"'{entry.algorithm}' needs labelled images for this, and {why}. Choose what needs none."
+            problems.append(Problem(f"compression[{at}].{entry.needs_labels}", message))
+    if dataset is None and not settings.compression.input_info:
         message = 'missing. Without a dataset, give an object such as {"sample_size": [1, 3, 32, 32]}.'
         problems.append(Problem("input_info", message))
     if problems:
@@ -211,7 +223,8 @@ def _with_input_info(settings: Settings, dataset: ResolvedDataset) -> Settings:
     given = settings.compression.input_info
     if any(info.sample_size[1:] != expected for info in given):
         message = f"expected [n, {', '.join(map(str, expected))}], the shape of '{dataset.name}' images"
-        message += f", got {given[0].sample_size}. Leave input_info out to take the dataset's."
+        message += f", got {given[0].sample_size}. Leave input_info out to take the dataset's, or set "
+        message += "image_size in dataset_options where the dataset has it."
         raise ConfigError(settings.source, [Problem("input_info.sample_size", message)])
     if given:
         return settings
@@ -275,7 +288,10 @@ def check_classes(resolved: ResolvedModel, example: ExampleInputs, dataset: Reso
     """
     try:
         with evaluating(resolved.model):
-            scores = class_scores(call_model(resolved.model, example))
+            output = call_model(resolved.model, example)
+            if not dataset.labelled:
+                return
+            scores = class_scores(output)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
         msg = (
             f"Model '{resolved.name}' does not run on images of '{dataset.name}', {list(dataset.input_shape)}: {error}"

@@ -116,10 +116,12 @@ class RunConfig(Section):
         ``python:file.py:function``, or a plugin's.
     :param model_options: keyword arguments of what builds the model.
     :param weights: safetensors file of the dense model.
-    :param dataset: ``digits``, ``cifar10:PATH``, ``imagefolder:DIR``, ``python:module:function``, or a plugin's; null
-        needs ``weights``, ``input_info`` and no epochs: nothing is trained and no accuracy measured.
-    :param dataset_options: the dataset's own options: ``mean`` and ``std`` of ``cifar10`` and ``imagefolder``,
-        ``train_samples`` and ``test_samples`` of ``cifar10``, ``image_size`` and ``smallest_crop`` of ``imagefolder``.
+    :param dataset: ``digits``, ``cifar10:PATH``, ``imagefolder:DIR``, ``python:module:function``, or a plugin's;
+        ``pictures:DIR``, pictures without labels, needs ``weights`` and no epochs: nothing is trained and no accuracy
+        measured; null needs ``input_info``, too.
+    :param dataset_options: the dataset's own options: ``mean`` and ``std`` of ``cifar10``, ``imagefolder`` and
+        ``pictures``, ``train_samples`` and ``test_samples`` of ``cifar10``, ``image_size`` of ``imagefolder`` and
+        ``pictures``, ``smallest_crop`` of ``imagefolder``, ``samples`` of ``pictures``.
     :param batch_size: images a step.
     :param epochs: fine-tuning epochs, while and after pruning.
     :param warm_start: directory of a finished run of the same dense network, whose pruned network is pruned further;

@@ -29,7 +29,7 @@ class Network:
     """A network and how good it is.
 
     :param model: the network.
-    :param accuracy: test top-1 in [0, 1]; None without a dataset.
+    :param accuracy: test top-1 in [0, 1]; None without labels.
     """
 
     model: nn.Module
@@ -67,6 +67,11 @@ class Run:
         return self.settings.run
 
     @property
+    def labelled(self) -> ResolvedDataset | None:
+        """The dataset, if it has labels to train on and to measure by."""
+        return self.dataset if self.dataset is not None and self.dataset.labelled else None
+
+    @property
     def directory(self) -> Path:
         """Where the artefacts go."""
         return Path(self.config.output_dir)
@@ -87,9 +92,9 @@ class Run:
         :param model: the network.
         :param which: what to call it.
         """
-        if self.dataset is None:
+        if self.labelled is None:
             return Network(model, None)
-        accuracy = evaluate(model, self.dataset.test_loader(self.config.batch_size))
+        accuracy = evaluate(model, self.labelled.test_loader(self.config.batch_size))
         self.say(f"{which}: test accuracy {accuracy:.2%}")
         return Network(model, accuracy)
 

@@ -146,7 +146,7 @@ def test_early_exit_ends_when_the_accuracy_is_held(tmp_path: Path) -> None:
         ),
         (
             {"dataset": None, "weights": "w.safetensors", "pretrain_epochs": 0, "epochs": 0},
-            "accuracy_aware_training: nothing can be trained or measured without a dataset",
+            "accuracy_aware_training: leave it out: there is no dataset, so nothing can be trained or measured",
         ),
     ],
 )

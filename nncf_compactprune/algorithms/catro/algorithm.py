@@ -91,6 +91,10 @@ class CatroConfig(ChannelPruningConfig):
 
     params: CatroParams = CatroParams()
 
+    @property
+    def needs_labels(self) -> str:
+        return "algorithm"
+
 
 class Catro(ChannelPruning):
     """Keeps the channels that tell the classes apart."""

@@ -150,6 +150,10 @@ class FilterPruningConfig(Nncf2Entry):
     params: FilterPruningParams = FilterPruningParams()
 
     @property
+    def needs_labels(self) -> str:
+        return "params.interlayer_ranking_type" if self.params.learned else ""
+
+    @property
     def budget(self) -> Budget:
         """What ``pruning_flops_target`` leaves."""
         return Budget(macs=1 - (self.params.pruning_flops_target or 0.0))

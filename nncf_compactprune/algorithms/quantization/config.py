@@ -238,6 +238,10 @@ class QuantizationConfig(Nncf2Entry):
     compression_lr_multiplier: Annotated[None, NotYet(_MULTIPLIER)] = None
     params: QuantizationParams = QuantizationParams()
 
+    @property
+    def needs_labels(self) -> str:
+        return "" if self.accuracy_control is None else "accuracy_control"
+
     @field_validator("compression_lr_multiplier", mode="before")
     @classmethod
     def _that_changes_nothing(cls, value: Any) -> Any:

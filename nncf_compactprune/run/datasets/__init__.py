@@ -1,4 +1,4 @@
-"""Named datasets: ``digits``, ``cifar10:PATH``, ``imagefolder:DIR`` and ``python:module:function``.
+"""Named datasets: ``digits``, ``cifar10:PATH``, ``imagefolder:DIR``, ``pictures:DIR`` and ``python:module:function``.
 
 Nothing here downloads. All are brought to one shape, :class:`ResolvedDataset`, so that the same run works on each.
 """

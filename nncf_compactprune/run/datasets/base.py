@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +13,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from nncf_compactprune.errors import ResolveError
 
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, Any]  # the labels are a tensor, or None without
 
 
 @dataclass(frozen=True)
 class ResolvedDataset:
-    """A classification dataset with a training and a test part.
+    """A classification dataset with a training and a test part, or images without labels.
 
     :param name: the name it was resolved from.
     :param train: map-style dataset of ``(image, label)``; images are float32 ``[c, h, w]`` in [0, 1].
     :param test: the same, never augmented.
-    :param class_names: one name per class, in label order.
+    :param class_names: one name per class, in label order; none: batches have None for labels.
     :param input_shape: ``(c, h, w)`` of every image.
     :param mean: subtracted from each image channel when a batch is made.
     :param std: divides each image channel after that.
@@ -40,12 +41,18 @@ class ResolvedDataset:
     augment: Augment | None = None
     model_normalises: bool = False
 
+    @property
+    def labelled(self) -> bool:
+        """Whether its images have labels. Without, nothing is trained on them, and no accuracy is measured."""
+        return bool(self.class_names)
+
     def train_loader(
         self, batch_size: int, *, augment: bool = True, seed: int = 0, sampler: Sampler[int] | None = None
     ) -> DataLoader[Batch]:
         """Returns shuffled batches ``(images [n, c, h, w], labels [n])``; equal seeds give equal epochs.
 
-        An incomplete last batch is dropped unless it is the only one: BatchNorm cannot train on a single image.
+        An incomplete last batch is dropped unless it is the only one: BatchNorm cannot train on a single image. Without
+        labels none is dropped.
 
         :param batch_size: images in a batch.
         :param augment: whether images are changed at random, where the dataset has an augmentation.
@@ -54,7 +61,10 @@ class ResolvedDataset:
         """
         collate = _Collate(self.mean, self.std, self.augment if augment else None, seed)
         generator = torch.Generator().manual_seed(seed)
-        drop_last = len(self.train) > batch_size  # type: ignore[arg-type]
+        count = len(self.train)  # type: ignore[arg-type]
+        drop_last = self.labelled and count > batch_size
+        if not self.labelled:  # batches of like size: they count alike in means over batches
+            batch_size = math.ceil(count / math.ceil(count / batch_size))
         return DataLoader(
             self.train,
             batch_size,
@@ -74,25 +84,26 @@ class ArrayImages(Dataset[Batch]):
     """Images held in memory.
 
     :param images: ``[n, c, h, w]``, uint8 in 0..255 or floating point in [0, 1].
-    :param labels: integers ``[n]``.
+    :param labels: integers ``[n]``, or None where there are none.
     """
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         self.images = images
-        self.labels = labels.long()
+        self.labels = None if labels is None else labels.long()
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Batch:
         images, labels = self.__getitems__([index])
-        return images[0], labels[0]
+        return images[0], None if labels is None else labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         # torch's loader calls this where it exists: one gather instead of a stack of single images.
         chosen = torch.as_tensor(indices)
         images = self.images[chosen]
-        return images.float() / 255 if images.dtype == torch.uint8 else images, self.labels[chosen]
+        pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+        return pixels, None if self.labels is None else self.labels[chosen]
 
 
 class _Collate:

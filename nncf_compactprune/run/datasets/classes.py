@@ -16,9 +16,11 @@ from nncf_compactprune.run.datasets.base import ArrayImages, Batch, ResolvedData
 def only_classes(dataset: ResolvedDataset, classes: Sequence[int]) -> ResolvedDataset:
     """The part of a dataset that belongs to some classes, labels counted from 0 in ascending order of the classes.
 
-    :param dataset: the whole.
+    :param dataset: the whole; without labels nobody knows the part, and it stays whole.
     :param classes: indices of the classes, in any order.
     """
+    if not dataset.labelled:
+        return dataset
     classes = output_classes(classes)
     return replace(
         dataset,
@@ -34,7 +36,7 @@ class _OfClasses(Dataset[Batch]):
     def __init__(self, whole: Dataset[Any], classes: Sequence[int]) -> None:
         self.whole = whole
         self.label = {old: new for new, old in enumerate(classes)}
-        if isinstance(whole, ArrayImages):
+        if isinstance(whole, ArrayImages) and whole.labels is not None:
             labels = whole.labels.tolist()
         elif isinstance(getattr(whole, "targets", None), list):  # torchvision's way to tell labels without images
             labels = whole.targets  # type: ignore[attr-defined]

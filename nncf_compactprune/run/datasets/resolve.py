@@ -14,6 +14,7 @@ from nncf_compactprune.run.datasets.base import ResolvedDataset
 from nncf_compactprune.run.datasets.cifar10 import cifar10
 from nncf_compactprune.run.datasets.digits import digits
 from nncf_compactprune.run.datasets.image_folder import imagefolder
+from nncf_compactprune.run.datasets.pictures import pictures
 
 
 def resolve_dataset(
@@ -58,4 +59,10 @@ def python_dataset(rest: str, **options: Any) -> ResolvedDataset:
 @hookimpl
 def compactprune_datasets() -> Mapping[str, Callable[..., ResolvedDataset]]:
     """The dataset schemes that come with the package."""
-    return {"cifar10": cifar10, "digits": digits, "imagefolder": imagefolder, "python": python_dataset}
+    return {
+        "cifar10": cifar10,
+        "digits": digits,
+        "imagefolder": imagefolder,
+        "pictures": pictures,
+        "python": python_dataset,
+    }

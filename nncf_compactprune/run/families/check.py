@@ -62,6 +62,9 @@ def check(family: Family, plugins: Plugins) -> Checked:
     """
     run = family.run
     dataset = resolve_dataset(str(run.dataset), run.dataset_options, plugins)
+    if not dataset.labelled:
+        message = f"'{dataset.name}' has no labels. A family is compared by accuracy."
+        raise ConfigError(family.source, [Problem("dataset", message)])
     dense = _network(run.model, run.model_options, run.weights, dataset, plugins)
     _falling(family, dense.cost)
     for at, member in enumerate(family.members):
