@@ -3,6 +3,7 @@
     pip install --no-deps ultralytics opencv-python-headless ultralytics-thop   # AGPL: only for this benchmark
     python examples/benchmarks/coverage_tasks.py                 # everything; a killed run goes on where it was
     python examples/benchmarks/coverage_tasks.py --only yolov8n,BERT
+    python examples/benchmarks/coverage_tasks.py --only "nnU-Net-like, 2D"     # a name with a comma, alone
     python examples/benchmarks/coverage_tasks.py --times         # OpenVINO, dense against pruned, in turns
     python examples/benchmarks/coverage_tasks.py --report        # only writes the table anew
 
@@ -206,7 +207,7 @@ def main(
     time_only: bool = typer.Option(False, "--times"),
     report_only: bool = typer.Option(False, "--report"),
 ) -> None:
-    names = [name for name in NETWORKS if not only or name in only.split(",")]
+    names = [name for name in NETWORKS if not only or name == only or name in only.split(",")]
     if time_only:
         times(names)
     elif not report_only:

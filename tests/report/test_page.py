@@ -55,6 +55,7 @@ def test_page_says_all_that_the_summary_holds(summary: Summary, pages: dict[str,
     for said in ("63 of 64", "-0.50 points", "25.0 %", "int8 + f32", "memory-bound", "differs from torch by"):
         assert said in text, said
     assert "run config.json --set epochs=3" in text
+    assert "Dataset imagefolder:pictures, without labels ·" in text  # the summary names no class
 
 
 def test_names_are_text_and_never_markup(pages: dict[str, Path]) -> None:
