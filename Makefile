@@ -90,10 +90,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e ".[report]"
 	touch $@
 
-# Without dependencies: torchvision, which timm imports, must not bring a CUDA build of torch.
+# Without dependencies: torchvision, which timm and onnx2torch import, must not bring a CUDA build of torch.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e ".[dev]"
-	$(PIP) --no-deps timm torchvision
+	$(PIP) --no-deps timm torchvision onnx2torch
 	$(PIP) huggingface_hub pyyaml pillow
 	touch $@
 

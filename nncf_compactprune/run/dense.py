@@ -16,7 +16,7 @@ def train_dense(run: Run) -> Network:
     """Trains the model where the config says so, and returns a copy of it."""
     if run.resume(FINE_TUNING) is not None:
         load_weights(run.model, run.directory / DENSE_FILE)
-    elif run.config.weights is None and run.labelled is not None:
+    elif not run.config.has_weights and run.labelled is not None:
         _pretrain(run, run.labelled)
     return run.measured(copy.deepcopy(run.model), "Dense")
 

@@ -1,6 +1,7 @@
-"""Named models: ``timm:NAME``, ``hf:MODEL_TYPE`` or ``hf:PATH``, ``torchvision:NAME``, ``python:module:function``.
+"""Named models: ``timm:NAME``, ``hf:MODEL_TYPE`` or ``hf:PATH``, ``torchvision:NAME``, ``python:module:function``,
+``onnx:FILE``.
 
-Models are built from code or a config file, never downloaded, and come with example inputs from their own data config.
+Models are built from code or a file, never downloaded, and come with example inputs from their own data config.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from nncf_compactprune.host.huggingface import image_classifiers
 from nncf_compactprune.host.packages import load_function, pick, require_package
 from nncf_compactprune.plugins import Plugins, default_plugins
 from nncf_compactprune.plugins.hookspecs import hookimpl
+from nncf_compactprune.run.onnx_files import read_onnx
 from nncf_compactprune.storage.weights import write_tensors
 from nncf_compactprune.storage.writing import whole_file
 
@@ -206,6 +208,16 @@ def torchvision_model(rest: str, **options: Any) -> ResolvedModel:
     return ResolvedModel(f"torchvision:{rest}", model, _image(IMAGENET_SHAPE))
 
 
+def onnx_model(rest: str, **options: Any) -> ResolvedModel:
+    """Reads a network from an ONNX file, by onnx2torch. Its weights are the file's.
+
+    :param rest: path of the file.
+    :param options: ``shapes``, a list with the shape of each input, where the file leaves sides open.
+    """
+    model, examples = _build(f"onnx:{rest}", lambda: read_onnx(rest, **options))
+    return ResolvedModel(f"onnx:{rest}", model, examples[0] if len(examples) == 1 else examples)
+
+
 def python_model(rest: str, **options: Any) -> ResolvedModel:
     """Calls a user's own function, which returns a module or a pair of module and example inputs.
 
@@ -300,4 +312,10 @@ def _shortened(names: Sequence[str]) -> str:
 @hookimpl
 def compactprune_models() -> Mapping[str, Callable[..., ResolvedModel]]:
     """The model schemes that come with the package."""
-    return {"hf": hf_model, "python": python_model, "timm": timm_model, "torchvision": torchvision_model}
+    return {
+        "hf": hf_model,
+        "onnx": onnx_model,
+        "python": python_model,
+        "timm": timm_model,
+        "torchvision": torchvision_model,
+    }

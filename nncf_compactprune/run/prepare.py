@@ -196,7 +196,7 @@ def _check_without_labels(settings: Settings, dataset: ResolvedDataset | None) -
     """
     config, problems = settings.run, []
     why = "there is no dataset" if dataset is None else f"'{dataset.name}' has no labels"
-    if config.weights is None:
+    if not config.has_weights:
         message = f"missing. Name a file of trained weights: {why}, so nothing can be trained."
         problems.append(Problem("weights", message))
     for key in ("epochs", "pretrain_epochs"):

@@ -25,6 +25,7 @@ from nncf_compactprune.storage.digests import file_digest
 DEFAULT_MOMENTUM = 0.9
 #: keys of files that a run writes
 WRITTEN = ("cache", "save_ranking_coeffs_path")
+ONNX = "onnx:"  # in front of the path of a file that holds network and weights
 
 
 class OptimizerConfig(Section):
@@ -113,9 +114,9 @@ class RunConfig(Section):
     """The top-level keys that belong to the training script, as in NNCF's samples.
 
     :param model: ``timm:NAME``, ``hf:MODEL_TYPE`` or ``hf:FOLDER``, ``torchvision:NAME``, ``python:module:function``,
-        ``python:file.py:function``, or a plugin's.
+        ``python:file.py:function``, ``onnx:FILE``, or a plugin's.
     :param model_options: keyword arguments of what builds the model.
-    :param weights: safetensors file of the dense model.
+    :param weights: safetensors file of the dense model; an ONNX file has its own.
     :param dataset: ``digits``, ``cifar10:PATH``, ``imagefolder:DIR``, ``python:module:function``, or a plugin's;
         ``pictures:DIR``, pictures without labels, needs ``weights`` and no epochs: nothing is trained and no accuracy
         measured; null needs ``input_info``, too.
@@ -155,6 +156,11 @@ class RunConfig(Section):
     export: ExportConfig = ExportConfig()
     output_dir: str = "runs/compactprune"
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the dense network comes trained: from a file of weights, or from an ONNX file."""
+        return self.weights is not None or self.model.startswith(ONNX)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -174,7 +180,7 @@ class Settings:
     def file_digests(self) -> dict[str, str]:
         """SHA-256 of every file that the config names (trained weights, a ranking): its content decides the result, and
         may change under the same name. What the run writes there itself is left out."""
-        texts = list(_texts(self.document))
+        texts = [(key, text.removeprefix(ONNX)) for key, text in _texts(self.document)]
         names = {text for _, text in texts} - {text for key, text in texts if key in WRITTEN}
         return {name: file_digest(Path(name)) for name in sorted(names) if isfile(name)}
 

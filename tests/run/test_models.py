@@ -163,7 +163,7 @@ def test_python_file_may_return_its_own_inputs(plugins: Plugins, tmp_path: Path)
     [
         (
             "resnet18",
-            r"'resnet18' names no model\. Write SCHEME:NAME, with SCHEME one of: hf, python, timm, torchvision",
+            r"'resnet18' names no model\. Write SCHEME:NAME, with SCHEME one of: hf, onnx, python, timm, torchvision",
         ),
         ("tim:resnet18", r"Unknown model scheme 'tim'\. Did you mean 'timm'\?"),
         ("python:no_colon", r"python:module:function or python:path/file\.py:function"),

@@ -1,0 +1,209 @@
+"""``onnx:FILE``: networks that are there as a file only, read by onnx2torch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, fx, nn
+
+from nncf_compactprune.errors import ResolveError, first_line
+from nncf_compactprune.host.calls import call_model
+from nncf_compactprune.host.packages import require_package
+from nncf_compactprune.host.torch_internals import tensors_of
+
+UNKNOWN_SIDE = 224  # of a picture, where the file leaves it open
+OPSET = 17  # of torch's first exporter, at most
+TOLERANCE, SMALLEST = 1e-3, 1e-6  # between torch and ONNX Runtime: over the largest output, and beside it
+
+
+def read_onnx(file: str, shapes: Sequence[Sequence[int]] | None = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A network of a file as a torch module, and an example of each of its inputs.
+
+    :param file: an ``.onnx`` file with its weights, in float32.
+    :param shapes: of the inputs, batch included; default: the file's, with 1 for an open batch and 224 for open sides.
+    :raises ResolveError: there is no such file, it is no ONNX file, an operation or an input is not taken, or torch
+        computes something else.
+    """
+    path = Path(file)
+    if not path.is_file():
+        msg = f"'{file}': no such file. Write onnx:PATH, with the path of an .onnx file."
+        raise ResolveError(msg)
+    converter = require_package("onnx2torch", "nncf-compactprune[onnx2torch]")
+    try:
+        graph = onnx.load(path)
+        onnx.checker.check_model(graph)
+    except Exception as error:  # protobuf's and onnx's share no class
+        msg = f"'{file}' is no ONNX file: {first_line(error)}"
+        raise ResolveError(msg) from error
+    constants_to_initializers(graph)
+    as_older_opset(graph)
+    examples = _examples(graph, file, shapes)
+    try:
+        model = converter.convert(onnx.shape_inference.infer_shapes(graph)).eval()
+    except Exception as error:
+        msg = f"'{file}': onnx2torch cannot read it: {type(error).__name__}: {first_line(error)}"
+        raise ResolveError(msg) from error
+    fix_sizes(model)
+    _compare(model, examples, path)
+    return model, examples
+
+
+def constants_to_initializers(graph: onnx.ModelProto) -> None:
+    """Weights that are results of ``Constant`` operations, as PaddlePaddle writes them, become initializers, in place.
+
+    :param graph: of a file.
+    """
+    kept = []
+    for node in graph.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            graph.graph.initializer.add().CopyFrom(node.attribute[0].t)
+            graph.graph.initializer[-1].name = node.output[0]
+        else:
+            kept.append(node)
+    del graph.graph.node[:]
+    graph.graph.node.extend(kept)
+
+
+def as_older_opset(graph: onnx.ModelProto) -> None:
+    """Says opset 17 of a newer file, in place, as onnx2torch knows few operations of newer ones.
+
+    Reductions had their axes as an attribute then; a reshape's sizes that are no 0 need no word of what 0 means. What
+    else changed is seen where torch and ONNX Runtime are compared.
+
+    :param graph: of a file; its constants are initializers.
+    """
+    values = {one.name: one for one in graph.graph.initializer}
+    for node in graph.graph.node:
+        sizes = values.get(node.input[1]) if node.op_type == "Reshape" else None
+        if sizes is not None and onnx.numpy_helper.to_array(sizes).all():
+            del node.attribute[:]
+    opset = next(one for one in graph.opset_import if one.domain in ("", "ai.onnx"))
+    if opset.version <= OPSET:
+        return
+    opset.version = OPSET
+    for node in graph.graph.node:
+        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.input) > 1:
+            axes = onnx.numpy_helper.to_array(values[node.input.pop()])
+            node.attribute.append(onnx.helper.make_attribute("axes", axes.tolist()))
+
+
+class _Numbers(list[float]):
+    """What onnx2torch's ``Resize`` asks of a tensor."""
+
+    def nelement(self) -> int:
+        return len(self)
+
+    def tolist(self) -> list[float]:
+        return list(self)
+
+
+class FixedResize(nn.Module):
+    """A resize whose factors or sizes are constants of the file.
+
+    :param resize: onnx2torch's, which takes them as tensors.
+    :param sizes: by the names of its arguments.
+    """
+
+    def __init__(self, resize: nn.Module, **sizes: Sequence[float]) -> None:
+        super().__init__()
+        self.resize = resize
+        self.sizes = {name: _Numbers(values) for name, values in sizes.items()}
+
+    def forward(self, x: Tensor) -> Any:
+        return self.resize(x, **self.sizes)
+
+
+class FixedReshape(nn.Module):
+    """A reshape whose sizes are constants of the file; 0 keeps a size.
+
+    :param reshape: onnx2torch's, whose place it takes.
+    :param shape: the sizes.
+    """
+
+    def __init__(self, reshape: nn.Module, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape([size or x.shape[at] for at, size in enumerate(self.shape)])
+
+
+#: by onnx2torch's class: it reads sizes from tensors, which torch's exporter takes for unknown numbers
+FIXED = {"OnnxResize": FixedResize, "OnnxReshape": FixedReshape}
+
+
+def fix_sizes(model: fx.GraphModule) -> None:
+    """Sizes that are constants of the file become numbers of the network, in place.
+
+    :param model: as onnx2torch gives it.
+    """
+    buffers = dict(model.named_buffers())
+    for node in model.graph.nodes:
+        module = model.get_submodule(node.target if node.op == "call_module" else "")
+        if type(module).__name__ not in FIXED:
+            continue
+        given = inspect.signature(module.forward).bind(*node.args, **node.kwargs).arguments
+        (_, x), *sizes = ((name, value) for name, value in given.items() if value is not None)
+        if all(isinstance(value, fx.Node) and value.target in buffers for _, value in sizes):
+            numbers = {name: buffers[value.target].tolist() for name, value in sizes}
+            model.add_submodule(node.target, FIXED[type(module).__name__](module, **numbers))
+            node.args, node.kwargs = (x,), {}
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
+def _examples(graph: onnx.ModelProto, file: str, shapes: Sequence[Sequence[int]] | None) -> tuple[Tensor, ...]:
+    """One example of each input; the shapes are written into the graph, where onnx infers the others from them."""
+    weights = {one.name for one in graph.graph.initializer}
+    inputs = [one for one in graph.graph.input if one.name not in weights]
+    if shapes is not None and [len(shape) for shape in shapes] != [
+        len(one.type.tensor_type.shape.dim) for one in inputs
+    ]:
+        names = ", ".join(f"{one.name} with {len(one.type.tensor_type.shape.dim)} dimensions" for one in inputs)
+        msg = f"'{file}': expected a shape for each input ({names}), got {[list(shape) for shape in shapes]}."
+        raise ResolveError(msg)
+    generator, examples = torch.Generator().manual_seed(0), []
+    for at, one in enumerate(inputs):
+        tensor = one.type.tensor_type
+        if tensor.elem_type != onnx.TensorProto.FLOAT:
+            kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
+            msg = f"'{file}': input '{one.name}' is of type {kind}. Networks with inputs of float32 are taken."
+            raise ResolveError(msg)
+        sides = tensor.shape.dim
+        for position, side in enumerate(sides):
+            side.dim_value = shapes[at][position] if shapes else side.dim_value or (UNKNOWN_SIDE if position else 1)
+        examples.append(torch.randn([side.dim_value for side in sides], generator=generator))
+    if not examples:
+        msg = f"'{file}' has no input."
+        raise ResolveError(msg)
+    return tuple(examples)
+
+
+def _compare(model: nn.Module, examples: tuple[Tensor, ...], path: Path) -> None:
+    """Refuses a module that does not compute what the file says."""
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        feeds = {one.name: x.numpy() for one, x in zip(session.get_inputs(), examples, strict=True)}
+        expected = session.run(None, feeds)
+        with torch.no_grad():
+            found = list(tensors_of(call_model(model, examples)))
+    except Exception as error:
+        shapes = ", ".join(str(list(x.shape)) for x in examples)
+        msg = f'\'{path}\' does not run on {shapes}: {first_line(error)} Give "model_options": {{"shapes": [[...]]}}.'
+        raise ResolveError(msg) from error
+    wanted = [torch.from_numpy(one) for one in expected]
+    if [one.shape for one in found] != [one.shape for one in wanted]:
+        read, given = ([list(one.shape) for one in outputs] for outputs in (found, wanted))
+        msg = f"'{path}': onnx2torch read a network with outputs of {read}, where ONNX Runtime gives {given}."
+        raise ResolveError(msg)
+    for ours, theirs in zip(found, wanted, strict=True):
+        difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
+        if not difference <= TOLERANCE * largest + SMALLEST:
+            msg = f"'{path}': what onnx2torch read is {difference:.1e} from ONNX Runtime, with outputs to {largest:.1e}"
+            raise ResolveError(msg)

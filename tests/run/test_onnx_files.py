@@ -1,0 +1,138 @@
+"""``onnx:FILE``: networks that are there as a file only."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from support.networks import Classifier, ResidualBlock, conv_bn
+from torch import fx, nn
+
+from nncf_compactprune.errors import ResolveError
+from nncf_compactprune.export import export_model
+from nncf_compactprune.run.models import resolve_model
+from nncf_compactprune.run.pipeline import load_run, run
+
+BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _onnx2torch() -> None:
+    if importlib.util.find_spec("onnx2torch") is None:
+        pytest.skip("onnx2torch is not installed")
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        from timm_import import let_torchvision_import  # a CPU build of torch beside another torchvision
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    let_torchvision_import()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return Classifier(nn.Sequential(conv_bn(3, 16), ResidualBlock(16, 16), conv_bn(16, 24)), 24).eval()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "net.onnx"
+    export_model(network(), torch.randn(2, 3, 16, 16), path)
+    return path
+
+
+def test_a_file_is_read_with_its_weights(file: Path) -> None:
+    found = resolve_model(f"onnx:{file}", options={"shapes": [[2, 3, 16, 16]]})
+    assert found.example_inputs.shape == (2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(found.example_inputs), network()(found.example_inputs))
+    assert resolve_model(f"onnx:{file}").example_inputs.shape == (1, 3, 16, 16)
+
+
+def test_weights_may_be_constants(file: Path, tmp_path: Path) -> None:
+    graph = onnx.load(file)
+    for tensor in graph.graph.initializer:
+        graph.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+    del graph.graph.initializer[:]
+    onnx.save(graph, tmp_path / "constants.onnx")
+    found = resolve_model(f"onnx:{tmp_path / 'constants.onnx'}")
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(found.example_inputs), network()(found.example_inputs))
+
+
+class Upsampling(nn.Module):
+    """A resize, and a reshape to sizes that are stated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv_bn(3, 8, 3), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        x = nn.functional.interpolate(self.first(x), scale_factor=2.0, mode="nearest")
+        return self.second(x).reshape(-1, 5, 1024)
+
+
+def test_sizes_of_the_file_are_numbers_so_that_it_can_be_exported_again(tmp_path: Path) -> None:
+    model, x = Upsampling().eval(), torch.randn(2, 3, 16, 16)
+    export_model(model, x, tmp_path / "a.onnx")
+    found = resolve_model(f"onnx:{tmp_path / 'a.onnx'}")
+    kinds = {type(module).__name__ for module in found.model.modules()}
+    assert {"FixedResize", "FixedReshape"} <= kinds
+    export_model(found.model, x, tmp_path / "b.onnx")
+    graph = onnxruntime.InferenceSession(tmp_path / "b.onnx")
+    (again,) = graph.run(None, {graph.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(again), model(x).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_needs_nothing_but_the_file(file: Path, tmp_path: Path) -> None:
+    config = {
+        "model": f"onnx:{file}",
+        "input_info": {"sample_size": [1, 3, 16, 16]},
+        "epochs": 0,
+        "compression": {
+            "algorithm": "fbnet_pruning",
+            "budget": {"macs": 0.5},
+            "params": {"schedule": "one_shot", "round_to": 1},
+        },
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    outcome = run(tmp_path / "config.json", say=lambda line: None)
+    assert outcome.plan.after.macs <= 0.5 * outcome.plan.before.macs
+    assert (tmp_path / "out" / "pruned" / "model.onnx").is_file()
+    assert str(file) in json.loads((tmp_path / "out" / "summary.json").read_text())["files"]
+    again = load_run(tmp_path / "out")
+    assert sum(p.numel() for p in again.model.parameters()) < 0.6 * sum(p.numel() for p in network().parameters())
+
+
+def test_what_cannot_be_read_is_told(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ResolveError, match=r"'gone\.onnx': no such file"):
+        resolve_model("onnx:gone.onnx")
+    (tmp_path / "text.onnx").write_text("no network")
+    with pytest.raises(ResolveError, match=r"text\.onnx' is no ONNX file"):
+        resolve_model(f"onnx:{tmp_path / 'text.onnx'}")
+    with pytest.raises(ResolveError, match=r"expected a shape for each input \(.* with 4 dimensions\)"):
+        resolve_model(f"onnx:{file}", options={"shapes": [[3, 16, 16]]})
+    with pytest.raises(ResolveError, match=r"does not run on \[1, 5, 16, 16\].*\"model_options\""):
+        resolve_model(f"onnx:{file}", options={"shapes": [[1, 5, 16, 16]]})
+    tokens = helper.make_tensor_value_info("tokens", TensorProto.INT64, [1, 4])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, 4])
+    cast = helper.make_node("Cast", ["tokens"], ["out"], to=TensorProto.FLOAT)
+    onnx.save(helper.make_model(helper.make_graph([cast], "words", [tokens], [out])), tmp_path / "words.onnx")
+    with pytest.raises(ResolveError, match="input 'tokens' is of type INT64"):
+        resolve_model(f"onnx:{tmp_path / 'words.onnx'}")
+    converter = importlib.import_module("onnx2torch")
+    monkeypatch.setattr(converter, "convert", lambda graph: fx.symbolic_trace(nn.Sequential(nn.Flatten())))
+    with pytest.raises(ResolveError, match=r"outputs of \[\[1, 768\]\], where ONNX Runtime gives \[\[1, 5\]\]"):
+        resolve_model(f"onnx:{file}")
+    other = network()
+    other.head.bias.data += 1
+    monkeypatch.setattr(converter, "convert", lambda graph: fx.symbolic_trace(other))
+    with pytest.raises(ResolveError, match=r"from ONNX Runtime, with outputs to"):
+        resolve_model(f"onnx:{file}")
