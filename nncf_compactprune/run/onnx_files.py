@@ -104,7 +104,7 @@ class _Numbers(list[float]):
 
 
 class FixedResize(nn.Module):
-    """A resize whose factors or sizes are constants of the file.
+    """A resize whose factors or sizes are constants of the file. Batch and channels may change.
 
     :param resize: onnx2torch's, which takes them as tensors.
     :param sizes: by the names of its arguments.
@@ -113,6 +113,7 @@ class FixedResize(nn.Module):
     def __init__(self, resize: nn.Module, **sizes: Sequence[float]) -> None:
         super().__init__()
         self.resize = resize
+        self.resize.ignore_bs_ch_size = True  # type: ignore[assignment]
         self.sizes = {name: _Numbers(values) for name, values in sizes.items()}
 
     def forward(self, x: Tensor) -> Any:
@@ -120,7 +121,7 @@ class FixedResize(nn.Module):
 
 
 class FixedReshape(nn.Module):
-    """A reshape whose sizes are constants of the file; 0 keeps a size.
+    """A reshape whose sizes are constants of the file; 0 keeps a size, and 1 in front is a batch of any size.
 
     :param reshape: onnx2torch's, whose place it takes.
     :param shape: the sizes.
@@ -131,7 +132,8 @@ class FixedReshape(nn.Module):
         self.shape = shape
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.reshape([size or x.shape[at] for at, size in enumerate(self.shape)])
+        kept = (size == 0 or (size == 1 and at == 0) for at, size in enumerate(self.shape))
+        return x.reshape([x.shape[at] if keep else self.shape[at] for at, keep in enumerate(kept)])
 
 
 #: by onnx2torch's class: it reads sizes from tensors, which torch's exporter takes for unknown numbers

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from support.networks import Classifier, ResidualBlock, conv_bn
 from torch import fx, nn
 
+from nncf_compactprune import prune
 from nncf_compactprune.errors import ResolveError
 from nncf_compactprune.export import export_model
 from nncf_compactprune.run.models import resolve_model
@@ -88,6 +89,23 @@ def test_sizes_of_the_file_are_numbers_so_that_it_can_be_exported_again(tmp_path
     graph = onnxruntime.InferenceSession(tmp_path / "b.onnx")
     (again,) = graph.run(None, {graph.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(again), model(x).detach(), atol=1e-5, rtol=1e-4)
+
+
+class OfOne(Upsampling):
+    """Written for a batch of one, as many exporters do."""
+
+    def forward(self, x):
+        return self.second(nn.functional.interpolate(self.first(x), size=(32, 32))).reshape(1, 5, -1)
+
+
+def test_a_file_for_a_batch_of_one_takes_more_and_is_pruned(tmp_path: Path) -> None:
+    model, x = OfOne().eval(), torch.randn(3, 3, 16, 16)
+    export_model(model, x[:1], tmp_path / "a.onnx", dynamic_batch=False)
+    found = resolve_model(f"onnx:{tmp_path / 'a.onnx'}")
+    with torch.no_grad():
+        expected = torch.cat([model(one) for one in x.split(1)])
+        torch.testing.assert_close(found.model(x), expected, atol=1e-5, rtol=1e-4)
+    assert prune(found.model, x, budget={"macs": 0.6}, round_to=1).plan.after.macs > 0
 
 
 def test_a_run_needs_nothing_but_the_file(file: Path, tmp_path: Path) -> None:
