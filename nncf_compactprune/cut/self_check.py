@@ -232,11 +232,14 @@ def _changes(outputs: Sequence[Tensor], model: nn.Module, inputs: Any, trial: Tr
 
 
 def _another(leaf: Any) -> Any:
-    """A tensor of other values of the same kind, such that no norm hides the change."""
+    """A tensor of other values of the same kind, such that no norm and no mean hides the change. Masks stay masks."""
     if not isinstance(leaf, Tensor) or not leaf.dim():
         return leaf
-    shifted = leaf.roll(1, -1)
-    return shifted / 2 if leaf.is_floating_point() else shifted
+    if leaf.is_floating_point():
+        return leaf.roll(1, -1) / 2
+    if leaf.dtype == torch.bool or leaf.is_complex() or len(set(leaf.flatten().tolist())) <= 2:
+        return leaf.roll(1, -1)
+    return leaf.max() + leaf.min() - leaf
 
 
 def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:

@@ -194,6 +194,26 @@ def test_one_number_is_compared_where_other_inputs_change_it(more):
     assert prune_in_place(model, plan, x, dry_run=True).silent
 
 
+class OfTokens(nn.Module):
+    """One number for each text, by the mean of its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.last = nn.Embedding(50, 16), nn.Linear(16, 24), nn.Linear(24, 1)
+
+    def forward(self, tokens, mask):
+        seen = self.table(tokens) * mask.unsqueeze(-1)
+        return self.last(self.first(seen.sum(1) / mask.sum(1, keepdim=True)).relu())
+
+
+def test_one_number_of_tokens_is_compared_as_well():
+    torch.manual_seed(0)
+    model, tokens = OfTokens().eval(), torch.randint(1, 50, (1, 12))
+    inputs = (tokens, torch.ones(1, 12, dtype=torch.int64))
+    check = prune_in_place(model, random_plan(model, inputs), inputs, dry_run=True)
+    assert not check.silent
+
+
 def test_the_result_says_what_was_compared():
     seen = SelfCheck(1e-7, "float32", 0.1, 2e-7, "a", ("a", "b"), ("c",))
     assert str(seen) == "error 1e-07 at the outputs, 2e-07 inside (2 of 3 cut layers compared)"
