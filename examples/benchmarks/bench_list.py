@@ -178,6 +178,7 @@ BENCHMARKS = (
         "MobileNetV1-0.75 for ten classes, pruned to four sizes by this package and by Torch-Pruning, trained alike",
         (
             script("family", "run --data {data} --epochs 3"),
+            script("family", "run --data {data} --epochs 10 --only ours,sibling"),
             script("family", "table"),
         ),
         120,
@@ -185,7 +186,7 @@ BENCHMARKS = (
         peer="torch-pruning",
         behind=(
             "The unpruned 0.25 was trained on all of ImageNet, and has 93.73 where the member of its size has 87.53 "
-            "after 3 epochs of 3,600 pictures. Other learning rates did not bring it nearer.",
+            "after 3 epochs of 3,600 pictures; 93.93 and 89.93 after 10. Other learning rates did not bring it nearer.",
         ),
     ),
     Benchmark(

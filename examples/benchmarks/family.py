@@ -256,15 +256,16 @@ def _picture(found: list[dict[str, Any]]) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    epochs = max(row["member"]["epochs"] for row in found)
+    lengths = sorted({row["member"]["epochs"] for row in found})
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for arm, title in TITLES.items():
-        best = _best([row for row in found if row["member"]["epochs"] == epochs], arm)
-        points = sorted((100 * row["macs"] / row["macs_dense"], row["test"]) for row in best)
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=title)
+    for colour, (arm, title) in enumerate(TITLES.items()):
+        for epochs, line in zip(lengths, ("--", "-", ":"), strict=False):
+            best = _best([row for row in found if row["member"]["epochs"] == epochs], arm)
+            points = sorted((100 * row["macs"] / row["macs_dense"], row["test"]) for row in best)
+            if points:
+                label = f"{title}, {epochs} epochs a member"
+                axes.plot(*zip(*points, strict=True), line, color=f"C{colour}", marker="o", label=label)
     axes.set(xlabel="MACs, percent of the dense network", ylabel="top-1 of ten classes, percent")
-    axes.set_title(f"{epochs} epochs a member")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(HERE / "family.png", dpi=120)
