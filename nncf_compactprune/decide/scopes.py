@@ -135,10 +135,10 @@ def operations_out_of_scope(
     return left_out | (every - look_up(target, "target_scopes").operations)
 
 
-def operations_in_scope(
-    model: nn.Module, example_inputs: Any, scopes: Sequence[str], key: str, rules: ScopeRules = ScopeRules()
-) -> set[str]:
-    """NNCF's names of the operations that some scopes mean.
+def operations_by_scope(
+    model: nn.Module, example_inputs: Any, scopes: Collection[str], key: str, rules: ScopeRules = ScopeRules()
+) -> dict[str, set[str]]:
+    """NNCF's names of the operations that each scope means.
 
     :param model: the network.
     :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
@@ -147,7 +147,10 @@ def operations_in_scope(
     :param rules: how scopes are read.
     :raises ScopeError: a scope matches nothing, or is no valid pattern.
     """
-    return _LookUp(model, names_of(model, example_inputs), rules)(scopes, key).operations
+    if not scopes:
+        return {}
+    look_up = _LookUp(model, names_of(model, example_inputs), rules)
+    return {scope: look_up([scope], key).operations for scope in scopes}
 
 
 def operations_by_parameter(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:

@@ -14,7 +14,6 @@ JSON config, controller        ``nncf_compactprune`` itself        NNCF's own, w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,12 +28,6 @@ from nncf_compactprune.host.torch_internals import BatchNorm
 
 #: NNCF before 3.0, whose own JSON config and controller are still there
 IS_NNCF_2 = int(nncf.__version__.split(".")[0]) < 3
-LEGACY_TRACING = "NNCF_TORCH_LEGACY_TRACING"
-
-
-def traces_by_patching() -> bool:
-    """Whether NNCF 2's own algorithms can run: it replaces torch's functions then, at its first import."""
-    return IS_NNCF_2 and os.environ.get(LEGACY_TRACING, "").lower() in ("1", "on", "true")
 
 
 def batch_norm_adaptation(model: nn.Module, batches: Sequence[Any]) -> None:

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 
 import nncf_compactprune
 from nncf_compactprune import CompactPruneError, ConfigError, plan_of
-from nncf_compactprune.host.nncf_versions import LEGACY_TRACING, traces_by_patching
+from nncf_compactprune.host.nncf_versions import IS_NNCF_2
 
-if not traces_by_patching():
-    pytest.skip(f"needs NNCF 2.19 and {LEGACY_TRACING}=1: make test-nncf219", allow_module_level=True)
+if not IS_NNCF_2 or not os.environ.get("NNCF_TORCH_LEGACY_TRACING"):
+    pytest.skip("needs NNCF 2.19 and NNCF_TORCH_LEGACY_TRACING=1: make test-nncf219", allow_module_level=True)
 
 from nncf import NNCFConfig
 from nncf.torch import create_compressed_model, load_state, register_default_init_args
@@ -34,6 +34,7 @@ from nncf_compactprune.host.nncf_hooks import hook_parameter, unwrap_if_empty
 from nncf_compactprune.host.nncf_quantization import not_compiled
 from nncf_compactprune.integrations.nncf219 import CompactPruneController
 
+LEGACY_TRACING = "NNCF_TORCH_LEGACY_TRACING"
 HALF = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}}
 ONE_SHOT = {**HALF, "params": {"schedule": "one_shot", "round_to": 1}}
 SOFT = {**HALF, "params": {"schedule": "exponential", "pruning_steps": 1, "round_to": 1}}

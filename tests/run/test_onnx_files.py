@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import onnx
@@ -21,19 +20,7 @@ from nncf_compactprune.export import export_model
 from nncf_compactprune.run.models import resolve_model
 from nncf_compactprune.run.pipeline import load_run, run
 
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _onnx2torch() -> None:
-    if importlib.util.find_spec("onnx2torch") is None:
-        pytest.skip("onnx2torch is not installed")
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        from timm_import import let_torchvision_import  # a CPU build of torch beside another torchvision
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    let_torchvision_import()
+pytest.importorskip("onnx2torch", reason="onnx2torch is not installed")
 
 
 def network() -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from nncf_compactprune.algorithms.quantization.config import QuantizationConfig
-from nncf_compactprune.decide.scopes import ScopeRules, operations_in_scope, operations_out_of_scope
+from nncf_compactprune.decide.scopes import ScopeRules, operations_by_scope, operations_out_of_scope
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_hooks import hooks, remove_hooks
 from nncf_compactprune.host.nncf_quantization import quantizers_by_operation, replace_hooks
@@ -48,11 +48,10 @@ def parts_of(config: QuantizationConfig, model: nn.Module, example_inputs: Any) 
     """
     parts = []
     for kind in ("weights", "activations"):
-        of_all = getattr(config, kind)
-        for scope, quantizer in getattr(config.scope_overrides, kind).items():
-            key = f"scope_overrides.{kind}"
-            operations = operations_in_scope(model, example_inputs, [scope], key, ScopeRules(validate=False))
-            own = {name: getattr(quantizer, name) for name in quantizer.model_fields_set}
+        of_all, overrides, key = getattr(config, kind), getattr(config.scope_overrides, kind), f"scope_overrides.{kind}"
+        found = operations_by_scope(model, example_inputs, overrides, key, ScopeRules(validate=False))
+        for scope, operations in found.items():
+            own = {name: getattr(overrides[scope], name) for name in overrides[scope].model_fields_set}
             changed = config.model_copy(update={kind: of_all.model_copy(update=own)})
             parts.append(Part(f"{key}: '{scope}'", kind, frozenset(operations), changed))
         scopes = of_all.ignored_scopes, of_all.target_scopes

@@ -103,18 +103,22 @@ class Decoding(nn.Module):
         return torch.cat([corners, boxes[:, 2:] - boxes[:, :2], scores], 1)
 
 
+def operations_quantized(model: nn.Module, x: torch.Tensor, algorithm: str) -> set[str]:
+    """Quantizes a model in place; NNCF's names of the operations that quantizers sit at."""
+    entry = {"algorithm": algorithm}
+    if algorithm == "data_free_quantization":
+        entry["generation"] = {"samples": 32, "steps": 2}
+    loader = [(x, torch.zeros(len(x)))]
+    create_compressed_model(model, {"compression": entry}, loader, example_inputs=x[:1])[0].strip()
+    return {hook.operation for hook in hooks(model)}
+
+
 @pytest.mark.parametrize("algorithm", ["data_free_quantization", "quantization"])
 def test_what_comes_behind_the_last_layers_stays_in_float(algorithm: str) -> None:
     model, x = Decoding().eval(), randn(*X)
     with torch.no_grad():
         raw = model.net(x)
-    entry = {"algorithm": algorithm}
-    if algorithm == "data_free_quantization":
-        entry["generation"] = {"samples": 32, "steps": 2}
-    loader = [(x, torch.zeros(len(x)))]
-    ctrl, model = create_compressed_model(model, {"compression": entry}, loader, example_inputs=x[:1])
-    ctrl.strip()
-    quantized = {hook.operation for hook in hooks(model)}
+    quantized = operations_quantized(model, x, algorithm)
     assert sum("conv2d" in name for name in quantized) >= 8
     assert not {name for name in quantized if any(kind in name for kind in ("/mul/", "/sub/", "/truediv/", "/exp/"))}
     with torch.no_grad():
@@ -151,13 +155,7 @@ def test_divisors_stay_in_float(algorithm: str) -> None:
     x = randn(8, 3, 32, 32)
     model = with_statistics_of(LinearAttention(), x).eval()
     dense = copy.deepcopy(model)
-    entry = {"algorithm": algorithm}
-    if algorithm == "data_free_quantization":
-        entry["generation"] = {"samples": 32, "steps": 2}
-    loader = [(x, torch.zeros(len(x)))]
-    ctrl, model = create_compressed_model(model, {"compression": entry}, loader, example_inputs=x[:1])
-    ctrl.strip()
-    quantized = {hook.operation for hook in hooks(model)}
+    quantized = operations_quantized(model, x, algorithm)
     assert {"/matmul/0", "qkv/conv2d/0"} <= quantized
     assert not quantized & {"/matmul/1", "/add/0"}
     with torch.no_grad():
