@@ -154,12 +154,20 @@ def _traced(ready: Prepared) -> onnx.ModelProto:
 
 def _converted_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model in float16; inputs and outputs keep their types."""
+    # By an entry here the converter takes a constant for float16, also one that it leaves in float32 (scales of Resize).
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for value in [value for value in model.graph.value_info if value.name in constants]:
+        model.graph.value_info.remove(value)
     with warnings.catch_warnings():
         # The converter warns for each weight that is rounded to zero or cut to the float16 range. Whether that matters
         # is what the verification measures.
         warnings.filterwarnings("ignore", "the float32 number .* will be truncated", UserWarning)
         converted = convert_float_to_float16(model, keep_io_types=True)
-    # The converter adds its casts at the end, but ONNX wants a node behind those that it reads.
+    # It casts a value for each node that reads it in float32, under one name, and does so at the end; ONNX wants a name
+    # once, and a node behind those that it reads.
+    nodes = {tuple(node.output): node for node in converted.graph.node}
+    del converted.graph.node[:]
+    converted.graph.node.extend(nodes.values())
     ordered = onnx_ir.from_proto(converted)
     ordered.graph.sort()
     result: onnx.ModelProto = onnx_ir.to_proto(ordered)

@@ -459,6 +459,29 @@ def test_a_float16_overflow_is_found(net: Net, image: Tensor, tmp_path: Path) ->
     assert names_in(tmp_path) == set()
 
 
+class Enlarged(nn.Module):
+    """Maps enlarged by factors, the last one as the output, and values that several nodes read in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        hidden = self.first(image)
+        larger = self.second(nn.functional.interpolate(hidden, scale_factor=2))
+        rows = hidden.flatten(2)
+        best, few = rows.topk(4, 2).values, rows.topk(2, 2).values
+        summed = hidden.cumsum(2) + hidden.cumsum(3)
+        return best, few, summed, nn.functional.interpolate(larger, scale_factor=2, mode="bilinear")
+
+
+def test_float16_files_keep_scales_and_what_several_nodes_read_in_float32(image: Tensor, tmp_path: Path) -> None:
+    (file,) = export_model(Enlarged(), image, tmp_path / "m.onnx", precisions=["fp16"])
+    nodes = onnx.load(file.path).graph.node
+    assert [node.op_type for node in nodes].count("Resize") == 2
+    assert len({name for node in nodes for name in node.output}) == sum(len(node.output) for node in nodes)
+
+
 class Double(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight
