@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.config import AlgorithmConfig
-from nncf_compactprune.host.calls import is_image_list
+from nncf_compactprune.host.calls import in_dict, is_image_list
 from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plugins import Plugins
@@ -76,6 +76,9 @@ class Context:
     seconds: dict[str, float] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.example_inputs = in_dict(self.example_inputs)
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
@@ -108,7 +111,7 @@ def model_inputs(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in TARGET_KEYS}
     if isinstance(batch, (tuple, list)):
-        return (list(batch[0]),) if is_image_list(batch[0]) and _one_mapping_each(batch) else batch[0]
+        return (list(batch[0]),) if is_image_list(batch[0]) and _one_mapping_each(batch) else in_dict(batch[0])
     return batch
 
 

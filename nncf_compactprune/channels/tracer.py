@@ -29,8 +29,8 @@ from nncf_compactprune.host.torch_internals import (
     original,
     register_module_forward_hook,
     register_module_forward_pre_hook,
+    results_of,
     tensors_of,
-    tree_leaves,
     unseen_by_modes,
 )
 from nncf_compactprune.plugins import Plugins, default_plugins
@@ -164,9 +164,8 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         :raises TraceError: the model does not run on the example input.
         """
         try:
-            for leaf in tree_leaves(self._output(example_inputs, in_training_mode=in_training_mode)):
-                if isinstance(leaf, Tensor):
-                    self.pin_tensor(leaf, "model output", locate=False)
+            for result in results_of(self._output(example_inputs, in_training_mode=in_training_mode)):
+                self.pin_tensor(result, "model output", locate=False)
         finally:
             for tensor in (note() for note in self._noted):
                 if tensor is not None:

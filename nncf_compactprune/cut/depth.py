@@ -22,7 +22,7 @@ from nncf_compactprune.cut.transaction import for_a_while
 from nncf_compactprune.errors import PlanError, SelfCheckError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import model_tensors, named_modules
-from nncf_compactprune.host.torch_internals import tree_leaves, tree_map
+from nncf_compactprune.host.torch_internals import results_of, tree_map
 from nncf_compactprune.plan import make_plan
 from nncf_compactprune.plugins import Plugins
 
@@ -178,5 +178,4 @@ def _copies(values: Any) -> Any:
 
 
 def _equal(expected: Any, actual: Any) -> bool:
-    pairs = zip(tree_leaves(expected), tree_leaves(actual), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+    return all(torch.equal(a, b) for a, b in zip(results_of(expected), results_of(actual), strict=True))

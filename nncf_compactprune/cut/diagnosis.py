@@ -31,7 +31,7 @@ from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import for_a_while
 from nncf_compactprune.cut.trials import check_inputs
 from nncf_compactprune.errors import FixedAttributeError, SelfCheckError, TraceError, first_line
-from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.calls import call_model, evaluating, in_dict
 from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.host.torch_internals import TorchDispatchMode, tensors_of, tree_map
 from nncf_compactprune.plan import PruningPlan, kept_channels, make_plan
@@ -67,6 +67,7 @@ def analyse(
     :raises SelfCheckError: the cut fails and no operation could be named for it.
     """
     pins: list[Pin | ViewByNumber] = []
+    example_inputs = in_dict(example_inputs)
     while True:
         graph = trace(model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, pins=pins)
         if not trial or not graph.groups:

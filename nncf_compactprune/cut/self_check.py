@@ -23,7 +23,7 @@ from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.marks import written_arguments
 from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.host.tensors import model_tensors
-from nncf_compactprune.host.torch_internals import TorchDispatchMode, tensors_of, tree_map
+from nncf_compactprune.host.torch_internals import TorchDispatchMode, results_of, tensors_of, tree_map
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
 
@@ -246,7 +246,7 @@ def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
     try:
         with evaluating(model, example_inputs):
             output = call_model(model, example_inputs)
-            return [tensor.clone() for tensor in tensors_of(output) if tensor.is_floating_point()]
+            return [tensor.clone() for tensor in results_of(output) if tensor.is_floating_point()]
     except Exception as error:
         msg = (
             f"self-check: {type(model).__name__} does not run {when}: {type(error).__name__}: "

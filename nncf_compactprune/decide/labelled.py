@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.host.calls import call_model, has_rows, with_rows
 from nncf_compactprune.host.distributed import summed
-from nncf_compactprune.host.torch_internals import tree_map
+from nncf_compactprune.host.torch_internals import results_of, tree_map
 
 
 def output_classes(classes: Iterable[int]) -> tuple[int, ...]:
@@ -25,10 +25,12 @@ def output_classes(classes: Iterable[int]) -> tuple[int, ...]:
 
 
 def class_scores(output: Any) -> Tensor:
-    """Returns the scores ``[n, classes]`` of a classifier's output: a tensor, a sequence or a Hugging Face output."""
+    """Returns the scores ``[n, classes]`` in a classifier's output: the output itself, what it calls ``logits``, or its
+    first tensor."""
     if isinstance(output, Tensor):
         return output
-    return output["logits"] if isinstance(output, Mapping) else output[0]  # type: ignore[no-any-return]
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else next(iter(results_of(output)), output)
 
 
 def checked_labels(labels: Any, classes: int, where: str = "train_loader") -> Tensor:

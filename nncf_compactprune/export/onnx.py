@@ -154,7 +154,7 @@ def _traced(ready: Prepared) -> onnx.ModelProto:
 
 def _converted_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model in float16; inputs and outputs keep their types."""
-    # By an entry here the converter takes a constant for float16, also one that it leaves in float32 (scales of Resize).
+    # By an entry here the converter takes a constant for float16, also what it leaves in float32 (scales of Resize).
     constants = {tensor.name for tensor in model.graph.initializer}
     for value in [value for value in model.graph.value_info if value.name in constants]:
         model.graph.value_info.remove(value)

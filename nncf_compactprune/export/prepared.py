@@ -26,6 +26,7 @@ from nncf_compactprune.host.huggingface import set_for_files
 from nncf_compactprune.host.marks import Writes
 from nncf_compactprune.host.nncf_hooks import hooks
 from nncf_compactprune.host.nncf_quantization import belongs_into_files
+from nncf_compactprune.host.torch_internals import attributes_of
 
 Array = npt.NDArray[Any]
 
@@ -249,10 +250,11 @@ def outputs_of(flat: FlatModel, inputs: ModelInputs) -> tuple[Array, ...]:
 
 
 def named_outputs(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Walks tensors, sequences and mappings (``ModelOutput`` is one); ``None`` and plain values are passed over.
+    """Walks tensors, sequences, mappings (``ModelOutput`` is one) and dataclasses; ``None`` and plain values are passed
+    over.
 
-    A lone tensor is named ``output``, a sequence's ``output_0``, ``output_1``, a mapping's by its keys; levels are
-    joined with a dot.
+    A lone tensor is named ``output``, a sequence's ``output_0``, ``output_1``, a mapping's by its keys, a dataclass's
+    by its fields; levels are joined with a dot.
 
     :param output: what a model returns.
     :param prefix: of the names.
@@ -267,8 +269,12 @@ def named_outputs(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]
     elif isinstance(output, (tuple, list)):
         for position, value in enumerate(output):
             yield from named_outputs(value, f"{prefix}.{position}" if prefix else f"output_{position}")
+    elif dataclasses.is_dataclass(output):
+        yield from named_outputs(attributes_of(output), prefix)
     elif output is not None and not isinstance(output, (bool, int, float, str)):
-        msg = f"the model returns {type(output).__name__}; expected tensors, tuples, dicts or a ModelOutput."
+        msg = (
+            f"the model returns {type(output).__name__}; expected tensors, tuples, dicts, dataclasses or a ModelOutput."
+        )
         raise ExportError(msg)
 
 

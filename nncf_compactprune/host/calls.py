@@ -30,6 +30,14 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
     return model(example_inputs)
 
 
+def in_dict(inputs: Any) -> Any:
+    """Keyword inputs in a plain dict. Torch's trees know no other mapping, such as what a tokenizer gives.
+
+    :param inputs: as a model is called.
+    """
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs
+
+
 def with_rows(inputs: Any) -> list[Tensor]:
     """The tensors in a model's inputs that have a first dimension, which counts examples in most of them.
 

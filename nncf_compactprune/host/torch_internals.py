@@ -1,11 +1,12 @@
 """What the package takes from torch's private modules: base classes of layers, dispatch modes, trees of values."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as RunningNorm
@@ -18,6 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 #: the dispatch key of operations that are made of other operations
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+#: how many objects inside each other may hold the tensors that a model returns
+OBJECTS_DEEP = 4
 
 #: operations inside are not seen by dispatch modes, which would cost many times what they do
 unseen_by_modes = torch._C._DisableTorchDispatch
@@ -52,6 +56,36 @@ def tensors_of(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
+def results_of(output: Any) -> list[Tensor]:
+    """The tensors in what a model returns, those in dataclasses and in attributes of other objects, too.
+
+    :param output: any nesting.
+    """
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def look_at(value: Any, level: int) -> None:
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif level < OBJECTS_DEEP and id(leaf) not in seen and not isinstance(leaf, (type, nn.Module)):
+                seen.add(id(leaf))
+                look_at(attributes_of(leaf), level + 1)
+
+    look_at(output, 0)
+    return found
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """What an object of a Python class holds, by name; those of a dataclass in the order of its fields.
+
+    :param value: anything; of numbers, strings and the like there is nothing.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return dict(getattr(value, "__dict__", {}))
+
+
 __all__ = [
     "COMPOSITE",
     "BatchNorm",
@@ -62,10 +96,12 @@ __all__ = [
     "TransposedConvolution",
     "UninitializedBuffer",
     "UninitializedParameter",
+    "attributes_of",
     "one_way_of_attention",
     "original",
     "register_module_forward_hook",
     "register_module_forward_pre_hook",
+    "results_of",
     "tensors_of",
     "tree_leaves",
     "tree_map",

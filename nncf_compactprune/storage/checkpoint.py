@@ -20,6 +20,7 @@ from nncf_compactprune.cut.self_check import prune_in_place
 from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import transaction
 from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.host.calls import in_dict
 from nncf_compactprune.host.tensors import carries_hooks
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.storage.plan_file import NEXT_PLAN_FILE, PLAN_FILE, plan_digest, plan_for_weights, plan_to_save
@@ -112,7 +113,7 @@ def load_pruned(
         else:
             for name, value in loaded.items():
                 log.set_data(tensors[name], placed(tensors[name].data, plan.selection(name), value))
-            prune_in_place(model, plan, example_inputs, plugins=plugins)
+            prune_in_place(model, plan, in_dict(example_inputs), plugins=plugins)
     return model.eval()
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nncf_compactprune.algorithms.data_free.network import SingleInput, batch_norms, scores_of, statistics
+from nncf_compactprune.algorithms.data_free.network import SingleInput, batch_norms, statistics
+from nncf_compactprune.decide.labelled import class_scores
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.torch_internals import BatchNorm
 
@@ -136,7 +137,7 @@ def invert(
         for _ in range(settings.steps):
             terms.clear()
             with torch.enable_grad():
-                scores = scores_of(call_model(model, network.wrap(images)))
+                scores = class_scores(call_model(model, network.wrap(images)))
                 loss = sum(terms, images.new_zeros(())) + settings.smooth_weight * _roughness(images)
                 if labels is not None:
                     loss = loss + settings.class_weight * functional.cross_entropy(at_least_float32(scores), labels)

@@ -3,7 +3,6 @@ whether its weights and statistics are any basis."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import nncf
 import torch
 from torch import Tensor, nn
 
+from nncf_compactprune.decide.labelled import class_scores
 from nncf_compactprune.errors import DataFreeError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import model_tensors, named_modules
@@ -52,7 +52,7 @@ class SingleInput:
         """
         shape = example_shape(example_inputs)
         with evaluating(model):
-            output = scores_of(call_model(model, example_inputs))
+            output = class_scores(call_model(model, example_inputs))
         return cls(example_inputs, shape, output.shape[1] if output.dim() == 2 else 0)
 
     def wrap(self, examples: Tensor) -> Any:
@@ -84,13 +84,6 @@ def wrapped(example_inputs: Any, examples: Tensor) -> Any:
     :param examples: what takes its place.
     """
     return tree_map(lambda leaf: examples if isinstance(leaf, Tensor) else leaf, example_inputs)
-
-
-def scores_of(output: Any) -> Tensor:
-    """The first tensor of an output; a mapping's ``logits`` where it has them."""
-    if isinstance(output, Mapping) and "logits" in output:
-        return output["logits"]  # type: ignore[no-any-return]
-    return tensors_of(output)[0]
 
 
 def check_weights(model: nn.Module) -> None:

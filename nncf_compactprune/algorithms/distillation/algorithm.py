@@ -20,7 +20,7 @@ from nncf_compactprune.algorithms.base import Begins, CompressionAlgorithm, Comp
 from nncf_compactprune.algorithms.overparameterization.distillation import Distillation, digest
 from nncf_compactprune.config import AlgorithmConfig, Nncf2Entry, Spelling
 from nncf_compactprune.errors import DistillationError
-from nncf_compactprune.host.torch_internals import tensors_of
+from nncf_compactprune.host.torch_internals import results_of
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
 _WHOLE = "it compares the outputs of the whole network."
@@ -84,7 +84,7 @@ class OutputPairs(Distillation):
         """Outputs of student and teacher in the last forward, those that training moves; none before the first."""
         if len(self._outputs) < 2:
             return []
-        student, teacher = (tensors_of(self._outputs[who]) for who in ("student", "teacher"))
+        student, teacher = (results_of(self._outputs[who]) for who in ("student", "teacher"))
         if len(student) != len(teacher):
             msg = (
                 f"teacher: it returns {len(teacher)} tensors, the network {len(student)}. Give a teacher that returns "

@@ -14,7 +14,7 @@ from nncf_compactprune.decide.scopes import parameters_in_scope
 from nncf_compactprune.errors import ScopeError, SelfCheckError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import named_modules, own_tensors
-from nncf_compactprune.host.torch_internals import tensors_of
+from nncf_compactprune.host.torch_internals import results_of
 
 START_TOLERANCE = 1e-4  # of whole networks, where rounding adds up; one layer keeps 1e-6
 
@@ -137,7 +137,7 @@ def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     :return: copies, in the order of the output.
     """
     with evaluating(model):
-        return [tensor.clone() for tensor in tensors_of(call_model(model, example_inputs))]
+        return [tensor.clone() for tensor in results_of(call_model(model, example_inputs))]
 
 
 def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:

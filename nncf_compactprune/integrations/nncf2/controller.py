@@ -21,7 +21,7 @@ from nncf_compactprune.export.formats import export_formats
 from nncf_compactprune.export.options import OpsetError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.optimizers import Optimizers
-from nncf_compactprune.host.torch_internals import tensors_of
+from nncf_compactprune.host.torch_internals import results_of, tensors_of
 from nncf_compactprune.integrations.nncf2.checkpoints import Nncf2State
 
 NO_COMPRESSION = "NoCompressionAlgorithm"
@@ -299,7 +299,7 @@ class CompressionController(_Controller):
         example = _with_more(small.example_inputs, model_args)
         model = small.strip()
         with evaluating(model):
-            outputs = tensors_of(call_model(model, example))
+            outputs = results_of(call_model(model, example))
         names: dict[str, Any] = {
             "input_names": input_names or [f"input.{at}" for at in range(len(tensors_of(example)))],
             "output_names": output_names or [f"output.{at}" for at in range(len(outputs))],
