@@ -23,8 +23,8 @@ _REGISTRATION = "torch.onnx._internal.exporter._registration"
 _OPERATION = re.compile(r"op='(?P<dotted>\w+\.\w+)|(?P<colons>[a-z_]\w*::\w+)|torch\.ops\.(?P<torch>\w+\.\w+)")
 # torch.export's, for a branch or a number that depends on the input's values
 _READS_VALUES = {"GuardOnDataDependentSymNode", "UserError", "Unsupported"}
-# torch.export's, for a size that is a constant to the network
-_SIZES = "user-specified ranges and inferred ranges"
+# torch.export's and its ONNX exporter's, for a size that is a constant to the network or to an operation (its groups)
+_SIZES = ("user-specified ranges and inferred ranges", "SymbolicTensor")
 _QUOTED_LINES = 20
 _TELLING = 4  # letters of a name that tell it from others
 
@@ -102,7 +102,7 @@ def _operation_line(error: BaseException) -> str | None:
 
 def _sizes(error: BaseException, ready: Prepared) -> str:
     """What to do where a network makes a size its own that was to stay open; empty for any other error."""
-    if not ready.dynamic_batch or _SIZES not in str(error):
+    if not ready.dynamic_batch or not any(words in str(error) for words in _SIZES):
         return ""
     return (
         " The network fixes a size that was to stay open. Ask for one batch size: batch=1, in a config "

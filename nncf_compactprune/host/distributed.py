@@ -108,6 +108,9 @@ def refuse_wrapped(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         msg = "torch.compile: expected the module before compilation. Compress first, then compile what comes out."
         raise CompactPruneError(msg)
+    if isinstance(model, torch.jit.ScriptModule):
+        msg = "torch.jit: expected the module before it was scripted or traced. Compress first, then script the result."
+        raise CompactPruneError(msg)
     names = {base.__name__ for base in type(model).__mro__}
     if names & {"FullyShardedDataParallel", "FSDPModule"} or any(hasattr(p, "device_mesh") for p in model.parameters()):
         msg = (

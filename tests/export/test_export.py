@@ -425,6 +425,25 @@ def test_what_a_network_keeps_for_a_shape_does_not_stop_an_export(image: Tensor,
         export_model(net, image, tmp_path / "open.onnx")
 
 
+class OwnFilters(nn.Module):
+    """Every picture has filters of its own, by a convolution with a group for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = nn.Linear(3, 4 * 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        count, channels, height, width = image.shape
+        filters = self.filters(image.mean((2, 3))).view(count * 4, channels, 1, 1)
+        return nn.functional.conv2d(image.reshape(1, -1, height, width), filters, groups=count).view(count, 4, -1)
+
+
+def test_a_batch_that_is_a_number_of_groups_is_told_with_the_remedy(image: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"fixes a size that was to stay open. Ask for one batch size: batch=1"):
+        export_model(OwnFilters(), image, tmp_path / "open.onnx")
+    assert export_model(OwnFilters(), image, tmp_path / "one.onnx", options=ExportOptions(batch=1))
+
+
 def test_a_file_name_chooses_the_format_and_one_precision_keeps_the_name(
     net: Net, image: Tensor, tmp_path: Path
 ) -> None:

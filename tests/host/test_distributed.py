@@ -69,10 +69,12 @@ class FullyShardedDataParallel(nn.Module):
     """Named as torch's, which needs a process group to be built."""
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize(
     ("wrap", "remedy"),
     [
         (nn.DataParallel, r"DataParallel: expected the module inside it\. Pass model\.module"),
+        (torch.jit.script, r"torch\.jit: .*before it was scripted.*Compress first"),
         (torch.compile, r"torch\.compile: .*Compress first, then compile"),
         (lambda model: FullyShardedDataParallel(), r"FSDP: .*Prune first .*then wrap the compact model"),
     ],
