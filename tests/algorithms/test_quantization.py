@@ -177,6 +177,29 @@ def test_global_maxima_are_right_in_openvino_from_both_formats(kind: str, tmp_pa
         assert (torch.tensor(compiled(X.numpy())[0]) - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+class Alike(nn.Module):
+    """A cosine of feature maps, which OpenVINO takes from torch's exported program only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(conv_bn(3, 16), conv_bn(16, 16)), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)).mean((2, 3)) + F.cosine_similarity(x, x.flip(3)).mean((1, 2))[:, None]
+
+
+def test_openvino_takes_quantizers_from_an_exported_program_too(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = Alike().eval()
+    compress(model, entry(params={"start_epoch": None}))[0].strip()
+    (file,) = export_model(model, X, tmp_path / "net.xml")
+    kinds = [node.get_type_name() for node in openvino.Core().read_model(file.path).get_ops()]
+    assert (file.precision, kinds.count("Convolution")) == ("int8", 3)
+    assert kinds.count("FakeQuantize") >= 3
+    weights = {str(n.get_output_element_type(0)) for n in openvino.Core().read_model(file.path).get_ops()}
+    assert any("int8" in kind for kind in weights)
+
+
 def stored_bytes(path) -> int:
     """Bytes of all constants of an ONNX file; these networks are so small that the graph outweighs them."""
     return sum(len(one.raw_data) for one in onnx.load(path).graph.initializer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor
 
 from nncf_compactprune.host.nncf_hooks import HookState
@@ -70,8 +71,8 @@ class StoredQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
         """Fake-quantizes."""
         low, high = self.levels
         per_channel = self.scale.numel() > 1
-        if torch.compiler.is_exporting():
-            return self._as_onnx(x, per_channel)
+        if torch.compiler.is_exporting():  # torch.export cannot trace torch's fake quantization: it has no meta kernel
+            return (self._as_onnx if torch.onnx.is_in_onnx_export() else self._as_pair)(x, per_channel)
         if not self.rounds:
             shape = [-1 if dim == self.axis and per_channel else 1 for dim in range(x.dim())]
             ends = ((level - self.zero_point) * self.scale for level in (low, high))
@@ -81,7 +82,7 @@ class StoredQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
         return torch.fake_quantize_per_tensor_affine(x, self._step, self._zero, low, high)
 
     def _as_onnx(self, x: Tensor, per_channel: bool) -> Tensor:
-        """ONNX's pair of operations: torch.export cannot trace torch's fake quantization, which has no meta kernel."""
+        """ONNX's pair of operations."""
         kind = torch.int8 if self.signed else torch.uint8
         scale = self.scale if per_channel else self.scale[0]
         zero = (self.zero_point if per_channel else self.zero_point[0]).to(kind)
@@ -93,6 +94,17 @@ class StoredQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
             "DequantizeLinear", (levels, scale, zero), attributes, dtype=x.dtype, shape=x.shape, version=18
         )
         return back
+
+    def _as_pair(self, x: Tensor, per_channel: bool) -> Tensor:
+        """Torch's pair of operations, which OpenVINO takes from an exported program."""
+        kind = torch.int8 if self.signed else torch.uint8
+        if per_channel:
+            meaning = (self.scale, self.zero_point, self.axis, *self.levels, kind)
+            levels = torch.ops.quantized_decomposed.quantize_per_channel(x, *meaning)
+            return torch.ops.quantized_decomposed.dequantize_per_channel(levels, *meaning)  # type: ignore[no-any-return]
+        numbers = (self._step, self._zero, *self.levels, kind)
+        levels = torch.ops.quantized_decomposed.quantize_per_tensor(x, *numbers)
+        return torch.ops.quantized_decomposed.dequantize_per_tensor(levels, *numbers)  # type: ignore[no-any-return]
 
     def get_config(self) -> dict[str, Any]:
         """What :meth:`from_config` needs."""
