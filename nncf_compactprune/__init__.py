@@ -2,6 +2,7 @@
 
 from nncf_compactprune.algorithms import CompressionStage
 from nncf_compactprune.algorithms.catro.subtask import ClassSubset
+from nncf_compactprune.algorithms.rotation.rotate import Rotation, rotate
 from nncf_compactprune.channels import ChannelGraph, ChannelGroup
 from nncf_compactprune.config import CompressionConfig, load_config
 from nncf_compactprune.controller import (
@@ -65,6 +66,7 @@ __all__ = [
     "QuantizationError",
     "ResolveError",
     "RestoreError",
+    "Rotation",
     "ScopeError",
     "SelfCheckError",
     "StorageError",
@@ -79,6 +81,7 @@ __all__ = [
     "load_pruned",
     "plan_of",
     "prune",
+    "rotate",
     "save_pruned",
 ]
 

@@ -16,11 +16,11 @@ from nncf_compactprune.errors import CompactPruneError
 NAMES = """
     BudgetError ChannelGraph ChannelGroup ClassSubset CompactPruneError CompressionConfig CompressionController
     CompressionStage ConfigError DataError DataFreeError DistillationError ExportError ExportedFile FixedAttributeError
-    NothingPrunableError PlanError PluginError Plugins PruningPlan PruningResult QuantizationError
+    NothingPrunableError PlanError PluginError Plugins PruningPlan PruningResult QuantizationError Rotation
     ResolveError RestoreError ScopeError
     SelfCheckError StorageError
     TraceError __version__ analyse apply_plan create_compressed_model export_model hookimpl load_config load_pruned
-    plan_of prune save_pruned
+    plan_of prune rotate save_pruned
 """
 ROOMS = ("", ".algorithms", ".config", ".export", ".plan", ".plugins", ".report")
 SAVING_AND_LOADING = {

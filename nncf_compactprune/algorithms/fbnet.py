@@ -16,11 +16,20 @@ from typing import Annotated, Any, ClassVar
 from pydantic import model_validator
 from torch import Tensor
 
-from nncf_compactprune.algorithms.channel_pruning import ChannelPruning, ChannelPruningConfig, ChannelPruningParams
+from nncf_compactprune.algorithms.base import Context
+from nncf_compactprune.algorithms.channel_pruning import (
+    ChannelPruning,
+    ChannelPruningConfig,
+    ChannelPruningParams,
+    PruningInitializer,
+)
+from nncf_compactprune.algorithms.rotation.rotate import RotateConfig, RotatedModel
 from nncf_compactprune.channels import ChannelGraph
 from nncf_compactprune.config import AlgorithmConfig, Registered
+from nncf_compactprune.cut.transaction import transaction
 from nncf_compactprune.decide.budgets import Normalizer
 from nncf_compactprune.decide.criteria import criterion_contexts
+from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins.hookspecs import Algorithm, Importance, hookimpl
 
 
@@ -52,10 +61,37 @@ class FBNetParams(ChannelPruningParams):
         return self
 
 
+class FBNetInitializer(PruningInitializer):
+    """What happens before training.
+
+    :param rotate: ``{}`` rotates the streams that transformer blocks add to before the cut, so that it takes the
+        directions that hold least; null: no rotation.
+    """
+
+    rotate: RotateConfig | None = None
+
+
 class FBNetConfig(ChannelPruningConfig):
     """An ``fbnet_pruning`` entry."""
 
+    initializer: FBNetInitializer = FBNetInitializer()
     params: FBNetParams = FBNetParams()
+
+    @model_validator(mode="after")
+    def _rotates_what_is_cut(self) -> FBNetConfig:
+        if self.initializer.rotate is not None:
+            wanted = {
+                '"allow_approximate": true': self.params.allow_approximate,
+                '"schedule": "one_shot" and "num_init_steps": 0': self.params.prunes_before_training,
+            }
+            missing = " and ".join(keys for keys, there in wanted.items() if not there)
+            if missing:
+                msg = (
+                    "initializer.rotate prepares a cut at once of channels that norms run over: set params "
+                    f"{missing}, or leave out the rotation."
+                )
+                raise ValueError(msg)
+        return self
 
     @property
     def needs_labels(self) -> str:
@@ -74,10 +110,39 @@ class FBNetPruning(ChannelPruning):
     def normalizer(self) -> Normalizer:
         return self.config.params.normalizer
 
+    def __init__(self, config: FBNetConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self._rotated: RotatedModel | None = None
+
+    def prepare(self, state: Mapping[str, Any] | None = None) -> None:
+        config = self.config.initializer.rotate
+        if state is not None or config is None:
+            super().prepare(state)
+            return
+        with transaction() as log:  # where nothing can be cut, the model is as before
+            self._rotated = RotatedModel.start(self.context, config, log)
+            super().prepare()
+
     def scores(self, graph: ChannelGraph) -> Sequence[Tensor]:
         contexts = criterion_contexts(self.context.model, graph, self.context.labelled_batches)
         criterion: Importance = self.context.plugins.resolve("importance", self.config.params.importance)
-        return [criterion(context) for context in contexts]
+        directions = {} if self._rotated is None else self._rotated.scores(graph)
+        return [directions[g] if g in directions else criterion(context) for g, context in enumerate(contexts)]
+
+    def before_cut(self) -> Callable[[PruningPlan], None]:
+        make_up, rotated = super().before_cut(), self._rotated
+        if rotated is None:
+            return make_up
+
+        def rescale(plan: PruningPlan) -> None:
+            rotated.rescale(plan)
+            make_up(plan)
+
+        return rescale
+
+    def statistics(self) -> Mapping[str, Any]:
+        rotation = {} if self._rotated is None else {"rotated": str(self._rotated.rotation)}
+        return {**super().statistics(), **rotation}
 
 
 @hookimpl
