@@ -23,7 +23,7 @@ from nncf_compactprune.errors import DataError, NothingPrunableError, SelfCheckE
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.marks import memos
 from nncf_compactprune.host.optimizers import Optimizers, with_inner
-from nncf_compactprune.host.tensors import copy_in, model_tensors
+from nncf_compactprune.host.tensors import copy_in, model_tensors, select
 from nncf_compactprune.host.torch_internals import tensors_of, tree_map
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
@@ -321,8 +321,10 @@ class RotatedModel:
                     kept = len(plan.indices(name, dim))
                     data = tensors[name].data
                     data.mul_(basis.factor(reading.site, kept))
-                    if name in biases:
-                        data.copy_(with_means(data.movedim(dim, -1), biases[name] / kept).movedim(-1, dim))
+                    if name in biases:  # of its outputs, some may be gone
+                        others = {d: at for d, at in plan.selection(name).items() if d != dim}
+                        means = select(biases[name], others).squeeze(dim) / kept
+                        data.copy_(with_means(data.movedim(dim, -1), means).movedim(-1, dim))
 
 
 def _copies(context: Context) -> list[nn.Module]:
@@ -332,7 +334,7 @@ def _copies(context: Context) -> list[nn.Module]:
 def _biases(model: nn.Module, bases: Sequence[Basis]) -> dict[str, Tensor]:
     tensors = model_tensors(model).all()
     return {
-        name: tensors[name].data.sum(dim)
+        name: tensors[name].data.sum(dim, keepdim=True)
         for basis in bases
         for (name, dim), reading in basis.stream.read.items()
         if reading.scale is not None and reading.scale.shift

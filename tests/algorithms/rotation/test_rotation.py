@@ -95,12 +95,11 @@ def loader() -> list[tuple[Tensor, None]]:
     return [(batch, None) for batch in BATCHES]
 
 
-def to_width(width: int) -> dict[str, Any]:
-    """Options of ``prune`` that make the stream so wide, and leave all else."""
+def to_width(width: int, hidden: int = 24) -> dict[str, Any]:
+    """Options of ``prune`` that make the stream so wide, and what is between two layers of a block."""
 
     def allocation(problem: Any, scores: Any) -> Any:
-        sizes = np.asarray(problem.sizes, np.float64)
-        return np.where(sizes == WIDTH, float(width), sizes)
+        return np.where(np.asarray(problem.sizes) == WIDTH, float(width), float(hidden))
 
     return {"allocation": allocation, "budget": {"params": 1.0}, "round_to": 1, "allow_approximate": True}
 
@@ -162,6 +161,17 @@ def test_directions_that_are_empty_go_without_a_trace(norm: Callable[[int], nn.M
     assert distance(model, expected) < 1e-6
     prune(by_size, WORDS, **to_width(left))
     assert distance(by_size, expected) > 0.1
+
+
+def test_what_is_empty_inside_the_blocks_goes_along(norm: Callable[[int], nn.Module]) -> None:
+    model = Blocks(norm, rank=6)
+    for layer in model.wide:
+        layer.weight.data[12:] = 0
+    model.wide[1].bias.data[12:] = 0
+    expected = outputs(model)
+    prune(model, WORDS, train_loader=loader(), initializer={"rotate": {}}, **to_width(7, hidden=12))
+    assert (model.head.in_features, model.wide[0].out_features) == (7, 12)
+    assert distance(model, expected) < 1e-6
 
 
 def test_without_the_factors_of_norms_something_is_lost(norm, monkeypatch) -> None:
