@@ -336,4 +336,15 @@ BENCHMARKS = (
             "take 0.842 and 0.804. No accuracy was measured.",
         ),
     ),
+    Benchmark(
+        "rotation",
+        "Transformers with a narrower stream, rotated first or by magnitude",
+        (script("rotation"),),
+        30,
+        ("rotation.md",),
+        behind=(
+            "Language models of 128 channels that are trained here, the GPT-2 hardly (3.388 bits): no published "
+            "network was measured.",
+        ),
+    ),
 )
