@@ -64,6 +64,7 @@ ONLY_AT: dict[str, tuple[Any, ...]] = {  # what costs more than it tells elsewhe
     "ours_longer": (0.8,),
     "one_scale": ((8, 8),),
     "one_scale_equalised": ((8, 8),),
+    "nearest_one_scale": ((8, 8),),
     "nncf_real": ((8, 8),),  # it knows 8 bits only
 }
 LABELS = {
@@ -81,6 +82,7 @@ LABELS = {
     "nearest_bias": "no data: nearest rounding in the same places, biases and BatchNorm corrected",
     "one_scale": "no data: this package, one scale for each weight",
     "one_scale_equalised": "no data: the same, equalised first",
+    "nearest_one_scale": "no data: nearest rounding, one scale for each weight",
     "nncf_real": "300 real images: nncf.quantize",
 }
 
@@ -264,7 +266,7 @@ def sparsity_methods() -> dict[str, Callable[[Bench, float], nn.Module]]:
     }
 
 
-def nearest(bench: Bench, bits: tuple[int, int], *, correct: bool) -> nn.Module:
+def nearest(bench: Bench, bits: tuple[int, int], *, correct: bool, per_channel: bool = True) -> nn.Module:
     """Plain rounding; ranges by search on drawn BatchNorm outputs; first and last layer at 8 bits, as ours."""
     model = bench.network()
     dense = copy.deepcopy(model)
@@ -275,7 +277,7 @@ def nearest(bench: Bench, bits: tuple[int, int], *, correct: bool) -> nn.Module:
         install(
             model, inputs, weight_bits=weight_bits, activation_bits=bits[1], edge_activations=8,
             owners=layers_by_operation(model, bench.example), last=ends_of(model, bench.example).last,
-            per_channel=True, target_device="CPU",
+            per_channel=per_channel, target_device="CPU",
         )  # fmt: skip
     if correct:
         return bench.corrected(dense, model)
@@ -304,6 +306,7 @@ def quantization_methods() -> dict[str, Callable[[Bench, tuple[int, int]], nn.Mo
         "one_scale_equalised": lambda b, x: one_scale(b, x, equalise=True),
         "nncf_real": nncf_real,
         "nearest": lambda b, x: nearest(b, x, correct=False),
+        "nearest_one_scale": lambda b, x: nearest(b, x, correct=False, per_channel=False),
         "nearest_bias": lambda b, x: nearest(b, x, correct=True),
     }
 

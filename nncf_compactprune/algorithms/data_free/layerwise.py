@@ -5,7 +5,8 @@ hand, so the parts are ours; each says so where it is:
 
 1. *Inputs*: images inverted from BatchNorm statistics, drawn BatchNorm outputs, or both (``sources.py``).
 2. *Which channels*: optimal brain surgery on whole channels, on the second moments of what their consumers see
-   (``importance.py``); losses are shares of each consumer's output variance, and comparable.
+   (``importance.py``). *How many*: ``balanced``, on the shares of a group's whole loss. The losses are shares of output
+   variance, and ``least_loss`` compares them all over the network; it was behind on every network tried.
 3. *The cut* is exact with respect to the masks, as for every pruning algorithm here.
 4. *Making up for it*: each layer is re-fitted by ridge least squares to what the dense layer gives, in network order,
    on what the compressed prefix delivers; BatchNorm statistics follow (``reconstruction.py``).
@@ -14,7 +15,7 @@ hand, so the parts are ours; each says so where it is:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,7 +28,7 @@ from nncf_compactprune.algorithms.data_free.operations import refittable
 from nncf_compactprune.algorithms.data_free.reconstruction import dense_moments
 from nncf_compactprune.algorithms.data_free.refit import RIDGE, DenseReference
 from nncf_compactprune.channels import ChannelGraph
-from nncf_compactprune.config import AlgorithmConfig, Registered
+from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
@@ -39,7 +40,6 @@ class DataFreeParams(ChannelPruningParams):
     """Parameters of ``data_free_layerwise``: everything happens at once, before any training.
 
     :param schedule: nothing else is offered.
-    :param allocation: ``"least_loss"`` compares the losses of all layers; the others as for every pruning algorithm.
     :param ridge: how strongly re-fitted weights are held to what the cut left, relative to the inputs' variance.
     """
 
@@ -47,7 +47,6 @@ class DataFreeParams(ChannelPruningParams):
         ("num_init_steps", "pruning_init", "pruning_steps", "shrink_every"), "everything happens at once."
     )
     schedule: Literal["one_shot"] = "one_shot"
-    allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "least_loss"
     ridge: float = Field(default=RIDGE, gt=0)
 
 
