@@ -450,7 +450,7 @@ def prune(
     example_inputs: Any,
     algorithm: str = "fbnet_pruning",
     *,
-    budget: Mapping[str, Any],
+    budget: Mapping[str, Any] | None = None,
     train_loader: Iterable[Any] | None = None,
     ignored_scopes: Sequence[str] = (),
     target_scopes: Sequence[str] | None = None,
@@ -470,7 +470,7 @@ def prune(
     :param example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; MACs are counted for it.
     :param algorithm: a pruning algorithm by name.
     :param budget: what may be left: ``{"macs": 0.5}``, ``{"params": "3M"}``, measured ``{"latency": "4.5ms"}``, or
-        several at once.
+        several at once. ``filter_pruning`` has targets in its place: ``pruning_flops_target=0.5``.
     :param train_loader: batches for BatchNorm adaptation and for criteria that need data; none: no adaptation.
     :param ignored_scopes: what stays whole, in NNCF's scope grammar, see :mod:`nncf_compactprune.decide.scopes`.
     :param target_scopes: what alone may be pruned; default: everything.
@@ -490,10 +490,11 @@ def prune(
     entry: dict[str, Any] = {
         **sections,
         "algorithm": algorithm,
-        "budget": dict(budget),
         "ignored_scopes": list(ignored_scopes),
-        "params": {"schedule": "one_shot", **params},
+        "params": {**getattr(plugins.algorithms.get(algorithm), "at_once", {}), **params},
     }
+    if budget is not None:
+        entry["budget"] = dict(budget)
     if target_scopes is not None:
         entry["target_scopes"] = list(target_scopes)
     if initializer is not None:

@@ -184,6 +184,17 @@ def test_prune_at_once_meets_both_budgets():
     assert {"trace", "scores", "allocation", "surgery"} <= result.seconds.keys()
 
 
+def test_prune_at_once_by_targets_in_place_of_a_budget():
+    result = prune(model32("plain"), images(torch.float32), "filter_pruning", pruning_flops_target=0.4)
+    assert result.plan.after.macs <= 0.6 * result.plan.before.macs
+    assert result.plan.algorithm == "filter_pruning"
+
+
+def test_an_algorithm_that_needs_a_budget_says_so():
+    with pytest.raises(ConfigError, match="prune: budget: missing"):
+        prune(model32("plain"), images(torch.float32))
+
+
 def test_absolute_budget():
     result = prune(model32("plain"), images(torch.float32), budget={"params": "5K"}, round_to=1)
     assert result.plan.after.params <= 5000

@@ -192,6 +192,8 @@ class ChannelPruning(CompressionAlgorithm):
 
     Config: ClassVar[type[AlgorithmConfig]] = ChannelPruningConfig
     adjustable: ClassVar[bool] = True
+    #: of ``params``: it cuts before training
+    at_once: ClassVar[Mapping[str, Any]] = {"schedule": "one_shot"}
     #: how scopes are read
     scope_rules: ScopeRules = ScopeRules()
     #: what can leave groups out, for messages

@@ -56,6 +56,7 @@ class FilterPruning(ChannelPruning):
     name = "filter_pruning"
     summary = "Filter pruning with NNCF 2.x's keys: a target of filters or FLOPs, schedules, learned ranking (LeGR)"
     Config: ClassVar[type[AlgorithmConfig]] = FilterPruningConfig
+    at_once: ClassVar[Mapping[str, Any]] = {"schedule": "baseline"}
     left_out_by: ClassVar[str] = "the scopes, prune_first_conv, prune_downsample_convs or prune_last_conv"
     config: FilterPruningConfig  # type: ignore[assignment]
 
