@@ -45,12 +45,14 @@ class ChannelGroup:
     :param size: number of channels.
     :param members: all slices, producers first.
     :param approximate: why removal is not exact (LayerNorm over the channels), or empty.
+    :param multiple: how many channels are kept is a multiple of this, as an operation wants it.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
     approximate: str = ""
+    multiple: int = 1
 
     def with_role(self, *roles: Role) -> tuple[Member, ...]:
         """Members of the given roles."""
@@ -272,6 +274,7 @@ def _groups(
     cuts = np.flatnonzero(np.r_[True, (group_of_label[1:] != group_of_label[:-1]) | (slots[1:] != slots[:-1])])
     sizes = np.bincount(group_of_class[present], minlength=len(kinds))
     members: list[list[Member]] = [[] for _ in kinds]
+    multiples = [1] * len(kinds)
     places = zip(slots[cuts].tolist(), group_of_label[cuts].tolist(), np.split(labels, cuts[1:]), strict=True)
     widths = sizes.tolist()
     for slot_index, group, own in places:
@@ -279,6 +282,8 @@ def _groups(
         indices = (own - slot.start).reshape(widths[group], -1)
         role = space.roles.get(slot_index, "other")
         members[group].append(Member(slot.parameter, slot.dim, indices, role, slot.is_buffer))
+        multiple = space.multiples.get(slot_index, 1)
+        multiples[group] = math.lcm(multiples[group], multiple // math.gcd(multiple, indices.shape[1]))
     by_consent = present[solution.approximate[present] >= 0]
     approximate = {
         group: solution.reasons[index]
@@ -287,7 +292,7 @@ def _groups(
         )
     }
     return [
-        _named_group(members[g], int(sizes[g]), _words(approximate[g]) if g in approximate else "")
+        _named_group(members[g], int(sizes[g]), _words(approximate[g]) if g in approximate else "", multiples[g])
         for g in range(len(kinds))
     ], group_of_class
 
@@ -307,9 +312,9 @@ def _mix(slots: LabelArray, counts: LabelArray) -> npt.NDArray[np.uint64]:
 _RANK: dict[Role, int] = {"producer": 0, "norm": 1, "consumer": 2, "other": 3}
 
 
-def _named_group(members: list[Member], size: int, approximate: str) -> ChannelGroup:
+def _named_group(members: list[Member], size: int, approximate: str, multiple: int) -> ChannelGroup:
     ordered = sorted(members, key=lambda m: (_RANK[m.role], m.is_buffer))
-    return ChannelGroup(owner(ordered[0].parameter), size, tuple(ordered), approximate)
+    return ChannelGroup(owner(ordered[0].parameter), size, tuple(ordered), approximate, multiple)
 
 
 def owner(parameter: str) -> str:

@@ -6,6 +6,7 @@ and pins as whole arrays; nothing is looked up or merged until :meth:`LabelSpace
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -110,6 +111,7 @@ class LabelSpace:
         self.size = 0
         self.slots: list[Slot] = []
         self.roles: dict[int, Role] = {}
+        self.multiples: dict[int, int] = {}
         self._slot_by_array: dict[int, int] = {}
         self._slot_arrays: list[LabelArray] = []
         self._left: list[LabelArray] = []
@@ -161,6 +163,16 @@ class LabelSpace:
         slot = self._slot_by_array.get(id(labels))
         if slot is not None:
             self.roles.setdefault(slot, role)
+
+    def align(self, labels: LabelArray | None, multiple: int) -> None:
+        """States that an operation takes a parameter dimension in multiples only.
+
+        :param labels: the labels of the dimension; other arrays, and ``None``, are ignored.
+        :param multiple: of positions.
+        """
+        slot = self._slot_by_array.get(id(labels))
+        if slot is not None:
+            self.multiples[slot] = math.lcm(multiple, self.multiples.get(slot, 1))
 
     def unify(self, left: LabelArray, right: LabelArray) -> None:
         """Declares ``left[i]`` and ``right[i]`` the same channel, for every i.

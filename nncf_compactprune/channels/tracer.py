@@ -382,6 +382,14 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         """
         self.space.mark(labels, role)
 
+    def align(self, labels: LabelArray | None, multiple: int) -> None:
+        """States that the operation takes a parameter dimension in multiples only.
+
+        :param labels: see :meth:`mark`.
+        :param multiple: of positions.
+        """
+        self.space.align(labels, multiple)
+
     def count_macs(self, total: int, *dims: LabelArray | None) -> None:
         """Adds the cost of an operation.
 

@@ -121,7 +121,8 @@ def _trial_plan(graph: ChannelGraph) -> PruningPlan:
     keep = []
     for group in graph.groups:
         mask = np.zeros(group.size, bool)
-        width = min(max(round(group.size * generator.uniform(0.35, 0.8)), 1), max(group.size - 1, 1))
+        wanted, most = group.size * generator.uniform(0.35, 0.8) / group.multiple, group.size // group.multiple
+        width = group.multiple * min(max(round(wanted), 1), max(most - 1, 1))
         mask[generator.permutation(group.size)[:width]] = True
         keep.append(mask)
     return make_plan(graph, keep)

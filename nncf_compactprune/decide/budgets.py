@@ -68,14 +68,14 @@ def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]
     """Widths a group may take while it keeps any channel, ascending, the dense width last.
 
     A channel of a grouped or repeated group stands for several positions of its producer; ``round_to`` counts
-    positions.
+    positions. What an operation wants multiples of comes on top.
 
     :param group: the channel group.
     :param limits: bounds of its width.
     """
     repeats = group.members[0].indices.shape[1]
     positions = limits.step(repeats * group.size)
-    step = positions // math.gcd(positions, repeats)
+    step = math.lcm(positions // math.gcd(positions, repeats), group.multiple)
     least = max(limits.min_channels, math.ceil((1 - limits.max_ratio) * group.size - 1e-9), 1)
     if least >= group.size:
         return np.array([group.size])

@@ -57,9 +57,10 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 def results_of(output: Any) -> list[Tensor]:
-    """The tensors in what a model returns, those in dataclasses and in attributes of other objects, too.
+    """The tensors in what a model returns, those in dataclasses and in attributes of other objects, too. A cache is no
+    result: the model reads it in its next call, and its channels go with those of the layers that fill it.
 
-    :param output: any nesting.
+    :param output: any nesting; a cache is an object whose class or base is called so (``DynamicCache``).
     """
     found: list[Tensor] = []
     seen: set[int] = set()
@@ -68,12 +69,16 @@ def results_of(output: Any) -> list[Tensor]:
         for leaf in tree_leaves(value):
             if isinstance(leaf, Tensor):
                 found.append(leaf)
-            elif level < OBJECTS_DEEP and id(leaf) not in seen and not isinstance(leaf, (type, nn.Module)):
+            elif level < OBJECTS_DEEP and id(leaf) not in seen and not _is_no_result(leaf):
                 seen.add(id(leaf))
                 look_at(attributes_of(leaf), level + 1)
 
     look_at(output, 0)
     return found
+
+
+def _is_no_result(value: Any) -> bool:
+    return isinstance(value, (type, nn.Module)) or any(base.__name__.endswith("Cache") for base in type(value).__mro__)
 
 
 def attributes_of(value: Any) -> dict[str, Any]:

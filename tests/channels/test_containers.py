@@ -63,6 +63,19 @@ def test_what_is_returned_keeps_its_width_and_is_compared(name: str) -> None:
     assert [tensor.shape for tensor in results_of(net(IMAGE))] == [(2, 16, 12, 12), (2, 5)]
 
 
+class FeatureCache:
+    """What a network hands to itself, in its next call."""
+
+    def __init__(self, features: Tensor, logits: Tensor) -> None:
+        self.features = features
+
+
+def test_a_cache_is_no_result() -> None:
+    net = Net(lambda features, logits: SimpleNamespace(logits=logits, past=FeatureCache(features, logits)))
+    assert [group.name for group in analyse(net, IMAGE).groups] == ["first.0", "second.0"]
+    assert [tensor.shape for tensor in results_of(net(IMAGE))] == [(2, 5)]
+
+
 @pytest.mark.parametrize("name", ["dataclass", "named tuple", "object", "mapping"])
 def test_scores_are_what_is_called_logits(name: str) -> None:
     output = CONTAINERS[name](torch.zeros(2, 4, 3, 3), torch.ones(2, 5))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nncf_compactprune import prune
+from nncf_compactprune import analyse, prune
 from nncf_compactprune.channels import trace
 
 TOKENS = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
@@ -32,7 +32,14 @@ def test_widths_of_experts_are_cut():
     assert sorted(group.size for group in graph.groups) == [16, 32]
     assert any("experts of a mixture" in pinned.reason for pinned in graph.pinned)
     assert graph.macs == 16 * 16 + 2 * 16 * 32 + 16 * 3  # of one token, which meets one expert
-    result = prune(model, TOKENS, budget={"macs": 0.5}, round_to=4)  # the operation wants rows of 16 bytes
+    assert [group.multiple for group in graph.groups] == [4, 4]  # the operation wants rows of 16 bytes
+    result = prune(model, TOKENS, budget={"macs": 0.52}, round_to=1)
+    assert all(group.after % 4 == 0 for group in result.plan.groups)
     assert result.self_check.error < 1e-5
     assert model.up.shape[0] == 2
     assert model.up.shape[2] == model.down.shape[1] < 32
+
+
+def test_what_is_tried_out_keeps_to_the_multiples():
+    graph = analyse(Experts(), TOKENS)
+    assert sorted(group.size for group in graph.groups) == [16, 32]

@@ -24,7 +24,7 @@ from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.marks import memos
 from nncf_compactprune.host.optimizers import Optimizers, with_inner
 from nncf_compactprune.host.tensors import copy_in, model_tensors, select
-from nncf_compactprune.host.torch_internals import tensors_of, tree_map
+from nncf_compactprune.host.torch_internals import results_of, tree_map
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
 
@@ -188,7 +188,7 @@ def _require(model: nn.Module, error: float, tolerance: float) -> None:
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     with evaluating(model, inputs):
-        return [tensor.double() for tensor in tensors_of(call_model(model, inputs)) if tensor.is_floating_point()]
+        return [tensor.double() for tensor in results_of(call_model(model, inputs)) if tensor.is_floating_point()]
 
 
 def _difference(before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]]) -> float:

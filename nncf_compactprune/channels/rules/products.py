@@ -161,7 +161,8 @@ def vector_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mappi
 def product_of_groups(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """Rows of the first operand meet one of several matrices each, ``[groups, in, out]``: the experts of a mixture.
 
-    The matrices keep the same widths. They stay themselves: what goes where is decided by values.
+    The matrices keep the same widths. They stay themselves: what goes where is decided by values. The operation wants
+    rows of a multiple of 16 bytes.
     """
     rows, matrices = args[0], args[1]
     if rows.dim() != 2 or matrices.dim() != 3:
@@ -171,6 +172,8 @@ def product_of_groups(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Ma
     tracer.pin(groups, "experts of a mixture, among which the router chooses")
     tracer.mark(inner, "consumer")
     tracer.mark(outer, "producer")
+    for dim in (inner, outer):
+        tracer.align(dim, max(1, 16 // matrices.element_size()))
     across, width = tracer.labels(rows)
     tracer.same(width, inner, f"multiplied with a fixed matrix in {name_of(func)}")
     tracer.count_macs(rows.numel() * matrices.shape[2], across, inner, outer)
