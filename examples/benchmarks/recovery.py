@@ -44,7 +44,7 @@ from nncf_compactprune.run.networks.cifar_resnet import resnet20, resnet56
 HERE = Path(__file__).parent
 ROWS, STATES = HERE / "recovery.jsonl", HERE.parent.parent / "runs" / "recovery"
 VALIDATION_IMAGES, ADAPTATION_IMAGES, SAMPLES_PER_CLASS, BATCH = 5_000, 2_000, 50, 128
-SHORT = ("recovery", "recovery_orthogonal", "orthogonal", "branches", "recovery_branches", "spkd", "kd")
+SHORT = ("recovery", "recovery_orthogonal", "recovery_orthogonal_logits", "orthogonal", "branches", "recovery_branches", "spkd", "kd")
 MAIN = ("plain", "recovery", "recovery_orthogonal")
 SEEDS, BUDGETS_56 = (0, 1, 2), (0.47, 0.39)
 BUILDERS: dict[int, Callable[[], nn.Module]] = {20: resnet20, 56: resnet56}
@@ -68,6 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "recovery": {"lr": 0.015, **TAUGHT},
     "orthogonal": {"lr": 0.03, "form": "orthogonal"},
     "recovery_orthogonal": {"lr": 0.03, "form": "orthogonal", **TAUGHT},
+    "recovery_orthogonal_logits": {"lr": 0.03, "form": "orthogonal", **TAUGHT, "logits_weight": 1.0},
     "branches": {"lr": 0.03, "form": "branches"},
     "recovery_branches": {"lr": 0.015, "form": "branches", **TAUGHT},
 }
@@ -75,7 +76,8 @@ TITLES = {
     "l2": "L2", "geometric_median": "geometric median", "taylor": "Taylor", "catro": "catro",
     PEER: "Torch-Pruning, group norm", "plain": "plain", "kd": "logits KD", "spkd": "SPKD", "lop": "LOP",
     "lop_spkd": "LOP + SPKD", "recovery": "recovery", "orthogonal": "orthogonal steps",
-    "recovery_orthogonal": "recovery with orthogonal steps", "branches": "parallel branches",
+    "recovery_orthogonal": "recovery with orthogonal steps",
+    "recovery_orthogonal_logits": "recovery with orthogonal steps and class scores", "branches": "parallel branches",
     "recovery_branches": "recovery with parallel branches",
 }  # fmt: skip
 
