@@ -141,13 +141,11 @@ def read(source: str | os.PathLike[str]) -> tuple[str, Any]:
 
 
 def _decode(name: str, content: bytes) -> str:
+    """The text, without the byte order mark that editors on Windows put in front."""
     try:
-        text = content.decode("utf-8")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise _refusal(name, f"not UTF-8 at byte {error.start}. Save the file in UTF-8.") from None
-    if text.startswith("\ufeff"):
-        raise _refusal(name, "starts with a byte order mark. Save the file in UTF-8 without one (BOM).")
-    return text
 
 
 def _refusal(name: str, message: str) -> ConfigError:

@@ -275,6 +275,12 @@ def test_example_inputs() -> None:
     assert tensor.tolist() == [[0.0, 0.0]]
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"compression": ENTRY}), encoding="utf-8-sig")  # as Windows' editors save it
+    assert load_config(path, PLUGINS).compression == load_config({"compression": ENTRY}, PLUGINS).compression
+
+
 def test_example_inputs_need_input_info(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"compression": ENTRY}))
@@ -494,7 +500,7 @@ def test_all_problems_come_at_once_in_document_order(tmp_path: Path) -> None:
         (b'{"a": 1} x', "not valid JSON at line 1, column 10: extra data."),
         (b"[,]", "not valid JSON at line 1, column 2: expecting value."),
         (b"\xff\xfe{\x00}\x00", "not UTF-8 at byte 0. Save the file in UTF-8."),
-        (b"\xef\xbb\xbf{}", "starts with a byte order mark. Save the file in UTF-8 without one (BOM)."),
+        (b'\xef\xbb\xbf{"a": }', "not valid JSON at line 1, column 7: expecting value."),
         (b"[" * 100_000 + b"]" * 100_000, "nested deeper than 50 levels."),
         (b'{"a":' * 60 + b"1" + b"}" * 60, "nested deeper than 50 levels."),
         (b'{"a": NaN}', "a: expected a finite number of ordinary size."),
