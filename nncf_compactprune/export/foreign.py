@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export.branches import refusal, value_reads
+from nncf_compactprune.export.branches import ValueRead, refusal, value_reads
 from nncf_compactprune.export.prepared import FlatModel, Prepared, reason_of
 from nncf_compactprune.host.torch_internals import TorchDispatchMode
 
@@ -23,8 +23,9 @@ _REGISTRATION = "torch.onnx._internal.exporter._registration"
 _OPERATION = re.compile(r"op='(?P<dotted>\w+\.\w+)|(?P<colons>[a-z_]\w*::\w+)|torch\.ops\.(?P<torch>\w+\.\w+)")
 # torch.export's, for a branch or a number that depends on the input's values
 _READS_VALUES = {"GuardOnDataDependentSymNode", "UserError", "Unsupported"}
-# torch.export's and its ONNX exporter's, for a size that is a constant to the network or to an operation (its groups)
-_SIZES = ("user-specified ranges and inferred ranges", "SymbolicTensor")
+# torch.export's, its ONNX exporter's and OpenVINO's, for a size that is a constant to the network or to an operation
+# (its groups)
+_SIZES = ("user-specified ranges and inferred ranges", "SymbolicTensor", "dynamic weights shape")
 _QUOTED_LINES = 20
 _TELLING = 4  # letters of a name that tell it from others
 
@@ -49,11 +50,12 @@ class _Keeper(logging.Filter):
 
 
 @contextmanager
-def exporting(whose: str, ready: Prepared) -> Iterator[None]:
+def exporting(whose: str, ready: Prepared, remedy: str = "") -> Iterator[None]:
     """Runs an exporter without its noise.
 
     :param whose: the beginning of the message, such as ``OpenVINO could not convert the model``.
     :param ready: what is exported.
+    :param remedy: what to do whatever went wrong, in a sentence.
     :raises ExportError: when it fails: with the operation that it does not take, the module that runs it, the cause,
         and the last lines of what it printed.
     """
@@ -68,12 +70,13 @@ def exporting(whose: str, ready: Prepared) -> Iterator[None]:
             stack.enter_context(redirect_stderr(kept))
             yield
     except Exception as error:
-        if {type(error).__name__, type(error.__cause__).__name__} & _READS_VALUES and (reads := value_reads(ready)):
+        if {type(error).__name__, type(error.__cause__).__name__} & _READS_VALUES and (reads := _reads(ready)):
             raise refusal(whose, reads) from error
         lines = list(dict.fromkeys(line.rstrip() for line in kept.getvalue().splitlines() if line.strip()))
         said = "".join(f"\n    {line}" for line in lines[-_QUOTED_LINES:])
-        place = _place(error, ready) + _sizes(error, ready)
-        msg = f"{whose}: {conversion_reason(error)}.{place}{f' It said:{said}' if said else ''}"
+        place = _place(error, ready) + (size_remedy(error) if ready.dynamic_batch else "")
+        more = f"{place}{f' {remedy}' if remedy else ''}{f' It said:{said}' if said else ''}"
+        msg = f"{whose}: {conversion_reason(error)}.{more}"
         raise ExportError(msg) from error
 
 
@@ -100,14 +103,22 @@ def _operation_line(error: BaseException) -> str | None:
     return found
 
 
-def _sizes(error: BaseException, ready: Prepared) -> str:
+def size_remedy(error: BaseException) -> str:
     """What to do where a network makes a size its own that was to stay open; empty for any other error."""
-    if not ready.dynamic_batch or not any(words in str(error) for words in _SIZES):
+    if not any(words in str(error) for words in _SIZES):
         return ""
     return (
         " The network fixes a size that was to stay open. Ask for one batch size: batch=1, in a config "
         '"batch": 1 under "export".'
     )
+
+
+def _reads(ready: Prepared) -> tuple[ValueRead, ...]:
+    """The lines that read values; none where the model cannot be watched (torch's ``scan``)."""
+    try:
+        return value_reads(ready)
+    except Exception:  # the reason must not be lost to the search for a place
+        return ()
 
 
 def _place(error: BaseException, ready: Prepared) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 from torch import nn
 
 from nncf_compactprune.errors import ExportError, nearest
-from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
+from nncf_compactprune.export.foreign import conversion_reason, size_remedy
+from nncf_compactprune.export.prepared import Array, Prepared, refuse_hooks, refuse_other_dtypes
 from nncf_compactprune.export.unrounded import Range
 from nncf_compactprune.plugins import Plugins, default_plugins
 
@@ -142,11 +143,12 @@ def format_of(path: Path, plugins: Plugins | None = None) -> ExportFormat:
     return by_suffix[path.suffix]
 
 
-def opened(path: Path, plugins: Plugins | None = None) -> Session:
+def opened(path: Path, plugins: Plugins | None = None, shown_as: Path | None = None) -> Session:
     """Opens an existing file on the CPU to compare values.
 
     :param path: the file; its suffix says the format.
     :param plugins: where formats come from; the installed plugins by default.
+    :param shown_as: the path for messages, of a file that is still in its staging place.
     :raises ExportError: when there is no such file, or its runtime does not load it.
     """
     kind = existing(path, plugins)
@@ -155,7 +157,7 @@ def opened(path: Path, plugins: Plugins | None = None) -> Session:
     except ExportError:
         raise
     except Exception as error:
-        raise not_loaded(path, kind, error) from error
+        raise not_loaded(shown_as or path, kind, error) from error
 
 
 def existing(path: Path, plugins: Plugins | None = None) -> ExportFormat:
@@ -179,7 +181,7 @@ def not_loaded(path: Path, kind: ExportFormat, error: Exception) -> ExportError:
     :param kind: its format.
     :param error: what the runtime raised.
     """
-    return ExportError(f"{path}: {kind.runtime} cannot load it: {reason_of(error)}.")
+    return ExportError(f"{path}: {kind.runtime} cannot load it: {conversion_reason(error)}.{size_remedy(error)}")
 
 
 def in_file_order(path: Path, names: Sequence[str], inputs: Mapping[str, Array]) -> list[Array]:

@@ -106,7 +106,7 @@ def export_model(
         for format_, by_precision in paths.items():
             known[format_].write(ready, {precision: stage / path.name for precision, path in by_precision.items()})
         checks = [
-            compare_with(ready, opened(stage / path.name, plugins), stage / path.name, path, tolerance, plugins)
+            compare_with(ready, opened(stage / path.name, plugins, path), stage / path.name, path, tolerance, plugins)
             for _, _, path in files
         ]
         for kind, _, path in files:

@@ -19,11 +19,13 @@ from nncf_compactprune.export.folding import folded
 from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order, of_batch
 from nncf_compactprune.export.options import OLDEST_QUANTIZED_OPSET, OpsetError
-from nncf_compactprune.export.prepared import Array, Prepared, is_quantized, reason_of
+from nncf_compactprune.export.prepared import Array, Prepared, is_quantized
 from nncf_compactprune.export.unrounded import Range, onnx_without_rounding
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
 _PROVIDERS = {"CPU": "CPUExecutionProvider", "CUDA": "CUDAExecutionProvider"}
+# Who writes float16, and what to do where it does not.
+_FP16 = ("ONNX Runtime's converter to float16", 'Export precision "fp32", or "fp16" to OpenVINO.')
 # A protobuf message ends at 2 GiB; leave room for the graph.
 _MAX_WEIGHT_BYTES = 2**31 - 2**26
 
@@ -52,12 +54,17 @@ class OnnxFormat(ExportFormat):
         for precision, path in paths.items():
             model = onnx.ModelProto()
             model.CopyFrom(traced)
+            whose, remedy = "torch's ONNX exporter", ""
             if precision == "fp16":
-                model = _converted_to_fp16(model)
+                whose, remedy = _FP16
+                with exporting(f"{whose} failed", ready, remedy):
+                    model = _converted_to_fp16(model)
             elif precision == "int8":
                 model = folded(model)
             onnx.helper.set_model_props(model, ready.options.properties())
             _save(model, path, external=ready.options.external_data)
+            with exporting(f"{whose} gave an invalid file", ready, remedy):
+                onnx.checker.check_model(path, full_check=True)
 
     def open(self, path: Path) -> Session:
         return self._session(path, onnx.load(path, load_external_data=False).graph)
@@ -175,17 +182,11 @@ def _converted_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _save(model: onnx.ModelProto, path: Path, *, external: bool) -> None:
-    """Writes a file, and checks that it is valid ONNX."""
     if external:
         name = f"{path.name}.data"
         onnx.save(model, path, save_as_external_data=True, location=name)
     else:
         onnx.save(model, path)
-    try:
-        onnx.checker.check_model(path, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        msg = f"torch's ONNX exporter gave an invalid file: {reason_of(error)}."
-        raise ExportError(msg) from error
 
 
 @hookimpl

@@ -442,6 +442,14 @@ def test_a_batch_that_is_a_number_of_groups_is_told_with_the_remedy(image: Tenso
     with pytest.raises(ExportError, match=r"fixes a size that was to stay open. Ask for one batch size: batch=1"):
         export_model(OwnFilters(), image, tmp_path / "open.onnx")
     assert export_model(OwnFilters(), image, tmp_path / "one.onnx", options=ExportOptions(batch=1))
+    with pytest.raises(ExportError) as caught:
+        export_model(OwnFilters(), image, tmp_path / "open.xml")
+    # The file that was asked for is named, not the one in the staging place, and OpenVINO's reason, not its source.
+    whose = f"{tmp_path / 'open.xml'}: OpenVINO cannot load it: RuntimeError: Unsupported operation of type: Group"
+    assert str(caught.value).startswith(whose)
+    assert "fixes a size that was to stay open. Ask for one batch size: batch=1" in str(caught.value)
+    assert export_model(OwnFilters(), image, tmp_path / "one.xml", options=ExportOptions(batch=1))
+    assert names_in(tmp_path) == {"one.onnx", "one.xml", "one.bin"}
 
 
 def test_a_file_name_chooses_the_format_and_one_precision_keeps_the_name(
@@ -499,6 +507,44 @@ def test_float16_files_keep_scales_and_what_several_nodes_read_in_float32(image:
     nodes = onnx.load(file.path).graph.node
     assert [node.op_type for node in nodes].count("Resize") == 2
     assert len({name for node in nodes for name in node.output}) == sum(len(node.output) for node in nodes)
+
+
+class Prior(nn.Module):
+    """An output is a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.register_buffer("prior", torch.ones(4))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conv(image), self.prior
+
+
+class BestOfBranch(nn.Module):
+    """Both branches read a value of the graph around them in float32."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        def plain(rows: Tensor) -> Tensor:
+            return torch.cat([rows.topk(4).values, rows.topk(2).values], 1)
+
+        result: Tensor = torch.cond(image.sum() > 0, plain, lambda rows: 2 * plain(rows), (image.flatten(1),))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [(Prior(), "failed: .*'output_1' is redeclared"), (BestOfBranch(), "gave an invalid file: .*topologically sorted")],
+)
+def test_a_network_that_float16_onnx_does_not_take_is_told_what_to_export(
+    model: nn.Module, said: str, image: Tensor, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert export_model(model, image, tmp_path / "m.onnx")
+    remedy = r'.*\. Export precision "fp32", or "fp16" to OpenVINO\.'
+    with pytest.raises(ExportError, match=f"ONNX Runtime's converter to float16 {said}{remedy}"):
+        export_model(model, image, tmp_path / "half.onnx", precisions=["fp16"])
+    assert capfd.readouterr().err == ""
+    assert names_in(tmp_path) == {"m.onnx"}
 
 
 class Double(nn.Module):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.places import ROOT
 from torch import Tensor, nn
+from torch._higher_order_ops import scan
 
 from nncf_compactprune import ExportError, export_model
 from nncf_compactprune.export.foreign import conversion_reason
@@ -51,6 +52,17 @@ def _(x: Tensor) -> Tensor:
 class Twice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return twice(x)
+
+
+class Scanned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = scan(lambda sums, row: (sums + row, sums * row), x[:, 0], x.transpose(0, 1))[1]
+        return result
+
+
+def test_a_network_that_cannot_be_watched_is_told_why_its_export_failed(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="torch's ONNX exporter failed: "):
+        export_model(Scanned(), torch.rand(2, 3, 4), tmp_path / "m.onnx")
 
 
 class Eigenvalues(nn.Module):
