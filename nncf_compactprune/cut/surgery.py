@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.channels.branches import Branch, NoBranchError, shortcut
 from nncf_compactprune.channels.facts import facts_for
+from nncf_compactprune.channels.terms import width_of
 from nncf_compactprune.cut.optimizers import cut_optimizers
 from nncf_compactprune.cut.transaction import Transaction, transaction
 from nncf_compactprune.errors import FixedAttributeError, PlanError
@@ -29,6 +30,10 @@ CONFIG_ATTRIBUTE = "compactprune"  # of a Hugging Face config: what it said of t
 
 
 CLASS_COUNTS = ("num_classes", "num_labels")  # as timm's and Hugging Face's models call them
+
+
+# as timm's models and their heads call the width that the classifier reads; ``reset_classifier`` builds the next by it
+HEAD_INPUTS = ("num_features", "head_hidden_size", "in_features", "hidden_size", "embed_dim")
 
 
 Update = tuple[str, object, dict[str, Any]]  # where, what, and what is set of it
@@ -101,7 +106,9 @@ def cut(
 def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: Plugins) -> None:
     tensors = model_tensors(model).all()
     dims = {id(tensors[name]): kept for name, kept in plan.kept.items()}
-    updates = _class_counts(model, plan, tensors) if plan.output_classes else []
+    updates = _head_inputs(model, dims)
+    if plan.output_classes:
+        updates += _class_counts(model, plan, tensors)
     for name, module in named_modules(model):
         shapes = _own_shapes(module, dims)
         facts = facts_for(module, plugins.module_facts) if shapes else None
@@ -172,6 +179,30 @@ def _class_counts(model: nn.Module, plan: PruningPlan, tensors: Mapping[str, Ten
         updates.append(
             ("config", config, {"id2label": names, "label2id": left, CONFIG_ATTRIBUTE: {**said, "dense": dense}})
         )
+    return updates
+
+
+def _head_inputs(model: nn.Module, dims: Mapping[int, Mapping[int, tuple[int, ...]]]) -> list[Update]:
+    """What timm's models, and the heads inside them, say of the width that a classifier reads, or the convolution that
+    MobileNetV3 has before it; where both widths are the same number, it is the classifier's."""
+    updates: list[Update] = []
+    for prefix, network in named_modules(model):
+        ask = getattr(network, "get_classifier", None)
+        if ask is None or not hasattr(network, "reset_classifier"):
+            continue
+        classifier = ask()
+        ends = classifier if isinstance(classifier, tuple) else (classifier,)  # a distilled network has two
+        names = {id(layer): name for name, layer in named_modules(network)}
+        for layer in (getattr(network, "conv_head", None), *(layer for end in ends for layer in end.modules())):
+            weight = getattr(layer, "weight", None)
+            kept = dims.get(id(weight), {}).get(1)
+            if weight is None or kept is None:
+                continue
+            steps = names[id(layer)].split(".")
+            for around in (".".join(steps[:depth]) for depth in range(len(steps))):
+                owner = network.get_submodule(around)
+                said = [one for one in HEAD_INPUTS if width_of(owner, one) == weight.shape[1]]
+                updates.append((".".join(filter(None, (prefix, around))), owner, dict.fromkeys(said, len(kept))))
     return updates
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import operator
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import torch
 from support.places import BENCHMARKS
 
 from nncf_compactprune import analyse, export_model, load_pruned, prune, save_pruned
+from nncf_compactprune.cut.surgery import apply_plan, cut
+from nncf_compactprune.cut.transaction import for_a_while
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError
 from nncf_compactprune.integrations.timm import load_pruned_timm, save_pruned_timm
 
@@ -118,3 +122,32 @@ def test_timm_models_keep_name_arguments_and_data_config(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CompactPruneError, match="expected what save_pruned_timm wrote"):
         load_pruned_timm(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("test_resnet", ("num_features", "head_hidden_size")),
+        ("regnetx_002", ("num_features", "head_hidden_size", "head.in_features", "head.num_features")),
+        ("mobilenetv3_small_050", ("num_features", "head_hidden_size")),  # of two widths
+        ("levit_128s", ("num_features", "head_hidden_size")),  # two classifiers, each with a norm
+        ("test_vit", ("num_features", "head_hidden_size", "embed_dim")),
+    ],
+)
+def test_a_new_head_of_a_pruned_timm_model_fits_its_width(name, said):
+    def numbers(model):
+        return [operator.attrgetter(one)(model) for one in said]
+
+    size = 224 if name == "levit_128s" else 64
+    x = torch.randn(2, 3, size, size)
+    model = timm.create_model(name, num_classes=5, **({"img_size": size} if name == "test_vit" else {}))
+    dense = numbers(model)
+    settings = {"allow_approximate": True, "allocation": "uniform", "round_to": 1}  # narrows every group
+    result = prune(copy.deepcopy(model), x, budget={"macs": 0.5}, **settings)
+    with for_a_while() as log:
+        cut(log, model, result.plan)
+        assert all(new < old for new, old in zip(numbers(model), dense, strict=True))
+    assert numbers(model) == dense
+    apply_plan(model, result.plan)  # as load_pruned does
+    model.reset_classifier(3)
+    assert outputs(model, x)[0].shape == (2, 3)
