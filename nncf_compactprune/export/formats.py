@@ -56,6 +56,10 @@ class ExportFormat:
         """The files that one export may consist of, in the order in which they are put in place."""
         return [path]
 
+    def needs(self, path: Path) -> list[Path]:
+        """Those of its files without which a runtime does not load it."""
+        return [path]
+
     def refuse(self, model: nn.Module) -> None:
         """Refuses a model that could not be exported, before the long work.
 
@@ -157,7 +161,7 @@ def opened(path: Path, plugins: Plugins | None = None, shown_as: Path | None = N
     except ExportError:
         raise
     except Exception as error:
-        raise not_loaded(shown_as or path, kind, error) from error
+        raise not_loaded(path, kind, error, shown_as) from error
 
 
 def existing(path: Path, plugins: Plugins | None = None) -> ExportFormat:
@@ -174,14 +178,17 @@ def existing(path: Path, plugins: Plugins | None = None) -> ExportFormat:
     return kind
 
 
-def not_loaded(path: Path, kind: ExportFormat, error: Exception) -> ExportError:
+def not_loaded(path: Path, kind: ExportFormat, error: Exception, shown_as: Path | None = None) -> ExportError:
     """What to say of a file that its runtime does not load.
 
     :param path: the file.
     :param kind: its format.
     :param error: what the runtime raised.
+    :param shown_as: the path for the message, of a file that is still in its staging place.
     """
-    return ExportError(f"{path}: {kind.runtime} cannot load it: {conversion_reason(error)}.{size_remedy(error)}")
+    missing = [part.name for part in kind.needs(path) if not part.is_file()]
+    remedy = f" '{missing[0]}' is not beside it: copy it there." if missing else size_remedy(error)
+    return ExportError(f"{shown_as or path}: {kind.runtime} cannot load it: {conversion_reason(error)}.{remedy}")
 
 
 def in_file_order(path: Path, names: Sequence[str], inputs: Mapping[str, Array]) -> list[Array]:

@@ -42,6 +42,9 @@ class OpenVinoFormat(ExportFormat):
         # The weights come first, so that no new .xml is ever without them.
         return [path.with_suffix(".bin"), path]
 
+    def needs(self, path: Path) -> list[Path]:
+        return self.parts(path)
+
     def refuse(self, model: nn.Module) -> None:
         refuse_hooks(model, stripped_quantizers=True)
         refuse_other_dtypes(model)

@@ -591,6 +591,10 @@ def test_missing_and_foreign_files(net: Net, image: Tensor, tmp_path: Path) -> N
         (tmp_path / name).write_text("not a network")
         with pytest.raises(ExportError, match=f"{name}: {runtime} cannot load it"):
             verify_export(net, tmp_path / name, image)
+    (file,) = export_model(net, image, tmp_path / "alone.xml")
+    file.path.with_suffix(".bin").unlink()
+    with pytest.raises(ExportError, match=r"alone\.xml: OpenVINO cannot load it: .* 'alone\.bin' is not beside it"):
+        verify_export(net, file.path, image)
 
 
 def test_latency_of_files_and_modules(net: Net, image: Tensor, exported: dict[str, ExportedFile]) -> None:
