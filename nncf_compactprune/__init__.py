@@ -32,6 +32,7 @@ from nncf_compactprune.errors import (
     SelfCheckError,
     StorageError,
     TraceError,
+    UntrainedError,
 )
 from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.host.nncf_versions import IS_NNCF_2
@@ -71,6 +72,7 @@ __all__ = [
     "SelfCheckError",
     "StorageError",
     "TraceError",
+    "UntrainedError",
     "__version__",
     "analyse",
     "apply_plan",

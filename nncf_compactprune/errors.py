@@ -134,6 +134,10 @@ class DataFreeError(CompactPruneError):
     """A network says too little of its own inputs, or its weights are no basis for compression without data."""
 
 
+class UntrainedError(DataFreeError):
+    """Inputs are to be generated from the statistics of a network that was never trained."""
+
+
 class PluginError(CompactPruneError):
     """A plugin is misspelt, duplicates a name, or does not load."""
 

@@ -18,7 +18,7 @@ NAMES = """
     CompressionStage ConfigError DataError DataFreeError DistillationError ExportError ExportedFile FixedAttributeError
     NothingPrunableError PlanError PluginError Plugins PruningPlan PruningResult QuantizationError Rotation
     ResolveError RestoreError ScopeError
-    SelfCheckError StorageError
+    SelfCheckError StorageError UntrainedError
     TraceError __version__ analyse apply_plan create_compressed_model export_model hookimpl load_config load_pruned
     plan_of prune rotate save_pruned
 """

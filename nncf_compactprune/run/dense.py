@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 
 from nncf_compactprune.controller import create_compressed_model
+from nncf_compactprune.errors import UntrainedError
 from nncf_compactprune.run.datasets import ResolvedDataset
 from nncf_compactprune.run.models import load_weights
 from nncf_compactprune.run.prepare import make_room
@@ -28,13 +30,14 @@ def _pretrain(run: Run, dataset: ResolvedDataset) -> None:
         return
     # A budget out of reach or a scope without a match shows on the untrained model too, before the training.
     say("Trying the compression on a copy of the untrained model")
-    create_compressed_model(
-        copy.deepcopy(run.model),
-        run.settings.compression,
-        dataset.train_loader(config.batch_size, seed=config.seed),
-        example_inputs=run.inputs,
-        plugins=run.plugins,
-    )
+    with suppress(UntrainedError):  # which will be trained
+        create_compressed_model(
+            copy.deepcopy(run.model),
+            run.settings.compression,
+            dataset.train_loader(config.batch_size, seed=config.seed),
+            example_inputs=run.inputs,
+            plugins=run.plugins,
+        )
     make_room(run)
     say(f"Training the dense model for {config.pretrain_epochs} epochs")
     fit(

@@ -144,6 +144,12 @@ def test_a_compression_that_cannot_begin_removes_nothing(tmp_path: Path) -> None
         )
 
 
+def test_a_network_that_is_trained_first_can_be_compressed_without_data(tmp_path: Path) -> None:
+    compression = {"algorithm": "data_free_layerwise", "budget": {"macs": 0.8}}
+    config = write_config(tmp_path, compression=compression, epochs=0, pretrain_epochs=1)
+    assert pipeline.run(config).plan.after.macs
+
+
 def test_files_that_a_config_names_are_told_by_their_content(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_text("weights")
     compression = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "ignored_scopes": ["{re}" + "a|" * 3000]}

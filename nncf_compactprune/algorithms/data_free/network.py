@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.decide.labelled import class_scores
-from nncf_compactprune.errors import DataFreeError
+from nncf_compactprune.errors import DataFreeError, UntrainedError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import model_tensors, named_modules
 from nncf_compactprune.host.torch_internals import BatchNorm, tensors_of, tree_map
@@ -114,7 +114,7 @@ def check_statistics(model: nn.Module) -> None:
             f"all {len(norms)} BatchNorms have the statistics of an untrained network (mean 0, variance 1), the "
             f"first is '{next(iter(norms))}'. Load trained weights, running_mean and running_var included."
         )
-        raise DataFreeError(msg)
+        raise UntrainedError(msg)
 
 
 def statistics(norm: BatchNorm) -> tuple[Tensor, Tensor]:
