@@ -193,7 +193,8 @@ def _head_inputs(model: nn.Module, dims: Mapping[int, Mapping[int, tuple[int, ..
         classifier = ask()
         ends = classifier if isinstance(classifier, tuple) else (classifier,)  # a distilled network has two
         names = {id(layer): name for name, layer in named_modules(network)}
-        for layer in (getattr(network, "conv_head", None), *(layer for end in ends for layer in end.modules())):
+        inside = (layer for end in ends if isinstance(end, nn.Module) for layer in end.modules())
+        for layer in (getattr(network, "conv_head", None), *inside):
             weight = getattr(layer, "weight", None)
             kept = dims.get(id(weight), {}).get(1)
             if weight is None or kept is None:
