@@ -297,8 +297,8 @@ BENCHMARKS = (
             "dense, five networks), most of all FBNetV3-B (1.50 against 1.39). It gives every layer the same share, "
             "which makes the layers of large maps narrower. In bfloat16 it is behind on average, in ONNX Runtime "
             "everywhere. A budget of latency asks for time itself.",
-            "The INT8 files of these times were made by `nncf.quantize` alone; the script takes the entry `quantization` now, "
-            "as `deployment_accuracy.md` does.",
+            "The INT8 files of these times were made by `nncf.quantize` alone. The script takes the entry "
+            "`quantization` now, as `deployment_accuracy.md` does.",
             "ONNX Runtime computes an INT8 MobileNet more slowly than FP32 on that processor (0.58 times as fast), and "
             "does not run another one.",
         ),

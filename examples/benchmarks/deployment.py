@@ -270,7 +270,7 @@ def accuracy(data: Path, work: Path, count: int) -> str:
     lines = [
         "# MobileNetV1-0.75 at half of its MACs, in 8 bits",
         "",
-        f"Top-1 in percent among 1,000 classes, of {len(samples):,} validation pictures of ten. Cut by `fbnet_pruning`,",
+        f"Top-1 in percent among 1,000 classes, {len(samples):,} validation pictures of ten. Cut by `fbnet_pruning`,",
         f"re-fitted and quantized on {CALIBRATION} training pictures of these ten, nothing trained. Printed by",
         "`python examples/benchmarks/deployment.py accuracy`.",
         "",
