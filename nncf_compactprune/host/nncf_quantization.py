@@ -15,6 +15,7 @@ from typing import Any
 
 import nncf
 import torch
+import torch.ao.quantization.fx._decomposed  # makes the operations of PAIRS
 from nncf.common.graph import NNCFGraph, NNCFNode
 from nncf.common.quantization.structs import QuantizationScheme as QuantizationScheme
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
@@ -31,6 +32,9 @@ from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_hooks import Hook, hooks, nncf_graph
 from nncf_compactprune.host.nncf_sparsity import is_mask
 from nncf_compactprune.host.tensors import NNCF_HOOKS, named_modules, own_tensors
+
+#: torch's operations that take numbers to levels and back, as exported programs hold them
+PAIRS = torch.ops.quantized_decomposed
 
 #: NNCF's types of operations that sum products: what 8 bits are for
 PRODUCTS = {f"conv{way}{n}d" for way in ("", "_transpose") for n in (1, 2, 3)} | {

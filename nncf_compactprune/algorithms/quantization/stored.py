@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor
 
 from nncf_compactprune.host.nncf_hooks import HookState
+from nncf_compactprune.host.nncf_quantization import PAIRS
 
 
 class StoredQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
@@ -100,11 +100,11 @@ class StoredQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
         kind = torch.int8 if self.signed else torch.uint8
         if per_channel:
             meaning = (self.scale, self.zero_point, self.axis, *self.levels, kind)
-            levels = torch.ops.quantized_decomposed.quantize_per_channel(x, *meaning)
-            return torch.ops.quantized_decomposed.dequantize_per_channel(levels, *meaning)  # type: ignore[no-any-return]
+            levels = PAIRS.quantize_per_channel(x, *meaning)
+            return PAIRS.dequantize_per_channel(levels, *meaning)  # type: ignore[no-any-return]
         numbers = (self._step, self._zero, *self.levels, kind)
-        levels = torch.ops.quantized_decomposed.quantize_per_tensor(x, *numbers)
-        return torch.ops.quantized_decomposed.dequantize_per_tensor(levels, *numbers)  # type: ignore[no-any-return]
+        levels = PAIRS.quantize_per_tensor(x, *numbers)
+        return PAIRS.dequantize_per_tensor(levels, *numbers)  # type: ignore[no-any-return]
 
     def get_config(self) -> dict[str, Any]:
         """What :meth:`from_config` needs."""
