@@ -6,7 +6,7 @@ hand, so the parts are ours; each says so where it is:
 1. *Inputs*: images inverted from BatchNorm statistics, drawn BatchNorm outputs, or both (``sources.py``).
 2. *Which channels*: optimal brain surgery on whole channels, on the second moments of what their consumers see
    (``importance.py``). *How many*: ``balanced``, on the shares of a group's whole loss. The losses are shares of output
-   variance, and ``least_loss`` compares them all over the network; it was behind on every network tried.
+   variance, and ``least_loss`` compares them all over the network; it empties narrow first layers of some.
 3. *The cut* is exact with respect to the masks, as for every pruning algorithm here.
 4. *Making up for it*: each layer is re-fitted by ridge least squares to what the dense layer gives, in network order,
    on what the compressed prefix delivers; BatchNorm statistics follow (``reconstruction.py``).
