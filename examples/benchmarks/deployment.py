@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import write_page
 from timm_import import let_torchvision_import
 from torch import Tensor, nn
 
@@ -43,6 +44,7 @@ from nncf_compactprune.run.environment import environment  # noqa: E402
 from nncf_compactprune.serving import Serving, open_server  # noqa: E402
 from nncf_compactprune.serving.benchmark import NOISY, benchmark  # noqa: E402
 
+HERE = Path(__file__).parent
 HALF = 0.5
 SIDE = 224
 CALIBRATION = 300  # pictures
@@ -271,7 +273,7 @@ def accuracy(data: Path, work: Path, count: int) -> str:
         "# MobileNetV1-0.75 at half of its MACs, in 8 bits",
         "",
         f"Top-1 in percent among 1,000 classes, {len(samples):,} validation pictures of ten. Cut by `fbnet_pruning`,",
-        f"re-fitted and quantized on {CALIBRATION} training pictures of these ten, nothing trained. Printed by",
+        f"re-fitted and quantized on {CALIBRATION} training pictures of these ten, nothing trained. Written by",
         "`python examples/benchmarks/deployment.py accuracy`.",
         "",
         "| file | computed in | dense | half of the MACs |",
@@ -361,9 +363,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=1500)
     arguments = parser.parse_args()
     if arguments.step == "accuracy":
-        print(accuracy(arguments.data, arguments.work, arguments.pictures))
+        write_page(HERE / "deployment_accuracy.md", accuracy(arguments.data, arguments.work, arguments.pictures))
     elif arguments.step == "report":
-        print(report(arguments.work))
+        write_page(HERE / "deployment.md", report(arguments.work))
     else:
         for name in arguments.net or NETWORKS:
             if arguments.step == "prepare":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pages import measured_on, write_page
 from timm_import import let_torchvision_import
 from torch import nn
 
@@ -27,7 +28,6 @@ import timm  # noqa: E402
 from nncf_compactprune import prune  # noqa: E402
 from nncf_compactprune.decide.budgets import AllocationProblem, Scores, Widths, uniform  # noqa: E402
 from nncf_compactprune.plan import PruningPlan  # noqa: E402
-from nncf_compactprune.run.environment import environment  # noqa: E402
 from nncf_compactprune.serving.meter import MeterOptions, in_turns  # noqa: E402
 from nncf_compactprune.serving.meters import OpenVinoMeter  # noqa: E402
 
@@ -110,10 +110,9 @@ thread, measured in turns; the median of {LOADS} loads, with their range. No acc
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {chr(10).join(rows)}
 
-{chr(10).join(f"- {name}: {said}" for name, said in environment().items())}
+{measured_on()}
 """
-    Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    write_page(Path(__file__).with_suffix(".md"), text)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,23 @@ Accuracy is compared picture by picture; times are medians of single requests, f
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from deployment import SIDE, mobilenet_v1, of_timm, pictures  # imports torchvision first
+from deployment import (  # torchvision comes first
+    CALIBRATION,
+    INT8,
+    SIDE,
+    calibration,
+    compressed,
+    mobilenet_v1,
+    of_timm,
+    pictures,
+)
 from torch import Tensor, nn
 
-from nncf_compactprune import create_compressed_model
 from nncf_compactprune.export import export_model
 from nncf_compactprune.run.datasets import resolve_dataset
 from nncf_compactprune.run.networks.digits_net import digits_net
@@ -31,7 +37,6 @@ from nncf_compactprune.run.training import fit
 from nncf_compactprune.serving import Serving, open_server
 from nncf_compactprune.serving.benchmark import benchmark
 
-CALIBRATION = 300
 VARIANTS: dict[str, bool | None] = {"every channel": None, "one": False}
 SERVED = {"OpenVINO": ("xml", Serving(precision="f32")), "ONNX Runtime": ("onnx", Serving())}
 NETWORKS = ("digits", "mobilenet_v1_075", "mobilenetv2_100")
@@ -42,8 +47,7 @@ Samples = list[tuple[Tensor, int]]
 def network(name: str, data: Path, count: int) -> tuple[nn.Module, list[Tensor], Samples]:
     """A trained network, what its ranges are measured on, and labelled test pictures."""
     if name == "mobilenet_v1_075":
-        seen = [image for image, _ in pictures(data, "train", CALIBRATION)]
-        return mobilenet_v1(data), seen, list(pictures(data, "val", count))
+        return mobilenet_v1(data), calibration(name, data), list(pictures(data, "val", count))
     if name == "mobilenetv2_100":
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(1, 3, SIDE, SIDE, generator=generator) for _ in range(16)]
@@ -57,28 +61,8 @@ def network(name: str, data: Path, count: int) -> tuple[nn.Module, list[Tensor],
     return model.eval(), seen, tested[:count]
 
 
-class _Loader:
-    """Pictures one by one, as a training loader gives them."""
-
-    def __init__(self, images: list[Tensor]) -> None:
-        self.images = images
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((image, torch.zeros(1, dtype=torch.long)) for image in self.images)
-
-
 def quantized(model: nn.Module, seen: list[Tensor], per_channel: bool | None) -> nn.Module:
-    config = {
-        "input_info": {"sample_size": list(seen[0].shape)},
-        "compression": {
-            "algorithm": "quantization",
-            "preset": "mixed",
-            "activations": {"per_channel": per_channel},
-            "params": {"start_epoch": None},
-        },
-    }
-    controller, model = create_compressed_model(copy.deepcopy(model), config, _Loader(seen))
-    return controller.strip()
+    return compressed(model, {**INT8, "activations": {"per_channel": per_channel}}, seen)
 
 
 def measure(name: str, data: Path, work: Path, count: int, seconds: float) -> dict[str, Any]:

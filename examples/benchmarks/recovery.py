@@ -45,9 +45,9 @@ HERE = Path(__file__).parent
 ROWS, STATES = HERE / "recovery.jsonl", HERE.parent.parent / "runs" / "recovery"
 VALIDATION_IMAGES, ADAPTATION_IMAGES, SAMPLES_PER_CLASS, BATCH = 5_000, 2_000, 50, 128
 SHORT = (
-    *("recovery", "recovery_orthogonal", "recovery_orthogonal_logits", "orthogonal", "branches", "recovery_branches"),
-    *("spkd", "kd"),
-)
+    "recovery", "recovery_orthogonal", "recovery_orthogonal_logits", "orthogonal", "branches", "recovery_branches",
+    "spkd", "kd",
+)  # fmt: skip
 MAIN = ("plain", "recovery", "recovery_orthogonal")
 SEEDS, BUDGETS_56 = (0, 1, 2), (0.47, 0.39)
 BUILDERS: dict[int, Callable[[], nn.Module]] = {20: resnet20, 56: resnet56}

@@ -22,6 +22,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from pages import measured_on, write_page
 from timm_import import let_torchvision_import
 from torch import Tensor, nn
 
@@ -32,7 +33,6 @@ import transformers  # noqa: E402
 from nncf_compactprune import prune  # noqa: E402
 from nncf_compactprune.algorithms.rotation.basis import Basis  # noqa: E402
 from nncf_compactprune.decide.budgets import AllocationProblem, Scores, Widths  # noqa: E402
-from nncf_compactprune.run.environment import environment  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 WIDTH, LENGTH, BATCH, STEPS = 128, 128, 16, 500
@@ -152,10 +152,9 @@ The figures move a little with the repository's text.
 | --- | --- | ---: | {" | ".join("---:" for _ in SHARES)} |
 {chr(10).join(rows)}
 
-{chr(10).join(f"- {name}: {said}" for name, said in environment().items())}
+{measured_on()}
 """
-    Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    write_page(Path(__file__).with_suffix(".md"), text)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import openvino
 import torch
+from pages import measured_on, write_page
 from timm_import import let_torchvision_import
 from torch import nn
 
@@ -28,7 +29,6 @@ let_torchvision_import()
 import timm  # noqa: E402
 
 from nncf_compactprune import export_model, prune  # noqa: E402
-from nncf_compactprune.run.environment import environment  # noqa: E402
 
 VARIANTS: dict[str, dict[str, Any]] = {"auto": {}, "8": {"round_to": 8}, "16": {"round_to": 16}, "32": {"round_to": 32}}
 RUNS, WARM_UP = 25, 4
@@ -102,9 +102,9 @@ def main() -> None:
         "Written by `round_to.py`: time over that of the dense network, OpenVINO, one thread, batch 1, in turns. "
         f"OpenVINO serves in {served_in} here by default.", "",
         f"| network | pixels | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2), *rows, "",
-        *(f"- {name}: {said}" for name, said in environment().items()),
+        measured_on(),
     ]  # fmt: skip
-    Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_page(Path(__file__).with_suffix(".md"), "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.host.calls import in_dict, is_image_list
 from nncf_compactprune.host.optimizers import Optimizers
+from nncf_compactprune.host.tensors import device_of
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plugins import Plugins
 
@@ -82,7 +83,7 @@ class Context:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return device_of(self.model)
 
     def batches(self) -> Iterator[Any]:
         """Model inputs of the training loader, targets dropped, on the model's device."""

@@ -47,7 +47,7 @@ from nncf_compactprune.decide.budgets import AllocationProblem, Limits, Normaliz
 from nncf_compactprune.decide.scopes import ScopeRules, prunable_groups
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
 from nncf_compactprune.host.distributed import averaged, process_count, require_agreement
-from nncf_compactprune.host.tensors import copy_in, model_tensors
+from nncf_compactprune.host.tensors import model_tensors, with_copy
 from nncf_compactprune.plan import PruningPlan, make_plan
 
 _Scores = TypeVar("_Scores")
@@ -772,7 +772,7 @@ class ChannelPruning(CompressionAlgorithm):
             self._masks.share(self.context.ema)  # a copy of a masked model has masks of its own
             self._masks.remove()
         context = self.context
-        copies = [context.model] if context.ema is None else [context.model, copy_in(context.ema, context.model)]
+        copies = with_copy(context.model, context.ema)
         try:
             with transaction() as log:
                 with context.timed("surgery"):

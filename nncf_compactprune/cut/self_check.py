@@ -19,11 +19,11 @@ from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import Transaction, for_a_while, transaction
 from nncf_compactprune.cut.trials import Trial, trials
 from nncf_compactprune.errors import SelfCheckError, first_line, shortened
-from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.calls import outputs
 from nncf_compactprune.host.marks import written_arguments
 from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.host.tensors import model_tensors
-from nncf_compactprune.host.torch_internals import TorchDispatchMode, results_of, tensors_of, tree_map
+from nncf_compactprune.host.torch_internals import TorchDispatchMode, tensors_of, tree_map
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
 
@@ -244,9 +244,7 @@ def _another(leaf: Any) -> Any:
 
 def _run(model: nn.Module, example_inputs: Any, when: str) -> list[Tensor]:
     try:
-        with evaluating(model, example_inputs):
-            output = call_model(model, example_inputs)
-            return [tensor.clone() for tensor in results_of(output) if tensor.is_floating_point()]
+        return [tensor for tensor in outputs(model, example_inputs) if tensor.is_floating_point()]
     except Exception as error:
         msg = (
             f"self-check: {type(model).__name__} does not run {when}: {type(error).__name__}: "

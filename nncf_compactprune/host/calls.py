@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.host.marks import Marks, Writes, forget_tables
 from nncf_compactprune.host.tensors import named_modules
-from nncf_compactprune.host.torch_internals import one_way_of_attention, tensors_of, tree_map
+from nncf_compactprune.host.torch_internals import one_way_of_attention, results_of, tensors_of, tree_map
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:
@@ -154,6 +154,17 @@ def evaluating(
         finally:
             for module, training in flags:
                 module.training = training
+
+
+def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """What a model computes in eval mode, every tensor of it.
+
+    :param model: it is only run.
+    :param example_inputs: as the model is called.
+    :return: copies, in the order of the output.
+    """
+    with evaluating(model, example_inputs):
+        return [tensor.clone() for tensor in results_of(call_model(model, example_inputs))]
 
 
 @contextmanager

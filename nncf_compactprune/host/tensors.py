@@ -143,6 +143,23 @@ def copy_in(ema: nn.Module, model: nn.Module) -> nn.Module:
     return ema if isinstance(ema, nn.Module) and model_tensors(ema).parameters.keys() == names else held
 
 
+def with_copy(model: nn.Module, ema: nn.Module | None) -> list[nn.Module]:
+    """A model, and its copy in an EMA where there is one.
+
+    :param model: as it is.
+    :param ema: see :func:`copy_in`, or None.
+    """
+    return [model] if ema is None else [model, copy_in(ema, model)]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; the CPU where it has no parameter.
+
+    :param model: any.
+    """
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def carries_channels(tensor: Tensor) -> bool:
     """Whether a tensor's dimensions may be channels: floating, not a scalar, of known shape."""
     return (

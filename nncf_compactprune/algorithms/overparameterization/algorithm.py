@@ -31,7 +31,6 @@ from nncf_compactprune.algorithms.overparameterization.distillation import Disti
 from nncf_compactprune.algorithms.overparameterization.expandable import (
     compare,
     last_of_each_resolution,
-    outputs,
     select_layers,
     written_over,
 )
@@ -45,6 +44,7 @@ from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.decide.scopes import operations_by_parameter
 from nncf_compactprune.errors import CompactPruneError, DistillationError
+from nncf_compactprune.host.calls import outputs
 from nncf_compactprune.host.optimizers import as_sequence, held, holder
 from nncf_compactprune.host.tensors import copy_in
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl

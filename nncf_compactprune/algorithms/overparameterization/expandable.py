@@ -14,7 +14,6 @@ from nncf_compactprune.decide.scopes import parameters_in_scope
 from nncf_compactprune.errors import ScopeError, SelfCheckError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.tensors import named_modules, own_tensors
-from nncf_compactprune.host.torch_internals import results_of
 
 START_TOLERANCE = 1e-4  # of whole networks, where rounding adds up; one layer keeps 1e-6
 
@@ -127,17 +126,6 @@ def written_over(model: nn.Module, example_inputs: Any, names: Sequence[str]) ->
 
     _run_once(model, example_inputs, [(model.get_submodule(name), note(name)) for name in names])
     return {name for name, output, version in seen if output._version != version}
-
-
-def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """What the model computes in eval mode, every tensor of it.
-
-    :param model: it is only run.
-    :param example_inputs: as the model is called.
-    :return: copies, in the order of the output.
-    """
-    with evaluating(model):
-        return [tensor.clone() for tensor in results_of(call_model(model, example_inputs))]
 
 
 def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:

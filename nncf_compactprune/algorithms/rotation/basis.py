@@ -15,6 +15,7 @@ from nncf_compactprune.algorithms.rotation.tape import Site, SiteCounter
 from nncf_compactprune.errors import DataError
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.host.distributed import summed
+from nncf_compactprune.host.tensors import device_of
 from nncf_compactprune.host.torch_internals import TorchDispatchMode
 
 
@@ -79,7 +80,7 @@ def measured(model: nn.Module, streams: Sequence[Stream], batches: Sequence[Any]
     :raises DataError: no batch; or the network takes other norms on one of them than it took on the example input.
     """
     moments = {
-        id(stream): torch.zeros(stream.width, stream.width, dtype=torch.float64, device=_device(model))
+        id(stream): torch.zeros(stream.width, stream.width, dtype=torch.float64, device=device_of(model))
         for stream in streams
     }
 
@@ -90,7 +91,7 @@ def measured(model: nn.Module, streams: Sequence[Stream], batches: Sequence[Any]
     totals = summed([moments[id(stream)] for stream in streams])
     matrices = {id(stream): _directions(stream, total) for stream, total in zip(streams, totals, strict=True)}
     energies = {
-        (id(stream), site): torch.zeros(stream.width, dtype=torch.float64, device=_device(model))
+        (id(stream), site): torch.zeros(stream.width, dtype=torch.float64, device=device_of(model))
         for stream in streams
         for site in stream.sites
     }
@@ -124,10 +125,6 @@ def _principal(moments: Tensor) -> Tensor:
     """Eigenvectors as columns, the largest eigenvalue first."""
     vectors: Tensor = torch.linalg.eigh(moments).eigenvectors
     return vectors.flip(1)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _watch(

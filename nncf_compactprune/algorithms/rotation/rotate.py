@@ -20,11 +20,11 @@ from nncf_compactprune.config import Section
 from nncf_compactprune.cut.self_check import in_double, to_double
 from nncf_compactprune.cut.transaction import Transaction, for_a_while, transaction
 from nncf_compactprune.errors import DataError, NothingPrunableError, SelfCheckError
-from nncf_compactprune.host.calls import call_model, evaluating
+from nncf_compactprune.host.calls import outputs
 from nncf_compactprune.host.marks import memos
 from nncf_compactprune.host.optimizers import Optimizers, with_inner
-from nncf_compactprune.host.tensors import copy_in, model_tensors, select
-from nncf_compactprune.host.torch_internals import results_of, tree_map
+from nncf_compactprune.host.tensors import model_tensors, select, with_copy
+from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
 
@@ -145,7 +145,7 @@ def rotated(
     with transaction() if within is None else nullcontext(within) as log:
         before = [_outputs(model, inputs) for inputs in examples]
         error = _error_in_double(model, bases, examples)
-        for module in (model, *([] if ema is None else [copy_in(ema, model)])):
+        for module in with_copy(model, ema):
             _carry_out(log, module, bases)
         _forget(log, model, bases, optimizer)
         after = [_outputs(model, inputs) for inputs in examples]
@@ -187,8 +187,7 @@ def _require(model: nn.Module, error: float, tolerance: float) -> None:
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with evaluating(model, inputs):
-        return [tensor.double() for tensor in results_of(call_model(model, inputs)) if tensor.is_floating_point()]
+    return [tensor.double() for tensor in outputs(model, inputs) if tensor.is_floating_point()]
 
 
 def _difference(before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]]) -> float:
@@ -292,7 +291,7 @@ class RotatedModel:
                 plugins=context.plugins,
                 within=log,
             )
-        return cls(context, rotation, bases, [_biases(model, bases) for model in _copies(context)])
+        return cls(context, rotation, bases, [_biases(model, bases) for model in with_copy(context.model, context.ema)])
 
     def scores(self, graph: ChannelGraph) -> dict[int, Tensor]:
         """Scores of the rotated groups, by their index: what each direction holds.
@@ -312,7 +311,8 @@ class RotatedModel:
 
         :param plan: what was cut.
         """
-        for model, biases in zip(_copies(self.context), self.biases, strict=True):
+        models = with_copy(self.context.model, self.context.ema)
+        for model, biases in zip(models, self.biases, strict=True):
             tensors = model_tensors(model).all()
             for basis in self.bases:
                 for (name, dim), reading in basis.stream.read.items():
@@ -325,10 +325,6 @@ class RotatedModel:
                         others = {d: at for d, at in plan.selection(name).items() if d != dim}
                         means = select(biases[name], others).squeeze(dim) / kept
                         data.copy_(with_means(data.movedim(dim, -1), means).movedim(-1, dim))
-
-
-def _copies(context: Context) -> list[nn.Module]:
-    return [context.model, *([] if context.ema is None else [copy_in(context.ema, context.model)])]
 
 
 def _biases(model: nn.Module, bases: Sequence[Basis]) -> dict[str, Tensor]:

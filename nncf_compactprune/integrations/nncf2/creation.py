@@ -21,6 +21,7 @@ from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.distributed import is_main_process, refuse_wrapped
 from nncf_compactprune.host.nncf_hooks import write_graph
+from nncf_compactprune.host.tensors import device_of
 from nncf_compactprune.integrations.nncf2.checkpoints import Nncf2State, is_nncf2
 from nncf_compactprune.integrations.nncf2.config import NNCFConfig, compression_config
 from nncf_compactprune.integrations.nncf2.controller import CompressionController
@@ -82,10 +83,10 @@ def create_compressed_model(
     example = _example_inputs(model, typed, loader, dummy_forward_fn)
     logs = Path(config.get("log_dir") or os.curdir) if dump_graphs and is_main_process() else None
     if logs is not None:
-        shown = example if example is not None else typed.example_inputs(_device(model))
+        shown = example if example is not None else typed.example_inputs(device_of(model))
         _dump(model, shown, logs / "original_graph.dot")
     if not typed.compression:
-        example = typed.example_inputs(_device(model)) if example is None else example
+        example = typed.example_inputs(device_of(model)) if example is None else example
         native = NativeController(Context(model, example, default_plugins()), [])
     else:
         batches = None if loader is None else TrainingBatches(loader, model)
@@ -175,10 +176,6 @@ def _inputs_of(model: nn.Module, dummy_forward_fn: Callable[[nn.Module], Any]) -
         )
         raise CompactPruneError(msg)
     return seen[0]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _dump(model: nn.Module, example: Any, path: Path) -> None:
