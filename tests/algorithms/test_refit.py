@@ -15,9 +15,9 @@ from support.networks import images, trained
 from torch import nn
 
 from nncf_compactprune import create_compressed_model, plan_of, prune
-from nncf_compactprune.algorithms import channel_pruning
 from nncf_compactprune.algorithms.base import CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm
+from nncf_compactprune.algorithms.channel_pruning import algorithm as channel_pruning
 from nncf_compactprune.algorithms.data_free.reconstruction import Reconstruction
 from nncf_compactprune.algorithms.data_free.refit import RefitConfig
 from nncf_compactprune.errors import ConfigError, DataError, DataFreeError

@@ -11,7 +11,7 @@ from support.networks import labelled_batches, model32, trained
 from torch import nn
 
 from nncf_compactprune import create_compressed_model, prune
-from nncf_compactprune.algorithms import channel_pruning
+from nncf_compactprune.algorithms.channel_pruning import algorithm as channel_pruning
 from nncf_compactprune.decide.criteria.magnitude import batch_norm_scale, l2
 from nncf_compactprune.errors import ConfigError, DataError
 from nncf_compactprune.plugins import default_plugins

@@ -1,4 +1,4 @@
-"""Structured pruning of channel groups under a budget: the part that every pruning algorithm shares.
+"""The base of the pruning algorithms.
 
 A subclass says how channels score; this class traces, allocates, masks while a schedule ramps up, cuts, and adapts
 BatchNorm statistics.
@@ -7,37 +7,28 @@ BatchNorm statistics.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import nncf
 import numpy as np
 import numpy.typing as npt
 from nncf.common.logging import nncf_logger
-from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from torch import Tensor
 
 from nncf_compactprune.algorithms.base import CompressionAlgorithm, CompressionStage, Context
 from nncf_compactprune.algorithms.batch_norm import adapt_batch_norm, check_batch
+from nncf_compactprune.algorithms.channel_pruning.config import ChannelPruningConfig
+from nncf_compactprune.algorithms.channel_pruning.costs import Costs
 from nncf_compactprune.algorithms.data_free.reconstruction import Refits
-from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, check_refit, refits_at_once
+from nncf_compactprune.algorithms.data_free.refit import DenseReference, RefitConfig, check_refit
 from nncf_compactprune.algorithms.group_sparsity import GroupSparsity
 from nncf_compactprune.algorithms.latency import LatencyResult, LatencyTarget
-from nncf_compactprune.algorithms.search import (
-    AT_ONCE,
-    MOST_TRIALS,
-    SearchConfig,
-    SearchResult,
-    combinations,
-    search,
-    shown,
-)
+from nncf_compactprune.algorithms.search import AT_ONCE, SearchResult, search
 from nncf_compactprune.algorithms.shrinking import Shrunk
 from nncf_compactprune.channels import ChannelGraph, Pin, ViewByNumber, trace
-from nncf_compactprune.config import AlgorithmConfig, Budget, Initializer, Registered, Section
-from nncf_compactprune.config.budget import KINDS, Kind
+from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.cut.depth import with_branches
 from nncf_compactprune.cut.diagnosis import analyse, culprits
 from nncf_compactprune.cut.masks import Masks, drop_masks, kept_by_masks
@@ -53,134 +44,6 @@ from nncf_compactprune.plan import PruningPlan, make_plan
 _Scores = TypeVar("_Scores")
 #: share of the target from which on masks of unknown origin count as all
 _NEARLY = 0.95
-
-
-class ChannelPruningParams(Section):
-    """How channels are removed.
-
-    :param schedule: ``"exponential"``, ``"exponential_with_bias"``, ``"polynomial"`` and ``"multistep"`` mask more as
-        epochs pass, then cut; ``"one_shot"`` cuts before training; or a plugin's. In Python it may be a callable, as
-        may ``allocation``.
-    :param num_init_steps: epochs before pruning starts.
-    :param pruning_init: share of the cost removed when it starts, in [0, 1).
-    :param pruning_steps: epochs from there to the full budget.
-    :param shrink_every: cut what is masked every so many epochs of the schedule, for good, optimizer state and EMA copy
-        along with it; null: at its end.
-    :param allocation: widths: ``"balanced"`` (the product of what the layers keep is largest), ``"uniform"`` (the same
-        share of every group), ``"global"`` (one threshold for all channels), ``"greedy"`` (least score lost per cost
-        saved), ``"least_loss"`` (the same, scores taken as losses in one unit), or a plugin's.
-    :param round_to: widths are multiples of this; a group may also stay whole. ``"auto"``: of 16 from 128 channels
-        on and of 32 from 256 on, as vector units like them, of 4, 2 and 1 in narrower layers; with a budget of latency,
-        of what the device was measured to like.
-    :param min_channels: least channels kept in any group. 0: a residual branch may go as a whole, its block becomes
-        its shortcut, and the other groups keep 1 at least.
-    :param max_ratio: largest share removed from any group that keeps a channel, in [0, 1].
-    :param allow_approximate: also cut channels that a LayerNorm normalises over, which is not exact.
-    :param group_sparsity: weight of a regularisation in ``ctrl.loss()`` that shrinks the least channels of coupled
-        layers before they are cut (DepGraph's); null: none. It needs a schedule, or epochs before pruning starts.
-    """
-
-    #: what ``initializer.search`` tries where it names nothing
-    searched: ClassVar[Mapping[str, Sequence[Any]]] = {"allocation": ["balanced", "uniform", "global"]}
-
-    schedule: Annotated[str | Callable[..., float], Registered("schedules")] = "exponential"
-    num_init_steps: int = Field(default=0, ge=0)
-    pruning_init: float = Field(default=0.0, ge=0, lt=1)
-    pruning_steps: int = Field(default=10, ge=1)
-    shrink_every: int | None = Field(default=None, ge=1)
-    allocation: Annotated[str | Callable[..., Any], Registered("allocations")] = "balanced"
-    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    min_channels: int = Field(default=1, ge=0)
-    max_ratio: float = Field(default=0.9, ge=0, le=1)
-    allow_approximate: bool = False
-    group_sparsity: Annotated[float, Field(gt=0)] | None = None
-
-    @property
-    def prunes_before_training(self) -> bool:
-        """The cut happens at once, not in an epoch."""
-        return self.schedule == "one_shot" and self.num_init_steps == 0
-
-    @model_validator(mode="after")
-    def _shrinks_step_by_step(self) -> ChannelPruningParams:
-        if self.shrink_every is not None and self.schedule == "one_shot":
-            msg = (
-                'shrink_every: cuts on the way of a schedule, and "one_shot" cuts everything at once. Leave it out, or '
-                'set "schedule": "exponential".'
-            )
-            raise ValueError(msg)
-        if self.group_sparsity is not None and self.prunes_before_training:
-            msg = (
-                "group_sparsity: acts while the network trains with its channels, and this entry cuts them before. "
-                'Leave it out, set "schedule": "exponential", or "num_init_steps" to the epochs that it may act for.'
-            )
-            raise ValueError(msg)
-        return self
-
-
-class PruningInitializer(Initializer):
-    """What happens before training: the choice of settings, and what makes up for the cut.
-
-    :param refit: ``{}`` re-fits every layer around the cut to what the dense layer gave; null: no re-fit. BatchNorm
-        statistics follow it, so ``batchnorm_adaptation`` then acts only where it is written down.
-    :param search: ``{}`` tries settings of ``params`` on copies of the network, and takes the best; null: ``params`` as
-        they are.
-    """
-
-    refit: RefitConfig | None = None
-    search: SearchConfig | None = None
-
-
-class ChannelPruningConfig(AlgorithmConfig):
-    """An entry of a pruning algorithm.
-
-    :param budget: what may be left.
-    """
-
-    budget: Budget
-    initializer: PruningInitializer = PruningInitializer()
-    params: ChannelPruningParams = ChannelPruningParams()
-
-    @model_validator(mode="after")
-    def _refits_at_once(self) -> ChannelPruningConfig:
-        return refits_at_once(self, '"schedule": "one_shot" and "num_init_steps": 0')
-
-    @model_validator(mode="after")
-    def _tries_what_there_is(self, info: ValidationInfo) -> ChannelPruningConfig:
-        settings = self.settings
-        if len(settings) > MOST_TRIALS:
-            msg = f"initializer.search.grid: {len(settings)} combinations, expected at most {MOST_TRIALS}."
-            raise ValueError(msg)
-        for one in settings:
-            try:
-                self.with_settings(one, context=info.context)
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"]) or "all together"
-                msg = f"initializer.search.grid: {shown(one)}: {where}: {first['msg']}"
-                raise ValueError(msg) from error
-        return self
-
-    @property
-    def needs_labels(self) -> str:
-        return "initializer.search" if self.initializer.search is not None else ""
-
-    @property
-    def settings(self) -> list[dict[str, Any]]:
-        """What a search tries, in order; empty where there is none."""
-        search = self.initializer.search
-        return [] if search is None else combinations(search.grid or type(self.params).searched)
-
-    def with_settings(self, settings: Mapping[str, Any], *, context: Any = None) -> ChannelPruningConfig:
-        """The entry without a search, and with other settings.
-
-        :param settings: keys and values of ``params``.
-        :param context: of the validation.
-        """
-        given = {name: getattr(self.params, name) for name in self.params.model_fields_set}
-        params = type(self.params).model_validate({**given, **settings}, context=context)
-        return self.model_copy(
-            update={"params": params, "initializer": self.initializer.model_copy(update={"search": None})}
-        )
 
 
 class ChannelPruning(CompressionAlgorithm):
@@ -261,17 +124,10 @@ class ChannelPruning(CompressionAlgorithm):
 
         :param rate: share of the cost to remove.
         """
-        target = self.target_rate
-        budgets: dict[str, int] = {}
-        for kind in self._kinds:
-            dense, saved = self._dense_and_saved(kind)
-            share = 1.0 if rate == target else rate / target if target > 0 else 0.0
-            budgets[kind] = dense - (saved if share == 1 else math.floor(saved * share))
-        if target <= 0 < rate:  # the configuration asks for nothing, a search does
-            dense = self.graph.macs
-            budgets["macs"] = dense - math.floor(dense * rate)
+        budgets = self.costs.budgets(rate, self.target_rate)
         latency = self._times
-        if latency is not None and rate <= target:  # measured to be reachable, which the model may see otherwise
+        # The floors were measured to reach the target; the model may see it otherwise.
+        if latency is not None and rate <= self.target_rate:
             floor = least_widths(self.graph, self.prunable, self.limits)
             budgets["latency"] = max(budgets["latency"], latency.model(floor))
         model = None if latency is None else latency.model
@@ -300,21 +156,10 @@ class ChannelPruning(CompressionAlgorithm):
             self._sparsity = GroupSparsity(self.context.model, self.present, self.prunable)
         return weight * self._sparsity()
 
-    def _dense_and_saved(self, kind: Kind) -> tuple[int, int]:
-        """What the dense model costs, and how much of it the budget takes away."""
-        dense = self._cost(kind, self.graph.sizes)
-        return dense, dense - min(self.config.budget.resolve(kind, dense), dense)
-
-    def _cost(self, kind: Kind, widths: npt.NDArray[Any]) -> int:
-        if kind != "latency":
-            return self.graph.cost[kind](widths)
-        assert self._times is not None
-        return self._times.model(widths)
-
     @property
-    def _kinds(self) -> Sequence[Kind]:
-        """What is budgeted; MACs and parameters always are, by all that there are if need be."""
-        return KINDS if self.config.budget.latency is not None else KINDS[:2]
+    def costs(self) -> Costs:
+        """What the budget is about, of the dense model."""
+        return Costs(self.graph, self.config.budget, self._times)
 
     @property
     def _times(self) -> LatencyTarget | None:
@@ -468,9 +313,7 @@ class ChannelPruning(CompressionAlgorithm):
     @property
     def target_rate(self) -> float:
         """Share of the cost to be removed in the end: that of the tightest budget."""
-        graph = self.graph
-        dense = {kind: self._cost(kind, graph.sizes) for kind in self._kinds}
-        return max(1 - self.config.budget.resolve(kind, cost) / max(cost, 1) for kind, cost in dense.items())
+        return self.costs.target
 
     @property
     def _goal(self) -> float:
@@ -479,16 +322,7 @@ class ChannelPruning(CompressionAlgorithm):
 
     @property
     def maximal_compression_rate(self) -> float:
-        floor = self.problem(0.0).floor
-        target, rates = self.target_rate, []
-        for kind in self._kinds:
-            dense, saved = self._dense_and_saved(kind)
-            removable = dense - self._cost(kind, floor)
-            if target > 0 and saved:
-                rates.append(target * removable / saved)
-            elif target <= 0 and kind == "macs":
-                rates.append(removable / max(dense, 1))
-        return max(min(rates, default=0.0) - 1e-9, 0.0)
+        return self.costs.largest_rate(self.problem(0.0).floor, self.target_rate)
 
     def disable_scheduler(self) -> None:
         self._scheduled = False
@@ -605,12 +439,7 @@ class ChannelPruning(CompressionAlgorithm):
         :param plan: of this model.
         """
         widths = np.array([group.after for group in plan.groups], np.float64)
-        kinds = [kind for kind in self._kinds if self._counts(kind)]
-        return max((1 - self._cost(k, widths) / max(self._cost(k, self.graph.sizes), 1) for k in kinds), default=0.0)
-
-    def _counts(self, kind: Kind) -> bool:
-        """Whether the rate is about this cost."""
-        return self._dense_and_saved(kind)[1] > 0 or (kind == "macs" and self.target_rate <= 0)
+        return self.costs.rate_of(widths, self.target_rate)
 
     def statistics(self) -> Mapping[str, Any]:
         plan = self.plan

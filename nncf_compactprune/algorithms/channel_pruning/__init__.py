@@ -1,0 +1,6 @@
+"""Structured pruning of channel groups under a budget: the part that every pruning algorithm shares."""
+
+from nncf_compactprune.algorithms.channel_pruning.algorithm import ChannelPruning
+from nncf_compactprune.algorithms.channel_pruning.config import ChannelPruningConfig, ChannelPruningParams
+
+__all__ = ["ChannelPruning", "ChannelPruningConfig", "ChannelPruningParams"]
