@@ -74,8 +74,9 @@ def loss_of(graph: ChannelGraph, model: nn.Module, plan: PruningPlan) -> float:
     for group in graph.groups:
         squares = np.zeros(group.size)
         for member in group.with_role("producer"):
-            weight = weights[member.parameter].detach().double().movedim(member.dim, 0).flatten(1)
-            squares += (weight**2).sum(1).numpy()[member.indices].sum(1)
+            weight = weights[member.parameter].detach().double().movedim(member.dim, 0)
+            squares_of = (weight**2).reshape(len(weight), -1).sum(1).numpy()
+            squares += squares_of[member.indices].sum(1)
         norms.append(np.sqrt(squares))
     problem = AllocationProblem(graph, [True] * len(graph.groups), {}, Limits())
     curves = capacity_lost(problem, [np.cumsum(np.sort(one)) for one in norms])
