@@ -20,7 +20,7 @@ from nncf_compactprune.config.registered import qualified_name
 from nncf_compactprune.errors import BudgetError
 from nncf_compactprune.plugins.hookspecs import Allocation, hookimpl
 
-_WIDE = 128  # positions of a layer that has enough of them to be choosy
+_CHOICES = 8  # widths that a group may take, at least
 _VECTOR = 32  # no vectors in use are wider
 RESOLUTION = 1e-6  # of the bisections: finer than one channel in any group
 
@@ -36,10 +36,8 @@ class Limits:
     :param min_channels: least channels kept; 0: one, or none of a whole residual branch.
     :param max_ratio: largest share removed of what keeps any, in [0, 1].
     :param round_to: widths are multiples of this many positions; a group that is no multiple may stay whole.
-        ``"auto"``: of an eighth of the group's positions from 128 on, of a sixteenth below, brought down to a power of
-        two between 1 and 32.
-    :param vector: what was measured to be the width of the device's vectors, which ``"auto"`` then goes by: multiples
-        of an eighth of the group's positions, brought down to a power of two between 1 and this; None: not measured.
+        ``"auto"``: of an eighth of the group's positions, brought down to a power of two between 1 and :attr:`vector`.
+    :param vector: what was measured to be the width of the device's vectors; None: not measured, 32.
     """
 
     min_channels: int = 1
@@ -50,18 +48,18 @@ class Limits:
     def step(self, positions: int) -> int:
         """What widths of a group are multiples of.
 
-        Vector units like multiples of 16 and 32, but a 16-wide layer would have one choice then, and the wide layers
-        would pay for it with capacity that no training brings back.
+        Runtimes like multiples of 8, 16 and 32: ONNX Runtime takes a slower way where a depthwise convolution is no
+        multiple of 8. But a 16-wide layer would have one or two choices then, and the wide layers would pay for it with
+        capacity that no training brings back.
 
         :param positions: outputs of the group's first producer.
 
         >>> [Limits(round_to="auto").step(positions) for positions in (10, 16, 32, 100, 128, 512)]
-        [1, 1, 2, 4, 16, 32]
+        [1, 2, 4, 8, 16, 32]
         """
         if self.round_to != "auto":
             return self.round_to
-        choices = 16 if self.vector is None and positions < _WIDE else 8
-        return min(1 << max(positions // choices, 1).bit_length() - 1, self.vector or _VECTOR)
+        return min(1 << max(positions // _CHOICES, 1).bit_length() - 1, self.vector or _VECTOR)
 
 
 def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]:
