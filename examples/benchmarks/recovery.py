@@ -95,7 +95,7 @@ class Trial:
     :param expansion: r of linear over-parameterization, or None for none.
     :param precision: of training; evaluation is always in float32.
     :param scope: ``"inner"`` cuts inside the blocks only, ``"all"`` the residual stream too, as users get it.
-    :param round_to: widths are multiples of this.
+    :param round_to: widths are multiples of this; ``"auto"`` is the package's default.
     :param layers: whose similarities are compared.
     :param form: of over-parameterisation, where there is no expansion.
     """
@@ -115,7 +115,7 @@ class Trial:
     feature_size: int | None = None
     logits_weight: float = 0.0
     scope: str = "inner"
-    round_to: int = 1
+    round_to: int | str = 1
     layers: str = "all"
     form: str = "none"
 
@@ -140,10 +140,17 @@ class Trial:
 
 
 def short(
-    budget: float, criterion: str, allocation: str, recipe: str, seed: int, scope: str = "all", depth: int = 20
+    budget: float,
+    criterion: str,
+    allocation: str,
+    recipe: str,
+    seed: int,
+    scope: str = "all",
+    depth: int = 20,
+    **more: Any,
 ) -> Trial:
     """12 epochs of 10,000 images."""
-    return Trial(depth, budget, criterion, allocation, recipe, seed, 12, 10_000, **RECIPES[recipe], scope=scope)
+    return Trial(depth, budget, criterion, allocation, recipe, seed, 12, 10_000, **RECIPES[recipe], scope=scope, **more)
 
 
 def whole(budget: float, criterion: str, allocation: str, recipe: str, seed: int, depth: int = 20) -> Trial:
@@ -159,6 +166,7 @@ def queue() -> list[Trial]:
     for seed in SEEDS:
         for budget in (0.35, 0.2):
             trials += [short(budget, *way, "plain", seed) for way in ways]
+            trials.append(short(budget, "l2", "balanced", "plain", seed, round_to="auto"))
             trials += [short(budget, "catro", "greedy", recipe, seed) for recipe in SHORT]
             trials += [short(budget, *way, "plain", seed, "inner") for way in ways]
         trials += [short(0.5, "catro", "greedy", recipe, seed) for recipe in MAIN]

@@ -2,7 +2,7 @@
 
 Networks with their initial weights are pruned to 50 % of their MACs; the widths of all variants and the dense network
 are timed in turns, on one thread, batch 1. OpenVINO computes in float32 and as it serves by default. No accuracy is
-measured: coarser widths leave narrow layers less choice, so the default leaves every layer eight widths.
+measured: coarser widths leave narrow layers less choice, so the default leaves every layer eight widths at least.
 
     python examples/benchmarks/round_to.py
     pip install --no-deps ultralytics opencv-python-headless ultralytics-thop   # AGPL; then YOLOv8n is measured, too

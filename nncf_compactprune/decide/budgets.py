@@ -21,6 +21,7 @@ from nncf_compactprune.errors import BudgetError
 from nncf_compactprune.plugins.hookspecs import Allocation, hookimpl
 
 _CHOICES = 8  # widths that a group may take, at least
+_NARROW = 32  # positions below which a group takes any width
 _VECTOR = 32  # no vectors in use are wider
 RESOLUTION = 1e-6  # of the bisections: finer than one channel in any group
 
@@ -36,7 +37,8 @@ class Limits:
     :param min_channels: least channels kept; 0: one, or none of a whole residual branch.
     :param max_ratio: largest share removed of what keeps any, in [0, 1].
     :param round_to: widths are multiples of this many positions; a group that is no multiple may stay whole.
-        ``"auto"``: of an eighth of the group's positions, brought down to a power of two between 1 and :attr:`vector`.
+        ``"auto"``: of an eighth of the group's positions, brought down to a power of two of at most :attr:`vector`; any
+        width below 32 positions.
     :param vector: what was measured to be the width of the device's vectors; None: not measured, 32.
     """
 
@@ -50,16 +52,18 @@ class Limits:
 
         Runtimes like multiples of 8, 16 and 32: ONNX Runtime takes a slower way where a depthwise convolution is no
         multiple of 8. But a 16-wide layer would have one or two choices then, and the wide layers would pay for it with
-        capacity that no training brings back.
+        capacity that no training brings back. Multiples of 2 were too many for it already.
 
         :param positions: outputs of the group's first producer.
 
         >>> [Limits(round_to="auto").step(positions) for positions in (10, 16, 32, 100, 128, 512)]
-        [1, 2, 4, 8, 16, 32]
+        [1, 1, 4, 8, 16, 32]
         """
         if self.round_to != "auto":
             return self.round_to
-        return min(1 << max(positions // _CHOICES, 1).bit_length() - 1, self.vector or _VECTOR)
+        if positions < _NARROW:
+            return 1
+        return min(1 << (positions // _CHOICES).bit_length() - 1, self.vector or _VECTOR)
 
 
 def allowed_widths(group: ChannelGroup, limits: Limits) -> npt.NDArray[np.int64]:

@@ -26,9 +26,9 @@ class ChannelPruningParams(Section):
     :param allocation: widths: ``"balanced"`` (the product of what the layers keep is largest), ``"uniform"`` (the same
         share of every group), ``"global"`` (one threshold for all channels), ``"greedy"`` (least score lost per cost
         saved), ``"least_loss"`` (the same, scores taken as losses in one unit), or a plugin's.
-    :param round_to: widths are multiples of this; a group may also stay whole. ``"auto"``: of an eighth of the
-        channels, brought down to a power of two (8 from 64 channels on, 16 from 128, 32 from 256), as runtimes like
-        them; with a budget of latency, of what the device was measured to like.
+    :param round_to: widths are multiples of this; a group may also stay whole. ``"auto"``: of 4 from 32 channels
+        on, 8 from 64, 16 from 128 and 32 from 256, as runtimes like them; with a budget of latency, of what the device
+        was measured to like.
     :param min_channels: least channels kept in any group. 0: a residual branch may go as a whole, its block becomes
         its shortcut, and the other groups keep 1 at least.
     :param max_ratio: largest share removed from any group that keeps a channel, in [0, 1].
