@@ -133,7 +133,8 @@ class Trial:
     @property
     def arm(self) -> str:
         where = " inside blocks" if self.scope == "inner" else ""
-        return f"{TITLES[self.criterion]}, {self.allocation}{where}, {TITLES.get(self.recipe, self.recipe)}"
+        rounded = ', `"round_to": "auto"`' if self.round_to == "auto" else ""
+        return f"{TITLES[self.criterion]}, {self.allocation}{where}{rounded}, {TITLES.get(self.recipe, self.recipe)}"
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------
