@@ -10,9 +10,10 @@ import linecache
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,8 +25,13 @@ from nncf_compactprune.host.torch_internals import TorchDispatchMode, TracerWarn
 
 # How torch hands values of a tensor to Python.
 _READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"}
-# Where torch's own frames between an operation and its mode are.
-_DISPATCH = (os.path.join("torch", "_"), os.path.join("torch", "utils", ""))
+# Where the frames between a line of a network and its operation are: torch's, NNCF's hooks, and those of a warning.
+_DISPATCH = (
+    os.path.join("torch", "_"),
+    os.path.join("torch", "utils", ""),
+    os.path.join("torch", "function_hook", ""),
+    f"{os.sep}warnings.py",
+)
 _REMEDY = (
     "Write it with torch.where, which every format takes. As a branch it goes into ONNX by torch.cond, "
     "and into OpenVINO in a module by torch.jit.script."
@@ -78,7 +84,44 @@ def value_reads(ready: Prepared) -> tuple[ValueRead, ...]:
     return tuple(dict.fromkeys(read for read in watch.found if not read.decides_nothing))
 
 
-def refuse_frozen_reads(whose: str, ready: Prepared, said: Iterable[warnings.WarningMessage]) -> None:
+@dataclass
+class TracerWarnings:
+    """What is warned of while a model is traced.
+
+    :param places: files and lines of the network that torch's tracer warns of.
+    :param others: warnings of other kinds.
+    """
+
+    places: set[tuple[str, int]]
+    others: list[warnings.WarningMessage]
+
+
+@contextmanager
+def tracer_warnings() -> Iterator[TracerWarnings]:
+    """Takes the body's warnings. A warning names the line that called the operation, which in a network with NNCF's
+    hooks is always theirs; so the network's own line is looked up."""
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always", TracerWarning)
+        taken, show = TracerWarnings(set(), others), warnings.showwarning
+
+        def note(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: Any = None,
+            line: Any = None,
+        ) -> None:
+            if issubclass(category, TracerWarning):
+                taken.places.add(_place(sys._getframe(1)))
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = note  # put back with the filters
+        yield taken
+
+
+def refuse_frozen_reads(whose: str, ready: Prepared, warned: TracerWarnings) -> None:
     """Refuses a trace that keeps a value which depends on the input.
 
     Tracers warn of every value that becomes Python's, sizes of tensors among them. Those are what they are for any
@@ -86,11 +129,11 @@ def refuse_frozen_reads(whose: str, ready: Prepared, said: Iterable[warnings.War
 
     :param whose: the beginning of the message, such as ``OpenVINO could not convert the model``.
     :param ready: the model that was traced.
-    :param said: what was warned meanwhile.
+    :param warned: what was warned of meanwhile.
     :raises ExportError: naming module, file, line and remedy.
     """
-    warned = {(one.filename, one.lineno) for one in said if issubclass(one.category, TracerWarning)}
-    if warned and (frozen := [read for read in value_reads(ready) if (read.file, read.line) in warned]):
+    places = warned.places
+    if places and (frozen := [read for read in value_reads(ready) if (read.file, read.line) in places]):
         raise refusal(whose, frozen)
 
 
@@ -155,8 +198,12 @@ class _Reads(FromInputs):  # type: ignore[no-untyped-call]
     def taken_by(self, operation: str) -> None:
         if operation not in _READS:
             return
-        frame = sys._getframe(2)
-        while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _DISPATCH):
-            frame = frame.f_back
         module = self._modules[-1] if self._modules else ""
-        self.found.append(ValueRead(frame.f_code.co_filename, frame.f_lineno, module))
+        self.found.append(ValueRead(*_place(sys._getframe(2)), module))
+
+
+def _place(frame: FrameType) -> tuple[str, int]:
+    """File and line of the network that a frame was called from."""
+    while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _DISPATCH):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno

@@ -17,7 +17,7 @@ from nncf_compactprune.export.branches import ValueRead, refusal, value_reads
 from nncf_compactprune.export.prepared import FlatModel, Prepared, reason_of
 from nncf_compactprune.host.torch_internals import TorchDispatchMode
 
-_FOREIGN = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "openvino")
+_FOREIGN = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "openvino", "optimum", "transformers")
 # Says for each of torchvision's operations that torchvision is not there, whatever the model.
 _REGISTRATION = "torch.onnx._internal.exporter._registration"
 _OPERATION = re.compile(r"op='(?P<dotted>\w+\.\w+)|(?P<colons>[a-z_]\w*::\w+)|torch\.ops\.(?P<torch>\w+\.\w+)")

@@ -100,7 +100,7 @@ def export_model(
             dynamic_batch=dynamic_batch,
             input_names=input_names,
             output_names=output_names,
-            options=_described(model, options or ExportOptions()),
+            options=described(model, options or ExportOptions()),
         ) as ready,
     ):
         for format_, by_precision in paths.items():
@@ -124,8 +124,8 @@ def export_model(
     ]
 
 
-def _described(model: nn.Module, options: ExportOptions) -> ExportOptions:
-    """The options with what is known of the model: the digest of its plan, and what the plan says of its cost."""
+def described(model: nn.Module, options: ExportOptions) -> ExportOptions:
+    """The options with what is known of the model: the digest of its plan, and its algorithm."""
     plan = plan_of(model)
     said = {"producer": f"nncf_compactprune {__version__}"}
     if plan is not None:

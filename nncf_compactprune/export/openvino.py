@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from openvino._offline_transformations import compress_quantize_weights_transfor
 from torch import nn
 
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export.branches import refuse_frozen_reads
+from nncf_compactprune.export.branches import refuse_frozen_reads, tracer_warnings
 from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order, of_batch
+from nncf_compactprune.export.options import ExportOptions
 from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
 from nncf_compactprune.export.preprocessing import embedded, verify_embedded
 from nncf_compactprune.export.tolerances import TOLERANCES
 from nncf_compactprune.export.unrounded import Range, ir_without_rounding
-from nncf_compactprune.host.torch_internals import TracerWarning
+from nncf_compactprune.host.nncf_hooks import hooks
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
 #: operations of OpenVINO that may become a maximum or minimum over axes
@@ -50,14 +52,19 @@ class OpenVinoFormat(ExportFormat):
         refuse_other_dtypes(model)
 
     def write(self, ready: Prepared, paths: Mapping[str, Path]) -> None:
-        converted = _converted(ready)
-        for key, value in ready.options.properties().items():
-            converted.set_rt_info(value, ["compactprune", key])
-        for precision, path in paths.items():
-            if precision == "int8":
-                _keep_quantizers_behind_extremes(converted)
-                compress_quantize_weights_transformation(converted)
-            self._save(converted, path, fp16=precision == "fp16")
+        self._write(_converted(ready), ready.options, paths)
+
+    def rewrite(self, path: Path, options: ExportOptions, precision: str) -> None:
+        """Gives a float32 IR that another exporter wrote a precision, and what our files say about themselves.
+
+        :param path: the file, changed in place.
+        :param options: what it says.
+        :param precision: one of :attr:`precisions`.
+        :raises ExportError: it cannot be saved.
+        """
+        finished = path.with_name(f"finished_{path.name}")
+        self._write(openvino.Core().read_model(path), options, {precision: finished})
+        self._replace(finished, path)
 
     def finish(self, ready: Prepared, path: Path) -> None:
         if not ready.options.embed_preprocessing or ready.options.pixels is None:
@@ -67,8 +74,7 @@ class OpenVinoFormat(ExportFormat):
         finished = path.with_name(f"finished_{path.name}")
         self._save(model, finished, fp16=arithmetic == "fp16")
         del model
-        for new, old in zip(self.parts(finished), self.parts(path), strict=True):
-            new.replace(old)
+        self._replace(finished, path)
         verify_embedded(ready, path, TOLERANCES[arithmetic])
 
     def open(self, path: Path) -> Session:
@@ -112,6 +118,19 @@ class OpenVinoFormat(ExportFormat):
         request = core.compile_model(model, device, {"PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
         return lambda: request.infer(arrays, share_inputs=True, share_outputs=True)
 
+    def _write(self, converted: Any, options: ExportOptions, paths: Mapping[str, Path]) -> None:
+        for key, value in options.properties().items():
+            converted.set_rt_info(value, ["compactprune", key])
+        for precision, path in paths.items():
+            if precision == "int8":
+                _keep_quantizers_behind_extremes(converted)
+                compress_quantize_weights_transformation(converted)
+            self._save(converted, path, fp16=precision == "fp16")
+
+    def _replace(self, finished: Path, path: Path) -> None:
+        for new, old in zip(self.parts(finished), self.parts(path), strict=True):
+            new.replace(old)
+
     def _save(self, converted: Any, path: Path, *, fp16: bool) -> None:
         """The precision is always said, because OpenVINO's default is float16."""
         try:
@@ -137,15 +156,14 @@ def _as_taken(port: Any, array: Array) -> Array:
 def _converted(ready: Prepared) -> Any:
     """Traces the model into an ``openvino.Model`` with our names and only the batch dim open."""
     whose = "OpenVINO could not convert the model"
-    with exporting(whose, ready), ready.after_a_run(), warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", TracerWarning)
+    with exporting(whose, ready), ready.after_a_run(), tracer_warnings() as warned:
         # torch's advice to OpenVINO, whose converter traces.
         warnings.filterwarnings("ignore", "`torch.jit.[a-z_]+` is deprecated", DeprecationWarning)
-        converted = _traced_or_exported(ready)
-    refuse_frozen_reads(whose, ready, said)
-    for one in said:
-        if not issubclass(one.category, TracerWarning):
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        converted, traced = _traced_or_exported(ready)
+    if traced:  # what a trace that failed warned of is in no file; torch's exporter refuses to freeze a value
+        refuse_frozen_reads(whose, ready, warned)
+    for one in warned.others:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     if len(converted.inputs) != len(ready.input_names) or len(converted.outputs) != len(ready.output_names):
         msg = (
             f"OpenVINO converted the model to {len(converted.inputs)} inputs and {len(converted.outputs)} outputs, "
@@ -174,24 +192,44 @@ def _converted(ready: Prepared) -> Any:
     return converted
 
 
-def _traced_or_exported(ready: Prepared) -> Any:
+def _traced_or_exported(ready: Prepared) -> tuple[Any, bool]:
     """OpenVINO's model from a trace, whose nodes keep the names of layers; else from torch's exported program, which
     takes some of what a trace does not.
 
+    :return: the model, and whether it is from a trace.
     :raises Exception: the tracer's, where both fail.
     """
     tensors = ready.trace_inputs.tensors
     try:
-        return openvino.convert_model(ready.flat, example_input=tensors)
+        return openvino.convert_model(ready.flat, example_input=tensors), True
     except Exception as of_trace:
         shapes = tuple(dict.fromkeys(ready.open_dims(tensor), torch.export.Dim.DYNAMIC) for tensor in tensors)
         try:
-            program = torch.export.export(ready.flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+            with _hooks_that_run(ready) as exported:
+                program = torch.export.export(ready.flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
             converted = openvino.convert_model(program)
         except Exception:
             raise of_trace from of_trace.__cause__
+        with _hooks_that_run(ready) as needed, torch.no_grad():
+            ready.flat(*(tensor.clone() for tensor in tensors))
+        if left_out := needed - exported:
+            msg = (
+                f"it cannot be traced ({reason_of(of_trace)}), and torch's exported program leaves {len(left_out)} of "
+                "its quantizers out. Another version of the library that the network is from may be traceable"
+            )
+            raise ExportError(msg) from None
     nncf_logger.info("OpenVINO took torch's exported program, as it could not trace the model. Nodes have other names.")
-    return converted
+    return converted, False
+
+
+@contextmanager
+def _hooks_that_run(ready: Prepared) -> Iterator[set[nn.Module]]:
+    """The modules in NNCF's hooks that run in the body. Those of SmoothQuant do not where torch exports."""
+    ran: set[nn.Module] = set()
+    with ExitStack() as notes:
+        for hook in hooks(ready.flat.model):
+            notes.callback(hook.module.register_forward_pre_hook(lambda module, _: ran.add(module)).remove)
+        yield ran
 
 
 def _keep_quantizers_behind_extremes(model: Any) -> None:

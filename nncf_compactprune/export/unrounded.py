@@ -147,14 +147,20 @@ def ir_without_rounding(model: Any) -> list[Range]:
         if node.get_type_name() == "Parameter" or not computed.isdisjoint(givers):
             computed.add(node.get_name())
     for node in [node for node in nodes if node.get_type_name() == "FakeQuantize"]:
-        given, *bounds = (node.input_value(at) for at in (0, 3, 4))
+        given, *bounds = node.input_values()
         constant = all(port.get_node().get_type_name() == "Constant" for port in bounds)
         if node.get_name() not in computed or not constant:
             continue
-        low, high = (np.asarray(port.get_node().data, np.float64).reshape(-1) for port in bounds)
-        ranges.append(Range(node.get_friendly_name(), low, high))
-        raised = opset13.maximum(given, bounds[0])
-        node.output(0).replace(opset13.minimum(raised, bounds[1]).output(0))
+        taken_low, taken_high, low, high = (np.asarray(port.get_node().data, np.float64) for port in bounds)
+        ranges.append(Range(node.get_friendly_name(), low.reshape(-1), high.reshape(-1)))
+        cut_off = opset13.minimum(opset13.maximum(given, bounds[0]), bounds[1])
+        # OpenVINO lets a quantizer multiply: it takes another range than it gives.
+        width, given_width = np.broadcast_arrays(taken_high - taken_low, high - low)
+        factor = np.divide(given_width, width, out=np.zeros_like(width), where=width > 0)
+        if not (np.allclose(factor, 1) and np.allclose(low, taken_low)):
+            scaled = opset13.multiply(cut_off, opset13.constant(factor.astype(np.float32)))
+            cut_off = opset13.add(scaled, opset13.constant((low - taken_low * factor).astype(np.float32)))
+        node.output(0).replace(cut_off.output(0))
     return ranges
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,14 +13,28 @@ from torch import nn
 
 from nncf_compactprune.cut.surgery import CONFIG_ATTRIBUTE
 from nncf_compactprune.errors import ExportError, nearest
-from nncf_compactprune.export import ExportedFile, ExportOptions, export_model
+from nncf_compactprune.export import ExportedFile, ExportOptions, export_model, is_quantized
 from nncf_compactprune.export.prepared import ModelInputs
+from nncf_compactprune.integrations.generative import export_generative, generates, task_of
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.storage.writing import whole_files
 
 LAYOUTS = ("plain", "optimum", "ovms")
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 _PLAIN_PROCESSOR = "ViTImageProcessor"  # resizes, rescales and normalises, and nothing else
+#: how transformers names what prepares inputs: tokenizers, processors, feature extractors
+_PREPARING = (
+    "*token*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "bpe*",
+    "normalizer.json",
+    "chat_template*",
+    "*processor_config.json",
+)
+#: what ``optimum`` writes
+OPTIMUM_FILES = ("openvino_*", CONFIG, "generation_config.json", *_PREPARING)
 
 
 def export_to_layout(
@@ -37,8 +52,11 @@ def export_to_layout(
 ) -> list[ExportedFile]:
     """Writes OpenVINO IR where another program looks for it.
 
-    ``optimum`` gives ``openvino_model.xml`` with ``config.json`` and ``preprocessor_config.json``, which
-    ``OVModelFor*.from_pretrained`` and pipelines read. ``ovms`` gives ``NAME/1/model.xml``, a model repository.
+    ``optimum`` gives a folder that ``OVModelFor*.from_pretrained`` and pipelines read: ``openvino_model.xml``,
+    ``config.json``, and what prepares inputs. Tokenizers and processors are copied from the folder that the model was
+    loaded from; ``options.pixels`` go into ``preprocessor_config.json``. For networks that generate (GPT-2, Llama, T5,
+    BART, Whisper) optimum-intel must be installed: its exporter writes their parts, which keep keys and values of the
+    past. ``ovms`` gives ``NAME/1/model.xml``, a model repository.
 
     :param model: see :func:`~nncf_compactprune.export.export_model`; for ``optimum`` one of transformers or timm.
     :param example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
@@ -51,12 +69,20 @@ def export_to_layout(
     :param plugins: where formats come from; the installed plugins by default.
     :raises ExportError: an unknown layout, a model that it cannot hold, or what ``export_model`` raises.
     """
-    folder = Path(directory)
-    check_layout(model, layout)
-    documents: dict[str, Mapping[str, Any]] = {}
+    folder, options = Path(directory), options or ExportOptions()
+    check_layout(model, layout, quantized=is_quantized(model))
+    if layout == "optimum" and generates(model):
+        if input_names or output_names:
+            msg = "layout: optimum-intel names the inputs and outputs of networks that generate. Leave input_names and "
+            msg += "output_names out."
+            raise ExportError(msg)
+        with whole_files(folder, [], stale=["openvino_*"]) as new:
+            files = export_generative(model, example_inputs, new, folder, precision, options)
+            _copy_preparing(model, new)
+        return files
     target = folder / name / "1" / "model.xml"
     if layout == "optimum":
-        documents, target = _documents(model, example_inputs, options or ExportOptions()), folder / "openvino_model.xml"
+        target = folder / "openvino_model.xml"
         if not hasattr(model, "config"):  # what optimum calls the tensors of an image classifier
             input_names, output_names = input_names or ["pixel_values"], output_names or ["logits"]
     files = export_model(
@@ -70,19 +96,20 @@ def export_to_layout(
         options=options,
         plugins=plugins,
     )
-    if not documents:
-        return files
-    with whole_files(folder, list(documents)) as new:
-        for file, document in documents.items():
-            (new / file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if layout == "optimum":
+        with whole_files(folder, []) as new:
+            _copy_preparing(model, new)
+            for file, document in _documents(model, example_inputs, options, new).items():
+                (new / file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return files
 
 
-def check_layout(model: Any, layout: str) -> None:
+def check_layout(model: Any, layout: str, *, quantized: bool) -> None:
     """Refuses a layout that cannot hold a model, before the long work.
 
     :param model: it is only looked at.
     :param layout: ``optimum`` or ``ovms``.
+    :param quantized: whether it is quantized, or will be.
     :raises ExportError: an unknown layout, or a model that it cannot hold.
     """
     if layout not in LAYOUTS[1:]:
@@ -94,6 +121,15 @@ def check_layout(model: Any, layout: str) -> None:
             "or ovms."
         )
         raise ExportError(msg)
+    if layout == "optimum" and generates(model):
+        task_of(model, quantized=quantized)
+
+
+def _copy_preparing(model: Any, folder: Path) -> None:
+    """Copies tokenizers and processors that lie where a model of transformers was loaded from."""
+    source = Path(getattr(getattr(model, "config", None), "_name_or_path", None) or folder)
+    for path in {path for pattern in _PREPARING for path in source.glob(pattern) if path.is_file()}:
+        shutil.copy2(path, folder)
 
 
 def _of_transformers(model: Any) -> bool:
@@ -104,11 +140,12 @@ def _timm_config(model: Any) -> Mapping[str, Any]:
     return getattr(model, "pretrained_cfg", None) or {}
 
 
-def _documents(model: Any, example_inputs: Any, options: ExportOptions) -> dict[str, Mapping[str, Any]]:
-    """``config.json`` and, for images, ``preprocessor_config.json``."""
+def _documents(model: Any, example_inputs: Any, options: ExportOptions, folder: Path) -> dict[str, Mapping[str, Any]]:
+    """``config.json`` and, for images, ``preprocessor_config.json``, where none says how they are prepared."""
     if _of_transformers(model):
         config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
         config.pop(CONFIG_ATTRIBUTE, None)  # the file holds the network, whatever its widths
+        config.pop("_name_or_path", None)  # a place on this machine
     else:
         config = {
             "model_type": "timm_wrapper",
@@ -122,7 +159,7 @@ def _documents(model: Any, example_inputs: Any, options: ExportOptions) -> dict[
         }
     documents: dict[str, Mapping[str, Any]] = {CONFIG: config}
     images = [tensor for tensor in ModelInputs.of(model, example_inputs).tensors if tensor.dim() == 4]
-    if images:
+    if images and (options.pixels is not None or not any(folder.glob("*processor_config.json"))):
         documents[PROCESSOR] = processor(options, images[0].shape[1:])
     return documents
 

@@ -16,7 +16,7 @@ from nncf_compactprune.config import InputInfo
 from nncf_compactprune.decide.labelled import class_scores
 from nncf_compactprune.errors import ConfigError, Problem, ResolveError, first_line
 from nncf_compactprune.host.calls import call_model, evaluating
-from nncf_compactprune.integrations.layouts import PROCESSOR, check_layout
+from nncf_compactprune.integrations.layouts import OPTIMUM_FILES, check_layout
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.run.datasets import ResolvedDataset, resolve_dataset
 from nncf_compactprune.run.models import ExampleInputs, ResolvedModel, resolve_model
@@ -35,7 +35,8 @@ RESULTS = (
 )
 EXPORTED = (
     *("dense/model*", "pruned/model*"),
-    *("optimum/openvino_model*", "optimum/config.json", f"optimum/{PROCESSOR}", "ovms/model/1/model*"),
+    *(f"optimum/{pattern}" for pattern in OPTIMUM_FILES),
+    "ovms/model/1/model*",
 )
 
 
@@ -69,7 +70,8 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
         plugins=plugins,
     )
     if config.export.layout != "plain":
-        check_layout(resolved.model, config.export.layout)
+        quantized = any(entry.algorithm.endswith("quantization") for entry in settings.compression.compression)
+        check_layout(resolved.model, config.export.layout, quantized=quantized)
     example = resolved.example_inputs
     if dataset is not None:
         dataset = normalised_for(resolved, dataset)

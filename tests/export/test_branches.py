@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from nncf_compactprune import create_compressed_model
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export import export_model
 from nncf_compactprune.serving import open_server
@@ -68,6 +69,15 @@ class Where(Backbone):
         return torch.where(y.mean() > 0.1, y * 0.5, y)
 
 
+class Guarded(Backbone):
+    """As transformers' masks: a shortcut that is no part of a trace."""
+
+    def between(self, y: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_tracing() and bool(y.max() <= 0):
+            return y
+        return y * 0.5
+
+
 class Scripted(Branching):
     def __init__(self) -> None:
         super().__init__()
@@ -108,3 +118,20 @@ def test_what_is_exported_computes_both_sides(network: type[nn.Module], suffix: 
             expected = model(images).numpy()
         # bfloat16, where the CPU has it
         assert relative_error(expected, server.run([images.numpy()])[0]) < 2e-2
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    config = {"input_info": {"sample_size": list(EXAMPLE.shape)}, "compression": {"algorithm": "quantization"}}
+    controller, _ = create_compressed_model(model, config, [(EXAMPLE, torch.zeros(2))])
+    return controller.strip()
+
+
+def test_a_branch_is_found_below_the_hooks_of_a_quantized_network(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"module 'gate' reads a value .*test_branches.py:\d+ .`if bool\(y.mean"):
+        export_model(quantized(Branching()), EXAMPLE, tmp_path / "m.xml")
+
+
+def test_a_read_that_no_trace_holds_is_none_in_a_quantized_network(tmp_path: Path) -> None:
+    """Sizes are warned of, in the same line of NNCF's hooks."""
+    (file,) = export_model(quantized(Guarded()), EXAMPLE, tmp_path / "m.xml")
+    assert file.precision == "int8"
