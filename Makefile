@@ -46,16 +46,18 @@ test-nncf219: ## The tests of what NNCF 2.19 does with this package; skipped, wi
 	fi
 
 # The other environment's Python saves folders that an older transformers loads here, and loads what is saved here.
+OPTIMUM_TESTS ?= not slow
 test-optimum: ## The tests of what optimum-intel does with our folders; skipped, with a line, where it cannot be installed.
 	@if $(MAKE) --no-print-directory $(VENV)-optimum/.installed; then \
 		COMPACTPRUNE_PYTHON=$(abspath $(BIN))/python $(VENV)-optimum/bin/python -m pytest -o filterwarnings=default \
-			-p no:cacheprovider tests/integrations/test_optimum.py; \
+			-p no:cacheprovider -m "$(OPTIMUM_TESTS)" tests/integrations/test_optimum.py; \
 	else \
 		echo "test-optimum: SKIPPED. optimum-intel could not be installed into $(VENV)-optimum; see above."; \
 	fi
 
 test-all: lint ## The same with the slow tests, and all of them with the oldest versions.
 	$(MAKE) --no-print-directory test-floors FLOORS=tests
+	$(MAKE) --no-print-directory test-optimum OPTIMUM_TESTS="not gpu"
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: $(VENV)/.installed-dev

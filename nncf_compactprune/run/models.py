@@ -277,6 +277,8 @@ def _resized(inputs: ExampleInputs, sample_size: Sequence[int], name: str) -> Ex
         expected = "x".join(str(side) for side in tensors[0].shape)
         msg = f"Model '{name}': expected a sample size like {expected} (batch first), got {list(sample_size)}."
         raise ResolveError(msg)
+    if tuple(tensors[0].shape) == tuple(sample_size):  # as given, which may be words
+        return inputs
     image = _image(sample_size[1:], sample_size[0])
     if isinstance(inputs, dict):
         return dict.fromkeys(inputs, image)

@@ -167,7 +167,9 @@ def test_an_exported_program_that_leaves_quantizers_out_is_refused(monkeypatch, 
 
     export_model(model, words, tmp_path / "net.xml")
     monkeypatch.setattr(hf.BertModel, "forward", untraceable)
-    with pytest.raises(ExportError, match=r"tuple index out of range\), and torch's exported program leaves \d+ of its"):
+    with pytest.raises(
+        ExportError, match=r"tuple index out of range\), and torch's exported program leaves \d+ of its"
+    ):
         export_model(model, words, tmp_path / "other.xml")
 
 
