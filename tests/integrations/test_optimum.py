@@ -92,7 +92,7 @@ CASES: dict[str, tuple[Any, Any, str]] = {
     "ResNet": (resnet, image, "OVModelForImageClassification"),
     "ViT": (vit, image, "OVModelForImageClassification"),
     "ViT, features": (
-        lambda: hf.ViTModel(hf.ViTConfig(image_size=64, patch_size=16, **FLAT)),
+        lambda: hf.ViTModel(hf.ViTConfig(image_size=64, patch_size=16, **{**FLAT, "intermediate_size": 128})),
         image,
         "OVModelForCustomTasks",
     ),
