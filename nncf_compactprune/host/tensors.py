@@ -71,13 +71,15 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def computed_tensors(module: nn.Module) -> dict[str, list[Tensor]]:
-    """Parameters behind each computed one, by its local name: ``torch.nn.utils.parametrize``, and the older
-    ``torch.nn.utils.weight_norm``."""
+    """Parameters behind each computed one, by its local name: ``torch.nn.utils.parametrize``, and what is older:
+    ``torch.nn.utils.weight_norm``, ``spectral_norm`` and ``prune``."""
     parts = {name: list(p._parameters.values()) for name, p in getattr(module, "parametrizations", {}).items()}
-    for name, magnitude in module._parameters.items():
+    for name, parameter in module._parameters.items():
         direction = module._parameters.get(f"{name[:-2]}_v") if name.endswith("_g") else None
         if direction is not None:
-            parts[name[:-2]] = [magnitude, direction]
+            parts[name[:-2]] = [parameter, direction]
+        if name.endswith("_orig"):
+            parts[name.removesuffix("_orig")] = [parameter]
     return {name: [part for part in found if part is not None] for name, found in parts.items()}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from nncf_compactprune import create_compressed_model, prune
+from nncf_compactprune import create_compressed_model, load_pruned, prune, save_pruned
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -31,11 +32,19 @@ class Network(nn.Module):
 
 
 @pytest.fixture(params=[nn.utils.weight_norm, nn.utils.spectral_norm, masked], ids=["weight", "spectral", "prune"])
-def net(request: pytest.FixtureRequest) -> nn.Module:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return Network(request.param).eval()
+def dense(request: pytest.FixtureRequest) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return Network(request.param).eval()
+
+    return make
+
+
+@pytest.fixture
+def net(dense: Callable[[], nn.Module]) -> nn.Module:
+    return dense()
 
 
 def test_they_are_cut_and_train_on(net: nn.Module) -> None:
@@ -46,6 +55,13 @@ def test_they_are_cut_and_train_on(net: nn.Module) -> None:
     net(X).sum().backward()
     assert net.first.weight.shape[0] == net.second.weight.shape[1] < 16
     assert net.first.out_channels == net.first.weight.shape[0]
+
+
+def test_they_are_saved_and_loaded(net: nn.Module, dense: Callable[[], nn.Module], tmp_path: Path) -> None:
+    prune(net, X, budget={"params": 0.5})
+    save_pruned(net, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(load_pruned(dense(), tmp_path)(X), net.eval()(X), rtol=0, atol=0)
 
 
 def test_behind_a_schedule_too(net: nn.Module) -> None:
