@@ -38,6 +38,7 @@ from nncf_compactprune.plugins import Plugins, default_plugins
 _LABELS = "_compactprune_labels"
 _CONSTANT = "_compactprune_constant"
 _UNIFORM = "_compactprune_uniform"
+_JOINED = "_compactprune_joined"
 
 
 def trace(
@@ -172,6 +173,7 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
                     vars(tensor).pop(_LABELS, None)
                     vars(tensor).pop(_CONSTANT, None)
                     vars(tensor).pop(_UNIFORM, None)
+                    vars(tensor).pop(_JOINED, None)
 
     def run_what_only_trains(self, example_inputs: Any) -> None:
         """Once more in training mode, where the model holds layers that it leaves out in eval mode: auxiliary heads.
@@ -301,6 +303,57 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         """Whether a tensor holds one value throughout, whatever its size: zeros, and what is computed of such."""
         return hasattr(tensor, _UNIFORM)
 
+    def width(self, tensor: Tensor, dim: int) -> LabelArray | None:
+        """Labels of a dimension that is taken for channels.
+
+        A tensor of one value throughout, or a part of it that was joined on, is as wide as its code makes it: it gets
+        labels of its own where it has none, and the numbers that its code read go with them. The trial cut proves it.
+
+        :param tensor: see :meth:`labels`.
+        :param dim: the dimension; negative ones count from the end.
+        :return: its labels, or None where it is fixed.
+        """
+        labels, dim = list(self.labels(tensor)), dim % tensor.dim()
+        found = labels[dim]
+        if found is not None or tensor.shape[dim] == 1:
+            return found
+        if self.is_uniform(tensor):
+            found = self.space.fresh(tensor.shape[dim])
+            for number in self.makers(tensor, dim):
+                self.note_attribute(AttributeTerm(number.module, number.attribute, 1, found))
+        elif (joined := getattr(tensor, _JOINED, None)) and joined[0] == dim:
+            found = self.side_by_side(joined[1], [self.width(part, dim) for part in joined[1]], dim)
+        if found is not None:
+            labels[dim] = found
+            self.set(tensor, labels)
+        return found
+
+    def makers(self, tensor: Tensor, dim: int) -> list[Number]:
+        """The numbers of modules that may have said how wide a tensor of one value was made."""
+        return [number for number in getattr(tensor, _UNIFORM, ()) if number.value == tensor.shape[dim]]
+
+    def joined(self, out: Tensor, parts: Sequence[Tensor], dim: int) -> None:
+        """Remembers what lies side by side in a tensor whose parts carry no channels yet, see :meth:`width`."""
+        self._note(out, _JOINED, (dim, tuple(parts)))
+
+    def side_by_side(self, parts: Sequence[Tensor], labels: Sequence[LabelArray | None], dim: int) -> LabelArray | None:
+        """Labels of tensors that are joined along a dimension; a part without channels is fixed.
+
+        :param parts: the tensors.
+        :param labels: of each, along the dimension.
+        :param dim: the dimension.
+        :return: shape ``[sum of the widths]``, or None where no part has channels.
+        """
+        if all(array is None for array in labels):
+            return None
+        whole = []
+        for part, array in zip(parts, labels, strict=True):
+            if array is None:
+                array = self.space.fresh(part.shape[dim])
+                self.pin(array, "concatenated with a fixed part")
+            whole.append(array)
+        return np.concatenate(whole)
+
     def not_uniform(self, tensor: Tensor) -> None:
         """Something was written into a tensor, or into a part of it."""
         for one in (tensor, tensor._base):
@@ -409,21 +462,25 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         self.memory.save(func, args, kwargs)
-        labelled, constant, uniform = False, True, True
+        labelled, constant = False, True
+        fills: list[tuple[Number, ...] | None] = []
         for arg in (*args, *kwargs.values()):
             for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if isinstance(tensor, Tensor):
                     labelled = labelled or self.has_labels(tensor)
                     constant = constant and self.is_constant(tensor)
-                    uniform = uniform and hasattr(tensor, _UNIFORM)
+                    fills.append(getattr(tensor, _UNIFORM, None))
+        labelled = labelled or (func is _CAT and any(numbers is not None for numbers in fills))
         rule = self._rule(func) if labelled else None
         if labelled and rule is None and func.has_kernel_for_dispatch_key(COMPOSITE):
             return self._taken_apart(func, args, kwargs)
         out = None if self._shapes is None else self._shapes.result(func, args, unchanged=not labelled)
         if out is None:
             out = func(*args, **kwargs)
-        if uniform and isinstance(out, Tensor) and _fills(func):
-            self._note(out, _UNIFORM, True)
+        if isinstance(out, Tensor) and _makes(func):
+            self._note(out, _UNIFORM, tuple(n for n in self.numbers_in_code() if n.value in out.shape))
+        elif isinstance(out, Tensor) and fills and None not in fills and _fills(func):
+            self._note(out, _UNIFORM, tuple(dict.fromkeys(number for said in fills for number in said or ())))
         elif args and isinstance(args[0], Tensor) and hasattr(args[0], _UNIFORM) and func._schema.is_mutable:
             self.not_uniform(args[0])
         if not labelled:
@@ -518,12 +575,22 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
 _RESHAPES = tuple(map(original, (torch.reshape, Tensor.reshape)))
 _UNFLATTENS = tuple(map(original, (torch.unflatten, Tensor.unflatten)))
 _CHUNKS = tuple(map(original, (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)))
-#: operations that make a tensor of one value, or give one where all their tensors are such
+#: operations that make a tensor of one value
+_MAKES = frozenset(
+    {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
+)
+#: operations that give such a tensor where all their tensors are such
 _FILLS = frozenset({
-    "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "fill_",
-    "view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "transpose", "t", "permute", "slice", "select",
-    "zero_", "clone", "_to_copy", "detach", "alias",
+    "fill_", "view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "transpose", "t", "permute", "slice",
+    "select", "zero_", "clone", "_to_copy", "detach", "alias",
 })  # fmt: skip
+_CAT = torch.ops.aten.cat.default
+
+
+@functools.cache
+def _makes(func: Any) -> bool:
+    """Whether an operation makes a tensor of one value, whatever its tensors hold."""
+    return func._schema.name.partition("::")[2] in _MAKES
 
 
 @functools.cache

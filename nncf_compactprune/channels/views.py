@@ -106,6 +106,9 @@ def reshape_labels(
 ) -> DimLabels:
     """Labels of a tensor after a reshape.
 
+    Of several channel dimensions that become one, the widest carries the labels on, and the others are pinned: what
+    stays whole is a constant of the product.
+
     :param labels: one entry an old dimension.
     :param old: the old shape.
     :param new: the new shape, same element count.
@@ -119,12 +122,12 @@ def reshape_labels(
         if len(left) == len(right) == 1:
             result[right[0]] = labels[left[0]]
             continue
-        carrying = [d for d in left if labels[d] is not None]
-        if len(carrying) > 1:
-            for d in carrying:
-                pin(labels[d], "merged with another channel dimension by a reshape")  # type: ignore[arg-type]
-            continue
-        flat = merge([labels[d] for d in left], [old[d] for d in left])
+        widest = max(left, key=lambda d: -1 if labels[d] is None else old[d])
+        for d in left:
+            array = labels[d]
+            if array is not None and d != widest:
+                pin(array, "merged with another channel dimension by a reshape")
+        flat = merge([labels[d] if d == widest else None for d in left], [old[d] for d in left])
         behind = len(right) - 1 - right.index(free) if free in right else None
         for d, array in zip(right, split(flat, [new[d] for d in right], unify, head_axis, behind), strict=True):
             result[d] = array

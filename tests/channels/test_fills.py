@@ -71,3 +71,67 @@ def test_filled_channels_in_a_concatenation_stay() -> None:
     result = prune(model, X, budget={"params": 0.6}, round_to=1)
     assert result.self_check.error < 1e-5
     assert model.b.in_features == model.a.out_features + 8
+
+
+class Steps(nn.Module):
+    """A step of a recurrent network that is written by hand, on states of zeros that a method makes."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.width, self.out = width, nn.Linear(2 * width, 5)
+
+    def zeros(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), self.width)
+
+
+class Joined(Steps):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Linear(16 + self.width, self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.zeros(x)
+        for step in x.unbind(1):
+            state = self.step(torch.cat([step, state], 1)).tanh()
+        return self.out(torch.cat([state, self.zeros(x)], 1))
+
+
+class Apart(Steps):
+    """What the state goes through comes before anything that tells its channels, and its width is a layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_x, self.of_state = nn.Linear(16, self.width), nn.Linear(self.width, self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(len(x), self.of_state.out_features)
+        for step in x.unbind(1):
+            state = (self.of_state(state) + self.of_x(step)).relu()
+        return self.out(torch.stack([state, self.zeros(x)], 2).flatten(1))
+
+
+class Decoder(Steps):
+    """Attends to what an encoder gave; its own states and the first context are zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.GRU(16, self.width, batch_first=True)
+        self.cell = nn.LSTMCell(16 + self.width, self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen, _ = self.encoder(x)
+        h, c, context = self.zeros(x), self.zeros(x), self.zeros(x)
+        for step in x[:, :3].unbind(1):
+            h, c = self.cell(torch.cat([step, context], 1), (h, c))
+            context = ((seen @ h[..., None]).softmax(1) * seen).sum(1)
+        return self.out(torch.cat([h, context], 1))
+
+
+@pytest.mark.parametrize("network", [Joined, Apart, Decoder])
+def test_states_of_networks_written_by_hand_go_with_their_layers(network) -> None:
+    torch.manual_seed(0)
+    model = network().eval()
+    assert [group.size for group in analyse(model, X).groups] == [24]
+    result = prune(model, X, budget={"params": 0.5}, round_to=1)
+    assert result.self_check.error < 1e-5
+    assert model.width == model.out.in_features // 2 < 24

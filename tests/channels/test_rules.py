@@ -211,6 +211,9 @@ NETWORKS = {
     "index_copy": lambda y, m: A.index_copy(y, 3, POSITIONS, y * 2),
     "index_put": lambda y, m: A.index_put(y, [torch.tensor([1, 0])], y * 2),
     **{n: (lambda y, m, n=n: getattr(A, n)(y, 3, torch.zeros_like(y).long(), y)) for n in ("scatter", "scatter_add")},
+    "scatter_reduce": lambda y, m: A.scatter_reduce(
+        torch.zeros_like(y), 3, torch.zeros_like(y).long(), y, "amax", include_self=False),
+    "index_reduce": lambda y, m: A.index_reduce(torch.zeros_like(y), 3, POSITIONS, y, "mean"),
     "mv": lambda y, m: y * A.mv(m.matrix, m.weight).view(1, -1, 1, 1), "dot": lambda y, m: y * A.dot(m.bias, m.weight),
     "_safe_softmax": plain("_safe_softmax", 3),
     "tril": plain("tril"), "triu": plain("triu"), "unfold": plain("unfold", 2, 2, 2),

@@ -14,6 +14,8 @@ IMAGE = (2, 3, 12, 12)
 class Classifier(nn.Module):
     """Features, global pooling, linear."""
 
+    head: nn.Module
+
     def __init__(self, features: nn.Module, width: int) -> None:
         super().__init__()
         self.features = features
@@ -418,6 +420,48 @@ def recurrent() -> nn.Module:
     return Recurrent()
 
 
+class ConvLSTM(nn.Module):
+    """Rows of an image as steps of a convolutional LSTM, whose states begin as zeros of a width that it keeps."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.conv = nn.Conv2d(inputs + hidden, 4 * hidden, 3, padding=1)
+
+    def states(self, batch: int, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        made = self.conv.weight
+        return tuple(torch.zeros(batch, self.hidden, *size, dtype=made.dtype) for _ in range(2))  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, c = self.states(len(x), (4, x.shape[3]))
+        for step in x.split(4, 2):
+            i, f, o, g = self.conv(torch.cat([step, h], 1)).split(self.hidden, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return h
+
+
+def convolutional_recurrent() -> nn.Module:
+    return Classifier(nn.Sequential(ConvLSTM(3, 16), conv_bn(16, 16, 1)), 16)
+
+
+class Basis(nn.Module):
+    """Every feature in values of several functions, which become one long row: radial bases, Kolmogorov-Arnold."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.centres, self.linear = nn.Parameter(torch.linspace(-1, 1, 5)), nn.Linear(inputs * 5, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear((-((x[..., None] - self.centres) ** 2)).exp().flatten(-2))
+
+
+def basis_functions() -> nn.Module:
+    model = Classifier(conv_bn(3, 16), 16)
+    model.head = nn.Sequential(nn.Linear(16, 24), Basis(24, 12), Basis(12, 5))
+    return model
+
+
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
@@ -425,7 +469,7 @@ STRUCTURES: dict[str, Callable[[], nn.Module]] = {
         transposed, glu,
         flatten, group_norm, layer_norm, pixel_shuffle, weight_norm, tied, attention,
         grouped_query_attention, mixed_convolution, multi_scale, partial_convolution,
-        recurrent,
+        recurrent, convolutional_recurrent, basis_functions,
     )
 }  # fmt: skip
 

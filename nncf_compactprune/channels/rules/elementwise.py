@@ -43,6 +43,7 @@ def broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], r
     for d in range(rank):
         joined: LabelArray | None = None
         fixed = False
+        filled = []
         for tensor in tensors:
             own = d - (rank - tensor.dim())
             if own < 0:
@@ -52,13 +53,18 @@ def broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], r
                 kind = "structural" if tracer.is_constant(tensor) else "pinned"
                 tracer.pin(array, "a single channel is broadcast over many", kind=kind)
             elif array is None:
-                fixed = fixed or not (shape[d] == 1 or tracer.is_uniform(tensor))
+                if tracer.is_uniform(tensor) and shape[d] > 1:
+                    filled.append(tensor)
+                else:
+                    fixed = fixed or shape[d] > 1
             elif joined is None:
                 joined = array
             else:
                 tracer.unify(joined, array)
         if joined is not None and fixed:
             tracer.pin(joined, reason)
+        for tensor in filled if joined is not None else ():
+            tracer.same(joined, tracer.width(tensor, d - (rank - tensor.dim())), reason)
         result[d] = joined
     return tuple(result)
 

@@ -26,7 +26,7 @@ def convolution(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[
     x, weight, bias = args[0], args[1], args[2]
     transposed, groups = bool(args[6]), int(args[8])
     batched = x.dim() == weight.dim()
-    labels_in = tracer.labels(x)[1 if batched else 0]
+    labels_in = tracer.width(x, 1 if batched else 0)
     labels_weight = tracer.labels(weight)
     for array in labels_weight[2:]:
         tracer.pin(array, "kernel size", kind="structural")
@@ -119,7 +119,7 @@ def matrix_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mappi
     if name == "linear":
         bias = argument(args, kwargs, 2, "bias")
         labels_b = labels_b[::-1]
-    inner_a, inner_b = labels_a[-1], labels_b[-2]
+    inner_a, inner_b = tracer.width(a, -1) if tracer.is_constant(b) else labels_a[-1], labels_b[-2]
     outer = labels_b[-1]
     if tracer.is_constant(b):
         tracer.mark(inner_b, "consumer")

@@ -32,7 +32,7 @@ def layers(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
         return
     hidden = tracer.labels(cells[0][1])[1]
     for at, cell in enumerate(cells):
-        below = tracer.labels(x)[-1] if at < directions else _tiled(hidden, directions)
+        below = tracer.width(x, -1) if at < directions else _tiled(hidden, directions)
         _cell(tracer, cell, hidden, below, steps=x.numel() // x.shape[-1])
     results = out if isinstance(out, (tuple, list)) else (out,)
     for state in (*_tensors(states), *results[1:]):
@@ -46,7 +46,7 @@ def cell(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
     x, states, *weights = args
     weights = [weight for weight in weights if isinstance(weight, Tensor)]
     hidden = tracer.labels(weights[1])[1]
-    _cell(tracer, weights, hidden, tracer.labels(x)[-1], steps=x.numel() // x.shape[-1])
+    _cell(tracer, weights, hidden, tracer.width(x, -1), steps=x.numel() // x.shape[-1])
     for state in (*_tensors(states), *_tensors(out)):
         _state(tracer, state, hidden)
 
@@ -80,10 +80,10 @@ def _cell(
 def _state(tracer: Tracer, state: Tensor, hidden: LabelArray | None) -> None:
     """A state that carries no labels is one of zeros, which the module makes as wide as it is; another one of that
     width, given from outside, ends the trial cut."""
-    labels = tracer.labels(state)
-    if labels[-1] is not None and hidden is not None:
-        tracer.unify(labels[-1], hidden)
-    tracer.set(state, [*labels[:-1], hidden])
+    own = tracer.width(state, -1)
+    if own is not None and hidden is not None:
+        tracer.unify(own, hidden)
+    tracer.set(state, [*tracer.labels(state)[:-1], hidden])
 
 
 def _tensors(states: Any) -> tuple[Tensor, ...]:

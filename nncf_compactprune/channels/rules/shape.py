@@ -94,30 +94,28 @@ def concatenate(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[
         if all(array is None for array in arrays):
             result.append(None)
         elif d == dim:
-            parts = []
-            for tensor, array in zip(tensors, arrays, strict=True):
-                if array is None:
-                    array = tracer.space.fresh(tensor.shape[d])
-                    tracer.pin(array, "concatenated with a fixed part")
-                parts.append(array)
-            result.append(np.concatenate(parts))
+            known = [tracer.width(t, d) if tracer.makers(t, d) else tracer.labels(t)[d] for t in tensors]
+            result.append(tracer.side_by_side(tensors, known, d))
         else:
-            joined = arrays[0]
-            for array in arrays[1:]:
-                joined = tracer.same(joined, array, "concatenated beside a fixed tensor")
+            joined = tracer.width(tensors[0], d)
+            for tensor in tensors[1:]:
+                joined = tracer.same(joined, tracer.width(tensor, d), "concatenated beside a fixed tensor")
             result.append(joined)
     tracer.set(out, result)
+    if result[dim] is None:
+        tracer.joined(out, tensors, dim)
 
 
 @rule("stack")
 def stack(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """A new dimension; along the others equal positions are the same channel."""
     dim = argument(args, kwargs, 1, "dim", 0) % out.dim()
-    labels = list(tracer.labels(args[0][0]))
-    for tensor in args[0][1:]:
-        for d, array in enumerate(tracer.labels(tensor)):
-            if labels[d] is not None or array is not None:
-                labels[d] = tracer.same(labels[d], array, "stacked with a fixed tensor")
+    labels: list[LabelArray | None] = [None] * (out.dim() - 1)
+    for d in range(out.dim() - 1):
+        if any(tracer.labels(tensor)[d] is not None for tensor in args[0]):
+            labels[d] = tracer.width(args[0][0], d)
+            for tensor in args[0][1:]:
+                labels[d] = tracer.same(labels[d], tracer.width(tensor, d), "stacked with a fixed tensor")
     labels.insert(dim, None)
     tracer.set(out, labels)
 
@@ -235,7 +233,7 @@ def gather(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
     tracer.set(out, labels)
 
 
-@rule("index_add", "index_copy", "index_put", "scatter", "scatter_add")
+@rule("index_add", "index_copy", "index_put", "index_reduce", "scatter", "scatter_add", "scatter_reduce")
 def written(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """Writes rows to places of a tensor: the dimension of the places must not carry channels, the others agree.
 
