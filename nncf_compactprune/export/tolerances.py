@@ -16,3 +16,5 @@ where a weight is on the border of two levels; two channels exchanged in ResNet-
 ROUNDED = 1.0
 """The same of such a file as it is, which then shows that the runtime computes it at all: ResNet-20 in 4 bits is 0.2
 from torch, deeper networks more."""
+SMALLEST = 1e-6
+"""An absolute error that rounding may make in outputs of up to 1, such as probabilities."""

@@ -21,7 +21,7 @@ from nncf_compactprune.export.prepared import (
     prepared,
     reason_of,
 )
-from nncf_compactprune.export.tolerances import ROUNDED, UNROUNDED
+from nncf_compactprune.export.tolerances import ROUNDED, SMALLEST, UNROUNDED
 from nncf_compactprune.export.tolerances import TOLERANCES as TOLERANCES
 from nncf_compactprune.export.unrounded import can_do_without_rounding, unlike, without_rounding
 from nncf_compactprune.plugins import Plugins
@@ -144,6 +144,11 @@ def compare(
             "The file was not exported from this model as it is, or the precision is too low for it: export fp32, "
             "or pass a larger tolerance."
         )
+        if worst_abs <= SMALLEST:
+            msg += (
+                f" They are {worst_abs:.0e} apart, which can be rounding: the outputs are next to nothing for these "
+                "inputs. Pass example_inputs that the network answers to, such as a picture."
+            )
         raise ExportError(msg)
     sizes = tuple(next((int(t.shape[0]) for t in r.inputs.tensors if t.dim()), 0) for r in references)
     return Verification(shown_as, session.runtime, worst_abs, worst_rel, limit, tuple(s for s in sizes if s))

@@ -113,3 +113,11 @@ __all__ = [
     "tree_structure",
     "unseen_by_modes",
 ]
+
+
+def answer_for_onnx2torch() -> None:
+    """Lets modules of onnx2torch be exported: they ask torch's first exporter for the opset, in a place that newer
+    torch has left. What they do with the answer is for that exporter alone."""
+    helper = torch.onnx.symbolic_helper
+    if not hasattr(helper, "_export_onnx_opset_version"):
+        helper._export_onnx_opset_version = 18  # type: ignore[attr-defined]

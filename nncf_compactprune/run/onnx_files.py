@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from nncf_compactprune.errors import ResolveError, first_line
 from nncf_compactprune.host.calls import call_model
 from nncf_compactprune.host.packages import require_package
-from nncf_compactprune.host.torch_internals import tensors_of
+from nncf_compactprune.host.torch_internals import answer_for_onnx2torch, tensors_of
 
 UNKNOWN_SIDE = 224  # of a picture, where the file leaves it open
 OPSET = 17  # of torch's first exporter, at most
@@ -44,13 +44,18 @@ def read_onnx(file: str, shapes: Sequence[Sequence[int]] | None = None) -> tuple
     constants_to_initializers(graph)
     as_older_opset(graph)
     examples = _examples(graph, file, shapes)
+    answer_for_onnx2torch()
     try:
-        model = converter.convert(onnx.shape_inference.infer_shapes(graph)).eval()
+        graph = onnx.shape_inference.infer_shapes(graph, data_prop=True)
+        explicit_pads(graph)
+        model = converter.convert(graph).eval()
     except Exception as error:
         msg = f"'{file}': onnx2torch cannot read it: {type(error).__name__}: {first_line(error)}"
         raise ResolveError(msg) from error
     fix_sizes(model)
     _compare(model, examples, path)
+    fix_flattening(model, examples)
+    train_weights(model)
     return model, examples
 
 
@@ -91,6 +96,34 @@ def as_older_opset(graph: onnx.ModelProto) -> None:
         if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.input) > 1:
             axes = onnx.numpy_helper.to_array(values[node.input.pop()])
             node.attribute.append(onnx.helper.make_attribute("axes", axes.tolist()))
+
+
+def explicit_pads(graph: onnx.ModelProto) -> None:
+    """Writes out in place what ``auto_pad`` says: as much as the output needs to have the size of the input over the
+    stride. Where the stride is above 1, this holds for the sizes that the file was read with.
+
+    :param graph: with the shapes of its values; those that are not known keep their ``auto_pad``.
+    """
+    values = (*graph.graph.input, *graph.graph.value_info)
+    shapes = {one.name: [side.dim_value for side in one.type.tensor_type.shape.dim] for one in values}
+    shapes |= {one.name: list(one.dims) for one in graph.graph.initializer}
+    for node in graph.graph.node:
+        said = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+        sides = shapes.get(node.input[0], [])[2:] if said.get("auto_pad") in (b"SAME_UPPER", b"SAME_LOWER") else []
+        if not sides or node.op_type not in ("Conv", "MaxPool", "AveragePool"):
+            continue
+        kernel = said.get("kernel_shape") or shapes[node.input[1]][2:]
+        strides, dilations = (said.get(name) or [1] * len(sides) for name in ("strides", "dilations"))
+        if not all(side or stride == 1 for side, stride in zip(sides, strides, strict=True)):
+            continue
+        both = [
+            max((-(-side // stride) - 1) * stride + (taps - 1) * apart + 1 - side, 0)
+            for side, stride, taps, apart in zip(sides, strides, kernel, dilations, strict=True)
+        ]
+        less, more = [pad // 2 for pad in both], [pad - pad // 2 for pad in both]
+        pads = less + more if said["auto_pad"] == b"SAME_UPPER" else more + less
+        del node.attribute[[one.name for one in node.attribute].index("auto_pad")]
+        node.attribute.append(onnx.helper.make_attribute("pads", pads))
 
 
 class _Numbers(list[float]):
@@ -158,6 +191,55 @@ def fix_sizes(model: fx.GraphModule) -> None:
             node.args, node.kwargs = (x,), {}
     model.graph.eliminate_dead_code()
     model.recompile()
+
+
+class _Reshapes(fx.Interpreter):
+    """Remembers the sizes that reshapes are given as tensors, and the batch of what they reshape."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__(model)
+        self.seen: dict[str, tuple[int, list[int]]] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if type(self.module.get_submodule(target)).__name__ == "OnnxReshape":
+            self.seen[target] = len(args[0]), args[1].tolist()
+        return super().call_module(target, args, kwargs)
+
+
+def fix_flattening(model: fx.GraphModule, examples: Sequence[Tensor]) -> None:
+    """Reshapes to the batch and one size more lose what computes these, in place: exporters do not take it.
+
+    :param model: as onnx2torch gives it.
+    :param examples: of its inputs.
+    """
+    run = _Reshapes(model)
+    with torch.no_grad():
+        run.run(*examples)
+    for node in model.graph.nodes:
+        batch, sizes = run.seen.get(node.target, (0, []))
+        if len(sizes) == 2 and sizes[0] in (batch, 0):  # what is left is one size, whoever says it
+            model.add_submodule(node.target, FixedReshape(model.get_submodule(node.target), [0, -1]))
+            node.args, node.kwargs = node.args[:1], {}
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
+def train_weights(model: fx.GraphModule) -> None:
+    """Matrices of products and vectors of the file become parameters, in place: onnx2torch keeps them as constants.
+
+    Tables of more dimensions that are not multiplied stay constants, as anchors are.
+
+    :param model: as onnx2torch gives it.
+    """
+    for node in model.graph.nodes:
+        owner, _, name = str(node.target).rpartition(".")
+        tensor = model.get_submodule(owner)._buffers.get(name) if node.op == "get_attr" else None
+        if tensor is None or not tensor.is_floating_point() or tensor.numel() == 1:
+            continue
+        modules = [model.get_submodule(user.target) for user in node.users if user.op == "call_module"]
+        if tensor.dim() == 1 or any(type(module).__name__ == "OnnxMatMul" for module in modules):
+            del model.get_submodule(owner)._buffers[name]
+            model.get_submodule(owner).register_parameter(name, nn.Parameter(tensor))
 
 
 def _examples(graph: onnx.ModelProto, file: str, shapes: Sequence[Sequence[int]] | None) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ import torch
 from support.networks import STRUCTURES, images, trained
 from torch import nn
 
+from nncf_compactprune import prune
 from nncf_compactprune.channels import trace
 from nncf_compactprune.decide.criteria import criterion_contexts
 from nncf_compactprune.decide.criteria.magnitude import batch_norm_scale, geometric_median, l1, l2, lamp, random
@@ -92,3 +93,23 @@ def test_random_is_the_same_at_every_call_and_another_under_another_seed():
     torch.manual_seed(2)
     assert not any(map(torch.equal, first, [random(one) for one in criterion_contexts(model, graph)]))
     assert not torch.equal(first[0][:4], first[1][:4])
+
+
+class Scaled(nn.Module):
+    """Constants of one element on a map of one pixel: channels of their own, without a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 5, 1)
+        for name in ("scale", "shift"):
+            self.register_buffer(name, torch.rand(1))
+
+    def forward(self, x):
+        return self.head(self.conv(x).amax((2, 3), keepdim=True) * self.scale + self.shift)
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "geometric_median", "batch_norm_scale", "lamp", "random"])
+def test_a_group_of_constants_alone_has_scores(importance):
+    model, x = Scaled(), torch.randn(2, 3, 8, 8)
+    assert any(all(member.is_buffer for member in group.members) for group in trace(model, x).groups)
+    assert prune(model, x, budget={"macs": 0.5}, importance=importance, round_to=1).self_check.error < 1e-5

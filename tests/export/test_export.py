@@ -317,6 +317,16 @@ def test_a_file_of_other_weights_fails_verification(
     assert 1e-4 < verify_export(net, path, image, tolerance=0.5).max_rel_error < 0.5
 
 
+def test_outputs_that_are_next_to_nothing_are_told(net: Net, image: Tensor, tmp_path: Path) -> None:
+    with torch.no_grad():
+        for parameter in net.fc.parameters():
+            parameter *= 1e-8
+        path = export_model(net, image, tmp_path / "model.onnx")[0].path
+        net.fc.weight[3] *= 1.1
+    with pytest.raises(ExportError, match="apart, which can be rounding: the outputs are next to nothing"):
+        verify_export(net, path, image)
+
+
 def test_a_failed_export_leaves_existing_files_as_they_were(
     net: Net, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

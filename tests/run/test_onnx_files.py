@@ -95,6 +95,50 @@ def test_a_file_for_a_batch_of_one_takes_more_and_is_pruned(tmp_path: Path) -> N
     assert prune(found.model, x, budget={"macs": 0.6}, round_to=1).plan.after.macs > 0
 
 
+def saved(path: Path, nodes: list[onnx.NodeProto], sides: list[int | str], **tensors: torch.Tensor) -> Path:
+    """An ONNX file from "x" to "y"."""
+    made = [onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items()]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, sides)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 5])
+    graph = helper.make_graph(nodes, "net", [x], [y], made)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def classifier_of_paddle(path: Path) -> Path:
+    """Its flattening asks for the batch, and its last layer is a product and a sum."""
+    torch.manual_seed(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["a"], auto_pad="SAME_UPPER", strides=[2, 2]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("MaxPool", ["b"], ["c"], kernel_shape=[2, 2], auto_pad="SAME_LOWER"),
+        helper.make_node("GlobalAveragePool", ["c"], ["d"]),
+        helper.make_node("Shape", ["d"], ["shape"]),
+        helper.make_node("Gather", ["shape", "first"], ["batch"]),
+        helper.make_node("Concat", ["batch", "width"], ["sizes"], axis=0),
+        helper.make_node("Reshape", ["d", "sizes"], ["e"]),
+        helper.make_node("MatMul", ["e", "matrix"], ["f"]),
+        helper.make_node("Add", ["f", "bias"], ["y"]),
+    ]
+    numbers = {"first": torch.tensor([0]), "width": torch.tensor([16])}
+    weights = {"kernel": torch.randn(16, 3, 4, 3), "matrix": torch.randn(16, 5), "bias": torch.randn(5)}
+    return saved(path, nodes, ["batch", 3, 17, 16], **numbers, **weights)
+
+
+def test_a_file_that_asks_for_its_batch_and_pads_by_rule_is_pruned_trained_and_written_again(tmp_path: Path) -> None:
+    found = resolve_model(f"onnx:{classifier_of_paddle(tmp_path / 'a.onnx')}")
+    x = torch.randn(3, 3, 17, 16)
+    before = sum(parameter.numel() for parameter in found.model.parameters())
+    assert before == 16 * 3 * 4 * 3 + 16 * 5 + 5  # the matrix trains, too
+    assert prune(found.model, x, budget={"params": 0.5}, round_to=1).self_check.error < 1e-5
+    assert sum(parameter.numel() for parameter in found.model.parameters()) <= before / 2
+    found.model(x).sum().backward()
+    export_model(found.model, x, tmp_path / "b.onnx")
+    graph = onnxruntime.InferenceSession(tmp_path / "b.onnx")
+    (again,) = graph.run(None, {graph.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(again), found.model(x).detach(), atol=1e-5, rtol=1e-4)
+
+
 def test_a_run_needs_nothing_but_the_file(file: Path, tmp_path: Path) -> None:
     config = {
         "model": f"onnx:{file}",

@@ -20,12 +20,12 @@ def filters(context: CriterionContext) -> list[Tensor]:
     """The rows of every weight that produces the group's channels, each of shape ``[group.size, elements]``.
 
     Groups without a producing weight (an embedding added to the input, a lone norm) fall back on whatever parameters
-    they have.
+    they have, and groups of constants alone on these.
     """
     group = context.group
     members = [m for m in group.with_role("producer") if context.tensors[m.parameter].dim() > 1]
     if not members:
-        members = [m for m in group.members if not m.is_buffer]
+        members = [m for m in group.members if not m.is_buffer] or list(group.members)
     return [context.rows(m) for m in members]
 
 
