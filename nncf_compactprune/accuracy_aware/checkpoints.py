@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def load_checkpoint(
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         msg = f"{path}: the best checkpoint of this training cannot be read: {error}. Leave its directory as it is."
         raise CompactPruneError(msg) from error
     controller.load_state(content["compression_state"])

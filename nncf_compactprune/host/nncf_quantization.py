@@ -6,6 +6,7 @@ Where they sit (which activations share one) is NNCF's knowledge of what runtime
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -173,13 +174,15 @@ def _divides_by_result(graph: NNCFGraph, node: NNCFNode) -> bool:
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Any]:
-    """The hooks of a model but its masks as JSON-able data, for :func:`restore_quantizers`."""
+    """The hooks of a model but its masks as plain data, without NNCF's classes: for :func:`restore_quantizers`."""
     masks = {hook.key for hook in hooks(model) if is_mask(hook.module)}
     state: dict[str, Any] = nncf.torch.get_config(model)
-    return {
+    others = {
         key: [command for command in commands if masks.isdisjoint(command["hook_names_in_model"])]
         for key, commands in state.items()
     }
+    plain: dict[str, Any] = json.loads(json.dumps(others))  # files that hold it are read without running code
+    return plain
 
 
 def restore_quantizers(model: nn.Module, state: dict[str, Any]) -> None:

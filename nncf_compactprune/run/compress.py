@@ -72,7 +72,7 @@ def compress(run: Run, dense: Network) -> Compressed:
     controller, model = create_compressed_model(
         run.model,
         run.settings.compression,
-        None if run.dataset is None else _SameBatches(run.dataset, run.config),
+        None if run.dataset is None else _SameBatches(_of_outputs(run.model, run.dataset), run.config),
         compression_state=state,
         example_inputs=run.inputs,
         plugins=run.plugins,
@@ -84,7 +84,7 @@ def compress(run: Run, dense: Network) -> Compressed:
         save_weights(dense.model, run.directory / DENSE_FILE)
     plan = plan_of(model)
     if run.labelled is not None and plan is not None and plan.output_classes:
-        known = only_classes(run.labelled, plan.output_classes)  # labels are counted anew from here on
+        known = _of_outputs(model, run.labelled)  # labels are counted anew from here on
         run = replace(run, dataset=known)
         scores = _Scores(dense.model, plan.output_classes)
         measured = run.measured(scores, f"Dense, among classes {', '.join(known.class_names)}")
@@ -117,6 +117,12 @@ def compress(run: Run, dense: Network) -> Compressed:
     for name, result in latency.items():
         run.say(f"Latency of {name}: {result}")
     return Compressed(dense, pruned, plan, checks, latency, watched)
+
+
+def _of_outputs(model: nn.Module, dataset: ResolvedDataset) -> ResolvedDataset:
+    """The classes that a network has outputs for; an earlier run that this one goes on from may have cut some."""
+    plan = plan_of(model)
+    return only_classes(dataset, plan.output_classes) if plan is not None and plan.output_classes else dataset
 
 
 def _save_pretrained(run: Run, model: nn.Module) -> None:

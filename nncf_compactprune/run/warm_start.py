@@ -9,6 +9,7 @@ from nncf_compactprune.algorithms import ChannelPruningConfig
 from nncf_compactprune.channels import trace
 from nncf_compactprune.config import Budget, CompressionConfig
 from nncf_compactprune.config.budget import Kind
+from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import ConfigError, Problem
 from nncf_compactprune.plan import Cost
 from nncf_compactprune.run.settings import Settings
@@ -52,8 +53,10 @@ def warm_started(run: Run, dense: Network) -> Run:
     load_pruned(run.model, start, plugins=run.plugins)
     run.say(f"Going on from the network of {start}")
     cost = Cost(graph.macs, graph.params)
-    settings = replace(run.settings, compression=_of_dense(run.settings.compression, cost))
-    return replace(run, settings=settings)
+    plan = plan_of(run.model)
+    classes = () if plan is None else plan.output_classes
+    config = _of_classes(_of_dense(run.settings.compression, cost), classes, run.settings.source)
+    return replace(run, settings=replace(run.settings, compression=config))
 
 
 def _of_dense(config: CompressionConfig, dense: Cost) -> CompressionConfig:
@@ -64,6 +67,28 @@ def _of_dense(config: CompressionConfig, dense: Cost) -> CompressionConfig:
         else entry
         for entry in config.compression
     ]
+    return config.model_copy(update={"compression": entries})
+
+
+def _of_classes(config: CompressionConfig, classes: tuple[int, ...], source: str) -> CompressionConfig:
+    """The classes of the dense network become outputs of one that has some of them left; all of these need no word.
+
+    :param config: its entries may name classes.
+    :param classes: those that are left; empty: all.
+    :param source: for messages.
+    :raises ConfigError: a class has gone.
+    """
+    entries = []
+    for at, entry in enumerate(config.compression):
+        wanted = getattr(getattr(entry, "params", None), "classes", None)
+        if classes and wanted is not None:
+            gone = [c for c in wanted if c not in classes]
+            if gone:
+                message = f"class {gone[0]} has gone: the network that this run starts from has {list(classes)} left."
+                raise ConfigError(source, [Problem(f"compression[{at}].params.classes", message)])
+            left = None if len(wanted) == len(classes) else [classes.index(c) for c in wanted]
+            entry = entry.model_copy(update={"params": entry.params.model_copy(update={"classes": left})})  # type: ignore[attr-defined]
+        entries.append(entry)
     return config.model_copy(update={"compression": entries})
 
 

@@ -260,6 +260,26 @@ def test_siblings_are_compared_at_equal_cost() -> None:
     assert fronts(replace(results, points=points[:2]), "svg") != fronts(results, "svg")
 
 
+def test_a_family_for_some_of_the_classes(tmp_path: Path) -> None:
+    params = {"schedule": "one_shot", "samples_per_class": 3, "classes": [1, 3, 8]}
+    for_some = {"algorithm": "catro", "params": params}
+    path = write_config(tmp_path, compression=for_some, family=[0.7, 0.5], siblings=None, epochs=1)
+    made = make_family(path, say=quiet)
+    names = [point.name for point in made.results.points if point.kind == "member"]
+    plans = [PruningPlan.from_json((made.directory / name / "plan.json").read_bytes()) for name in names]
+    assert [plan.output_classes for plan in plans] == [(1, 3, 8), (1, 3, 8)]
+
+    def further(classes: list[int]) -> PruningPlan:
+        entry = {"algorithm": "catro", "budget": {"macs": 0.4}, "params": {**params, "classes": classes}}
+        changes = {"compression": entry, "warm_start": str(made.directory / names[1]), "family": None}
+        return run(write_config(tmp_path, "further", siblings=None, epochs=1, **changes), say=quiet).plan
+
+    assert further([1, 8]).output_classes == (1, 8)
+    expected = r"compression\[0\]\.params\.classes: class 4 has gone: the network .* has \[1, 3, 8\] left"
+    with pytest.raises(ConfigError, match=expected):
+        further([1, 4])
+
+
 def test_a_share_of_the_time_means_the_dense_network(tmp_path: Path) -> None:
     for name in ("plan.json", "model.safetensors"):
         (tmp_path / name).write_text("")
