@@ -53,8 +53,12 @@ class OptimizerConfig(Section):
         return self
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Returns the optimizer over the model's trainable parameters."""
-        optimizer = self._of([parameter for parameter in model.parameters() if parameter.requires_grad])
+        """Returns the optimizer over the model's parameters.
+
+        Frozen ones have no gradients, so they stay as they are. They keep their places: a weight that factors stand for
+        is frozen, and was not when its run began.
+        """
+        optimizer = self._of(list(model.parameters()))
         if self.max_grad_norm is not None:
             optimizer.register_step_pre_hook(partial(_clip, self.max_grad_norm))
         return optimizer

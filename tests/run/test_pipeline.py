@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.user_files import NET_SOURCE
 
 from nncf_compactprune.errors import BudgetError, ConfigError
@@ -148,6 +149,26 @@ def test_a_network_that_is_trained_first_can_be_compressed_without_data(tmp_path
     compression = {"algorithm": "data_free_layerwise", "budget": {"macs": 0.8}}
     config = write_config(tmp_path, compression=compression, epochs=0, pretrain_epochs=1)
     assert pipeline.run(config).plan.after.macs
+
+
+def test_a_run_that_ended_while_factors_trained_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    pruning = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "params": {"pruning_steps": 1}}
+    factors = {"algorithm": "linear_overparameterization", "params": {"form": "branches"}}
+    export = {"formats": ["openvino"], "precisions": ["fp32"]}
+    config = write_config(tmp_path, compression=[pruning, factors], epochs=4, export=export)
+    pipeline.run(config, say=lambda line: None)
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+
+    def interrupted(line: str) -> None:
+        if "epoch 3/4" in line:  # the cut and the factors came before
+            raise KeyboardInterrupt
+
+    again = {"output_dir": str(tmp_path / "again")}
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, overrides=again, say=interrupted)
+    pipeline.run(config, overrides=again, say=lambda line: None)
+    parts = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
 
 
 def test_files_that_a_config_names_are_told_by_their_content(tmp_path: Path) -> None:

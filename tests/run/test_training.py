@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -154,7 +155,11 @@ def test_optimizer_is_built_as_configured(
     optimizer = config.build(model)
     assert type(optimizer) is kind
     assert optimizer.param_groups[0].items() >= expected.items()
-    assert optimizer.param_groups[0]["params"] == [model.weight]
+    before = copy.deepcopy(model.state_dict())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, before["weight"])
+    assert torch.equal(model.bias, before["bias"])
 
 
 def test_long_gradients_of_all_weights_together_are_scaled_down_to_the_norm() -> None:

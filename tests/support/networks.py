@@ -14,8 +14,6 @@ IMAGE = (2, 3, 12, 12)
 class Classifier(nn.Module):
     """Features, global pooling, linear."""
 
-    head: nn.Module
-
     def __init__(self, features: nn.Module, width: int) -> None:
         super().__init__()
         self.features = features
