@@ -329,11 +329,20 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         return found
 
     def makers(self, tensor: Tensor, dim: int) -> list[Number]:
-        """The numbers of modules that may have said how wide a tensor of one value was made."""
+        """The numbers of modules that may have said how wide a tensor of one value was made.
+
+        :param tensor: any tensor; others have none.
+        :param dim: the dimension.
+        """
         return [number for number in getattr(tensor, _UNIFORM, ()) if number.value == tensor.shape[dim]]
 
     def joined(self, out: Tensor, parts: Sequence[Tensor], dim: int) -> None:
-        """Remembers what lies side by side in a tensor whose parts carry no channels yet, see :meth:`width`."""
+        """Remembers what lies side by side in a tensor whose parts carry no channels yet, see :meth:`width`.
+
+        :param out: the tensor.
+        :param parts: what it was joined of.
+        :param dim: along which dimension.
+        """
         self._note(out, _JOINED, (dim, tuple(parts)))
 
     def side_by_side(self, parts: Sequence[Tensor], labels: Sequence[LabelArray | None], dim: int) -> LabelArray | None:

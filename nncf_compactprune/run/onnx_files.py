@@ -231,14 +231,15 @@ def train_weights(model: fx.GraphModule) -> None:
 
     :param model: as onnx2torch gives it.
     """
+    buffers = dict(model.named_buffers())
     for node in model.graph.nodes:
-        owner, _, name = str(node.target).rpartition(".")
-        tensor = model.get_submodule(owner)._buffers.get(name) if node.op == "get_attr" else None
+        tensor = buffers.get(str(node.target)) if node.op == "get_attr" else None
         if tensor is None or not tensor.is_floating_point() or tensor.numel() == 1:
             continue
         modules = [model.get_submodule(user.target) for user in node.users if user.op == "call_module"]
         if tensor.dim() == 1 or any(type(module).__name__ == "OnnxMatMul" for module in modules):
-            del model.get_submodule(owner)._buffers[name]
+            owner, _, name = str(node.target).rpartition(".")
+            delattr(model.get_submodule(owner), name)
             model.get_submodule(owner).register_parameter(name, nn.Parameter(tensor))
 
 
