@@ -125,7 +125,11 @@ def export_model(
 
 
 def described(model: nn.Module, options: ExportOptions) -> ExportOptions:
-    """The options with what is known of the model: the digest of its plan, and its algorithm."""
+    """The options with what is known of the model: the digest of its plan, and its algorithm.
+
+    :param model: its plan is read.
+    :param options: what is known already.
+    """
     plan = plan_of(model)
     said = {"producer": f"nncf_compactprune {__version__}"}
     if plan is not None:

@@ -18,6 +18,7 @@ from nncf_compactprune.errors import ExportError, nearest
 from nncf_compactprune.export.folding import folded
 from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order, of_batch
+from nncf_compactprune.export.left_out import hooks_left_out, hooks_that_run
 from nncf_compactprune.export.options import OLDEST_QUANTIZED_OPSET, OpsetError
 from nncf_compactprune.export.prepared import Array, Prepared, is_quantized
 from nncf_compactprune.export.unrounded import Range, onnx_without_rounding
@@ -119,7 +120,8 @@ def _traced(ready: Prepared) -> onnx.ModelProto:
     if opset is not None and opset < OLDEST_QUANTIZED_OPSET and is_quantized(ready.flat.model):
         msg = f"opset: a quantized model needs {OLDEST_QUANTIZED_OPSET} or more, got {opset}."
         raise OpsetError(msg)
-    with exporting("torch's ONNX exporter failed", ready), ready.after_a_run(), warnings.catch_warnings():
+    whose = "torch's ONNX exporter failed"
+    with exporting(whose, ready), ready.after_a_run(), hooks_that_run(ready) as exported, warnings.catch_warnings():
         # torch's own deprecation, raised while its exporter copies its own tree specs.
         warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.`", FutureWarning)
         # That the inputs share one batch is what is wanted.
@@ -134,6 +136,12 @@ def _traced(ready: Prepared) -> onnx.ModelProto:
             dynamic_shapes=(shapes,) if any(shapes) else None,
             opset_version=opset,
         )
+    if left_out := hooks_left_out(ready, exported):
+        msg = (
+            f"torch's ONNX exporter leaves {left_out} of the network's quantizers out. Export it to OpenVINO, or quantize "
+            'it without "model_type": "transformer".'
+        )
+        raise ExportError(msg)
     if program is None:
         msg = "torch's ONNX exporter returned no program."
         raise ExportError(msg)

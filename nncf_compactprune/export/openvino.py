@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.branches import refuse_frozen_reads, tracer_warnings
 from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order, of_batch
+from nncf_compactprune.export.left_out import hooks_left_out, hooks_that_run
 from nncf_compactprune.export.options import ExportOptions
 from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
 from nncf_compactprune.export.preprocessing import embedded, verify_embedded
 from nncf_compactprune.export.tolerances import TOLERANCES
 from nncf_compactprune.export.unrounded import Range, ir_without_rounding
-from nncf_compactprune.host.nncf_hooks import hooks
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
 #: operations of OpenVINO that may become a maximum or minimum over axes
@@ -205,31 +204,19 @@ def _traced_or_exported(ready: Prepared) -> tuple[Any, bool]:
     except Exception as of_trace:
         shapes = tuple(dict.fromkeys(ready.open_dims(tensor), torch.export.Dim.DYNAMIC) for tensor in tensors)
         try:
-            with _hooks_that_run(ready) as exported:
+            with hooks_that_run(ready) as exported:
                 program = torch.export.export(ready.flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
             converted = openvino.convert_model(program)
         except Exception:
             raise of_trace from of_trace.__cause__
-        with _hooks_that_run(ready) as needed, torch.no_grad():
-            ready.flat(*(tensor.clone() for tensor in tensors))
-        if left_out := needed - exported:
+        if left_out := hooks_left_out(ready, exported):
             msg = (
-                f"it cannot be traced ({reason_of(of_trace)}), and torch's exported program leaves {len(left_out)} of "
+                f"it cannot be traced ({reason_of(of_trace)}), and torch's exported program leaves {left_out} of "
                 "its quantizers out. Another version of the library that the network is from may be traceable"
             )
             raise ExportError(msg) from None
     nncf_logger.info("OpenVINO took torch's exported program, as it could not trace the model. Nodes have other names.")
     return converted, False
-
-
-@contextmanager
-def _hooks_that_run(ready: Prepared) -> Iterator[set[nn.Module]]:
-    """The modules in NNCF's hooks that run in the body. Those of SmoothQuant do not where torch exports."""
-    ran: set[nn.Module] = set()
-    with ExitStack() as notes:
-        for hook in hooks(ready.flat.model):
-            notes.callback(hook.module.register_forward_pre_hook(lambda module, _: ran.add(module)).remove)
-        yield ran
 
 
 def _keep_quantizers_behind_extremes(model: Any) -> None:

@@ -166,6 +166,8 @@ def test_an_exported_program_that_leaves_quantizers_out_is_refused(monkeypatch, 
         return as_it_is(self, *args, **kwargs)
 
     export_model(model, words, tmp_path / "net.xml")
+    with pytest.raises(ExportError, match=r"ONNX exporter leaves \d+ of the network's quantizers out"):
+        export_model(model, words, tmp_path / "net.onnx")
     monkeypatch.setattr(hf.BertModel, "forward", untraceable)
     with pytest.raises(
         ExportError, match=r"tuple index out of range\), and torch's exported program leaves \d+ of its"
