@@ -138,8 +138,8 @@ def _traced(ready: Prepared) -> onnx.ModelProto:
         )
     if left_out := hooks_left_out(ready, exported):
         msg = (
-            f"torch's ONNX exporter leaves {left_out} of the network's quantizers out. Export it to OpenVINO, or quantize "
-            'it without "model_type": "transformer".'
+            f"torch's ONNX exporter leaves {left_out} of the network's quantizers out. Export it to OpenVINO, or "
+            'quantize it without "model_type": "transformer".'
         )
         raise ExportError(msg)
     if program is None:
