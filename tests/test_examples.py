@@ -44,7 +44,7 @@ def test_prune_to_latency(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere))
     monkeypatch.setitem(default_plugins().latency_meters, "openvino", FakeMeter)
     run("prune_to_latency.py", monkeypatch)
-    assert re.search(r"ms \(69\.\d% of .* ms, ± .*; a fake device, .*\d+ networks in", capsys.readouterr().out)
+    assert re.search(r"ms \((69|70)\.\d% of .* ms, ± .*; a fake device, .*\d+ networks in", capsys.readouterr().out)
 
 
 def test_segmentation(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
