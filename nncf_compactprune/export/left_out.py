@@ -28,6 +28,8 @@ def hooks_left_out(ready: Prepared, exported: set[nn.Module]) -> int:
     :param ready: the model.
     :param exported: those that ran while it was exported.
     """
+    if not hooks(ready.flat.model):
+        return 0
     with hooks_that_run(ready) as needed, torch.no_grad():
         ready.flat(*(tensor.clone() for tensor in ready.trace_inputs.tensors))
     return len(needed - exported)

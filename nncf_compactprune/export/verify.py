@@ -23,7 +23,7 @@ from nncf_compactprune.export.prepared import (
 )
 from nncf_compactprune.export.tolerances import ROUNDED, SMALLEST, UNROUNDED
 from nncf_compactprune.export.tolerances import TOLERANCES as TOLERANCES
-from nncf_compactprune.export.unrounded import can_do_without_rounding, unlike, without_rounding
+from nncf_compactprune.export.unrounded import Range, can_do_without_rounding, unlike, without_rounding
 from nncf_compactprune.plugins import Plugins
 
 
@@ -92,14 +92,37 @@ def compare_with(
     exact, ranges = unrounded
     with without_rounding(ready.flat, ready.trace_inputs) as own:
         references = [Reference(one.inputs, outputs_of(ready.flat, one.inputs)) for one in ready.references]
-    runtime = f"{session.runtime}, without the rounding of activations,"
-    exact = replace(exact, runtime=runtime, arithmetic=session.arithmetic)
-    compare(exact, shown_as, references, ready.output_names, max(UNROUNDED, tolerance or 0.0))
+    exact = replace(exact, arithmetic=session.arithmetic)
+    compare_unrounded(exact, shown_as, references, ready.output_names, ranges, own, tolerance)
+    limit = ROUNDED if tolerance is None else tolerance
+    return compare(session, shown_as, ready.references, ready.output_names, limit)
+
+
+def compare_unrounded(
+    session: Session,
+    shown_as: Path,
+    references: Sequence[Reference],
+    output_names: Sequence[str],
+    ranges: Sequence[Range],
+    own: Sequence[Range],
+    tolerance: float | None = None,
+) -> None:
+    """Compares a quantized file and its network, both without the rounding of activations.
+
+    :param session: the file without it.
+    :param shown_as: see :func:`compare`.
+    :param references: batches with what the network computes on them without it.
+    :param output_names: one per output, in order.
+    :param ranges: of the file's quantizers.
+    :param own: of the network's.
+    :param tolerance: see :func:`compare`; no less than :data:`UNROUNDED`.
+    :raises ExportError: the file computes something else, or has other quantizers.
+    """
+    session = replace(session, runtime=f"{session.runtime}, without the rounding of activations,")
+    compare(session, shown_as, references, output_names, max(UNROUNDED, tolerance or 0.0))
     if wrong := unlike(ranges, own):
         msg = f"{shown_as}: {wrong}. The file was not exported from this model as it is."
         raise ExportError(msg)
-    limit = ROUNDED if tolerance is None else tolerance
-    return compare(session, shown_as, ready.references, ready.output_names, limit)
 
 
 def compare(

@@ -91,6 +91,14 @@ def attributes_of(value: Any) -> dict[str, Any]:
     return dict(getattr(value, "__dict__", {}))
 
 
+def answer_for_onnx2torch() -> None:
+    """Lets modules of onnx2torch be exported: they ask torch's first exporter for the opset, in a place that newer
+    torch has left. What they do with the answer is for that exporter alone."""
+    helper = torch.onnx.symbolic_helper
+    if not hasattr(helper, "_export_onnx_opset_version"):
+        helper._export_onnx_opset_version = 18  # type: ignore[attr-defined]
+
+
 __all__ = [
     "COMPOSITE",
     "BatchNorm",
@@ -101,6 +109,7 @@ __all__ = [
     "TransposedConvolution",
     "UninitializedBuffer",
     "UninitializedParameter",
+    "answer_for_onnx2torch",
     "attributes_of",
     "one_way_of_attention",
     "original",
@@ -113,11 +122,3 @@ __all__ = [
     "tree_structure",
     "unseen_by_modes",
 ]
-
-
-def answer_for_onnx2torch() -> None:
-    """Lets modules of onnx2torch be exported: they ask torch's first exporter for the opset, in a place that newer
-    torch has left. What they do with the answer is for that exporter alone."""
-    helper = torch.onnx.symbolic_helper
-    if not hasattr(helper, "_export_onnx_opset_version"):
-        helper._export_onnx_opset_version = 18  # type: ignore[attr-defined]

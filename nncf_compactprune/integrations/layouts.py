@@ -24,7 +24,9 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 _PLAIN_PROCESSOR = "ViTImageProcessor"  # resizes, rescales and normalises, and nothing else
 #: how transformers names what prepares inputs: tokenizers, processors, feature extractors
 _PREPARING = (
-    "*token*",
+    "tokenizer*",
+    "added_tokens.json",
+    "special_tokens_map.json",
     "vocab*",
     "merges.txt",
     "*.model",
@@ -127,9 +129,10 @@ def check_layout(model: Any, layout: str, *, quantized: bool) -> None:
 
 def _copy_preparing(model: Any, folder: Path) -> None:
     """Copies tokenizers and processors that lie where a model of transformers was loaded from."""
-    source = Path(getattr(getattr(model, "config", None), "_name_or_path", None) or folder)
-    for path in {path for pattern in _PREPARING for path in source.glob(pattern) if path.is_file()}:
-        shutil.copy2(path, folder)
+    source = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if source:
+        for path in {path for pattern in _PREPARING for path in Path(source).glob(pattern) if path.is_file()}:
+            shutil.copy2(path, folder)
 
 
 def _of_transformers(model: Any) -> bool:

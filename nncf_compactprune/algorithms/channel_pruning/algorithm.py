@@ -124,10 +124,10 @@ class ChannelPruning(CompressionAlgorithm):
 
         :param rate: share of the cost to remove.
         """
-        budgets = self.costs.budgets(rate, self.target_rate)
-        latency = self._times
+        target, latency = self.target_rate, self._times
+        budgets = self.costs.budgets(rate, target)
         # The floors were measured to reach the target; the model may see it otherwise.
-        if latency is not None and rate <= self.target_rate:
+        if latency is not None and rate <= target:
             floor = least_widths(self.graph, self.prunable, self.limits)
             budgets["latency"] = max(budgets["latency"], latency.model(floor))
         model = None if latency is None else latency.model
