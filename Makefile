@@ -15,13 +15,13 @@ export NNCF_EXTENSION_LOAD_TIMEOUT := 0
 # the demo took 20 to 90 s that way, and 5 to 12 s with threads that sleep.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-main test-floors test-nncf219 test-optimum test-all lint docs docs-serve bench bench-deps dist clean
+.PHONY: demo test test-main test-floors test-nncf219 test-optimum test-executorch test-all lint docs docs-serve bench bench-deps dist clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed ## Trains, prunes, fine-tunes and exports a network for handwritten digits: a few minutes.
 	$(BIN)/nncf-compactprune run configs/digits_fbnet.json
 
-test: lint test-floors test-nncf219 test-optimum test-main ## The checks every change must pass.
+test: lint test-floors test-nncf219 test-optimum test-executorch test-main ## The checks every change must pass.
 
 test-main: $(VENV)/.installed-dev ## The tests, with the versions of constraints.txt.
 	$(BIN)/python -m pytest -n 2
@@ -55,7 +55,14 @@ test-optimum: ## The tests of what optimum-intel does with our folders; skipped,
 		echo "test-optimum: SKIPPED. optimum-intel could not be installed into $(VENV)-optimum; see above."; \
 	fi
 
-test-all: lint ## The same with the slow tests, and all of them with the oldest versions.
+test-executorch: ## The tests of ExecuTorch programs; skipped, with a line, where it cannot be installed.
+	@if $(MAKE) --no-print-directory $(VENV)-executorch/.installed; then \
+		$(VENV)-executorch/bin/python -m pytest -o filterwarnings=default -p no:cacheprovider tests/export/test_executorch.py; \
+	else \
+		echo "test-executorch: SKIPPED. ExecuTorch could not be installed into $(VENV)-executorch; see above."; \
+	fi
+
+test-all: lint test-executorch ## The same with the slow tests, and all of them with the oldest versions.
 	$(MAKE) --no-print-directory test-floors FLOORS=tests
 	$(MAKE) --no-print-directory test-optimum OPTIMUM_TESTS="not gpu"
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
@@ -85,7 +92,7 @@ bench-deps: $(VENV)/.installed-dev ## What only the benchmarks need, for those t
 	$(PIP) --no-deps torch-pruning
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-nncf219 $(VENV)-optimum .venv-bench build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-nncf219 $(VENV)-optimum $(VENV)-executorch .venv-bench build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -99,21 +106,27 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) huggingface_hub pyyaml pillow
 	touch $@
 
-# What each of the two alone needs; everything else is $(VENV)'s, which stands behind.
+# What each of the three alone needs; everything else is $(VENV)'s, which stands behind.
 define an_environment_before
 	$(PYTHON) -m venv $(1)
 	behind=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
 		own=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
 		echo "import site; site.addsitedir('$$behind')" > "$$own/behind.pth"
-	$(1)/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) $$(sed -n '/^torch==/p' constraints.txt) $(2)
+	$(1)/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) $(2)
 endef
+torch_here = $$(sed -n '/^torch==/p' constraints.txt)
 
 $(VENV)-nncf219/.installed: $(VENV)/.installed-dev
-	$(call an_environment_before,$(VENV)-nncf219,nncf==2.19.0)
+	$(call an_environment_before,$(VENV)-nncf219,$(torch_here) nncf==2.19.0)
 	touch $@
 
 $(VENV)-optimum/.installed: $(VENV)/.installed-dev
-	$(call an_environment_before,$(VENV)-optimum,optimum-intel==2.2.0)
+	$(call an_environment_before,$(VENV)-optimum,$(torch_here) optimum-intel==2.2.0)
+	touch $@
+
+# It asks for much that exporting does not need: Core ML, pandas, configuration tools.
+$(VENV)-executorch/.installed: $(VENV)/.installed-dev
+	$(call an_environment_before,$(VENV)-executorch,--no-deps executorch==1.5.1 torchao==0.18.0 ruamel.yaml)
 	touch $@
 
 $(VENV)-floors/.installed: pyproject.toml constraints-floors.txt

@@ -1,45 +1,52 @@
-"""A file format of one's own: torch's ``.pt2``, written, reopened, verified and timed like the built-in ones."""
+"""A file format of one's own: ONNX Runtime's ``.ort`` for phones, written, reopened, verified and timed like the
+built-in ones."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 from torch import nn
 
 from nncf_compactprune import Plugins, export_model, hookimpl
 from nncf_compactprune.export import ExportFormat, Prepared, Session, measure_latency
+from nncf_compactprune.export.onnx import OnnxFormat
 
 
-class Pt2(ExportFormat):
-    name, title, runtime, suffix = "pt2", "PT2", "torch.export", ".pt2"
+class Ort(ExportFormat):
+    name, title, runtime, suffix = "ort", "ORT", "ONNX Runtime", ".ort"
 
     def write(self, ready: Prepared, paths: Mapping[str, Path]) -> None:
-        inputs, names = ready.trace_inputs.tensors, list(ready.input_names)
-        batch = torch.export.Dim.AUTO if ready.dynamic_batch else None
-        shapes = (tuple({0: batch} if x.dim() else {} for x in inputs),)
-        program = torch.export.export(ready.flat, inputs, dynamic_shapes=shapes)
-        for path in paths.values():
-            torch.export.save(program, path, extra_files={"inputs": "\n".join([str(ready.dynamic_batch), *names])})
+        for precision, path in paths.items():
+            with tempfile.TemporaryDirectory() as directory:
+                onnx_file = Path(directory) / "model.onnx"
+                OnnxFormat().write(ready, {precision: onnx_file})
+                options = onnxruntime.SessionOptions()
+                options.optimized_model_filepath = str(path)
+                options.add_session_config_entry("session.save_model_format", "ORT")
+                options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # for any CPU
+                onnxruntime.InferenceSession(onnx_file, options, providers=["CPUExecutionProvider"])
 
     def open(self, path: Path) -> Session:
-        said = {"inputs": ""}
-        module = torch.export.load(path, extra_files=said).module()
-        dynamic, *names = said["inputs"].splitlines()
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        ports = session.get_inputs()
+        names = tuple(port.name for port in ports)
 
         def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-            with torch.no_grad():
-                return [one.numpy() for one in module(*(torch.from_numpy(array) for array in arrays))]
+            return session.run(None, dict(zip(names, arrays, strict=True)))
 
-        return Session(self.runtime, tuple(names), dynamic == "True", "fp32", run)
+        shapes = tuple(tuple(side if isinstance(side, int) else None for side in port.shape) for port in ports)
+        return Session(self.runtime, names, shapes[0][0] is None, "fp32", run, input_shapes=shapes)
 
 
 class Formats:
     @hookimpl
     def compactprune_export_formats(self) -> list[type[ExportFormat]]:
-        return [Pt2]
+        return [Ort]
 
 
 plugins = Plugins()
@@ -47,6 +54,6 @@ plugins.load_entry_points()
 plugins.register(Formats(), "my formats")
 net, images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)), torch.randn(2, 3, 8, 8)
 net(images)
-(file,) = export_model(net, images, "runs/net.pt2", plugins=plugins)
+(file,) = export_model(net, images, "runs/net.ort", plugins=plugins)
 latency = measure_latency({file.label: file.path}, images, plugins=plugins)[file.label]
 print(f"{file.label}: error {file.verification.max_rel_error:.0e}, {latency.median_ms:.2f} ms")

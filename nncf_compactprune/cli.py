@@ -115,9 +115,9 @@ def inspect_command(
 @app.command("export")
 def export_command(
     directory: Annotated[Path, typer.Argument(help="What a run wrote: config.json, plan.json, model.safetensors.")],
-    output: Annotated[Path | None, typer.Option(help="A directory, or one .onnx or .xml file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A directory, or one .onnx, .xml, .pt2 or .pte file.")] = None,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="onnx, openvino, or a plugin's; repeatable.")
+        list[str] | None, typer.Option("--format", help="onnx, openvino, pt2, executorch, or a plugin's; repeatable.")
     ] = None,
     precisions: Annotated[list[str] | None, typer.Option("--precision", help="fp32, fp16; repeatable.")] = None,
     layout: Annotated[str, typer.Option(help="plain; optimum for optimum-intel; ovms for Model Server.")] = "plain",
@@ -132,7 +132,7 @@ def export_command(
     input_names: Annotated[list[str] | None, typer.Option("--input-name", help="In order; repeatable.")] = None,
     output_names: Annotated[list[str] | None, typer.Option("--output-name", help="In order; repeatable.")] = None,
 ) -> None:
-    """Export a pruned model to ONNX and OpenVINO IR, and verify the files in their runtimes."""
+    """Export a pruned model, to ONNX and OpenVINO IR by default, and verify the files in their runtimes."""
     pruned = load_run(directory)
     said = described_by(directory)
     pixels = said.pixels

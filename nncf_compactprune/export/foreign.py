@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
@@ -17,7 +20,10 @@ from nncf_compactprune.export.branches import ValueRead, refusal, value_reads
 from nncf_compactprune.export.prepared import FlatModel, Prepared, reason_of
 from nncf_compactprune.host.torch_internals import TorchDispatchMode
 
-_FOREIGN = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "openvino", "optimum", "transformers")
+_FOREIGN = (
+    "torch", "torchao", "executorch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "openvino", "optimum",
+    "transformers",
+)  # fmt: skip
 # Says for each of torchvision's operations that torchvision is not there, whatever the model.
 _REGISTRATION = "torch.onnx._internal.exporter._registration"
 _OPERATION = re.compile(r"op='(?P<dotted>\w+\.\w+)|(?P<colons>[a-z_]\w*::\w+)|torch\.ops\.(?P<torch>\w+\.\w+)")
@@ -61,13 +67,7 @@ def exporting(whose: str, ready: Prepared, remedy: str = "") -> Iterator[None]:
     """
     kept = io.StringIO()
     try:
-        with ExitStack() as stack:
-            keeper = _Keeper(kept)
-            for handler in _handlers():
-                handler.addFilter(keeper)
-                stack.callback(handler.removeFilter, keeper)
-            stack.enter_context(redirect_stdout(kept))
-            stack.enter_context(redirect_stderr(kept))
+        with keeping(kept):
             yield
     except Exception as error:
         if {type(error).__name__, type(error.__cause__).__name__} & _READS_VALUES and (reads := _reads(ready)):
@@ -78,6 +78,39 @@ def exporting(whose: str, ready: Prepared, remedy: str = "") -> Iterator[None]:
         more = f"{place}{f' {remedy}' if remedy else ''}{f' It said:{said}' if said else ''}"
         msg = f"{whose}: {conversion_reason(error)}.{more}"
         raise ExportError(msg) from error
+
+
+@contextmanager
+def keeping(kept: io.StringIO) -> Iterator[None]:
+    """Keeps what other packages log and print in Python.
+
+    :param kept: where it is written instead.
+    """
+    with ExitStack() as stack:
+        keeper = _Keeper(kept)
+        for handler in _handlers():
+            handler.addFilter(keeper)
+            stack.callback(handler.removeFilter, keeper)
+        stack.enter_context(redirect_stdout(kept))
+        stack.enter_context(redirect_stderr(kept))
+        stack.enter_context(warnings.catch_warnings())
+        # torch's own deprecation, raised while it copies its own tree specs
+        warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.`", FutureWarning)
+        yield
+
+
+@contextmanager
+def natively_quiet() -> Iterator[None]:
+    """Drops what compiled code writes to the process's standard error, past Python."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def conversion_reason(error: BaseException) -> str:

@@ -6,7 +6,7 @@ A format is a class that a plugin offers in ``compactprune_export_formats``; ONN
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,6 +29,9 @@ class Session:
     :param dynamic_batch: whether dim 0 of an input is open.
     :param arithmetic: ``fp32``, ``fp16``, or ``int8`` when the file holds fake quantizers.
     :param run: arrays in the file's order to output arrays in the file's order.
+    :param input_shapes: of the inputs, None where a dimension is open; empty where the file does not say.
+    :param input_types: NumPy's names of their types; empty where the file does not say.
+    :param weights: shapes of the parameters by their names in the model; empty where the file has no such names.
     """
 
     runtime: str
@@ -36,6 +39,9 @@ class Session:
     dynamic_batch: bool
     arithmetic: str
     run: Callable[[Sequence[Array]], list[Array]]
+    input_shapes: tuple[tuple[int | None, ...], ...] = ()
+    input_types: tuple[str, ...] = ()
+    weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class ExportFormat:
@@ -51,6 +57,10 @@ class ExportFormat:
     suffix: ClassVar[str]
     #: what it can be written in, the first where nothing is said
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    #: whether a directory gets its files where no formats are asked for
+    by_default: ClassVar[bool] = True
+    #: whether its files can leave the batch open; else they have a batch of 1 where none is asked for
+    open_batch: ClassVar[bool] = True
 
     def parts(self, path: Path) -> list[Path]:
         """The files that one export may consist of, in the order in which they are put in place."""
@@ -60,11 +70,18 @@ class ExportFormat:
         """Those of its files without which a runtime does not load it."""
         return [path]
 
+    def check_installed(self) -> None:
+        """Refuses the format where a package that it needs is missing.
+
+        :raises ExportError: with how to install it.
+        """
+
     def refuse(self, model: nn.Module) -> None:
         """Refuses a model that could not be exported, before the long work.
 
-        :raises ExportError: for NNCF hooks and other dtypes than float32.
+        :raises ExportError: for NNCF hooks and other dtypes than float32, and where a package is missing.
         """
+        self.check_installed()
         refuse_hooks(model, stripped_quantizers=False)
         refuse_other_dtypes(model)
 

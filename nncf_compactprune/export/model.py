@@ -62,20 +62,23 @@ def export_model(
     """Exports a model, verifies every file in its runtime, and then puts the files in place: all of them, or none.
 
     A directory gets ``model.onnx``, ``model_fp16.onnx``, ``model.xml`` (with ``.bin``) and ``model_fp16.xml``, and the
-    files of formats that plugins add; of a quantized model ``model_int8.onnx`` and ``model_int8.xml``. A file name that
-    ends like one of them gives that one file. Each format is traced once, whatever the precisions.
+    files of formats that plugins add; of a quantized model ``model_int8.onnx`` and ``model_int8.xml``. PyTorch's
+    ``model.pt2`` and ExecuTorch's ``model.pte`` are written where ``formats`` asks for them. A file name that ends like
+    one of these gives that one file. Each format is traced once, whatever the precisions.
 
     :param model: a float32 model without NNCF hooks, or a quantized one after ``ctrl.strip()``; for OpenVINO also one
         after ``nncf.strip``. It is exported in evaluation mode and left as it was.
     :param example_inputs: a tensor, a tuple of tensors, or a dict of keyword arguments.
     :param directory_or_file: where to write; created if missing.
-    :param formats: ``onnx``, ``openvino``, or a plugin's; default: all, or the one that the file name says.
-    :param precisions: ``fp32``, ``fp16``; default: all that a format has into a directory, its first into a file. A
-        quantized model has one, ``int8``.
+    :param formats: ``onnx``, ``openvino``, ``pt2``, ``executorch``, or a plugin's; default: ``onnx``, ``openvino`` and
+        the plugins', or the one that the file name says.
+    :param precisions: ``fp32``, ``fp16``; of these each format writes those that it has. Default: all that a format has
+        into a directory, its first into a file. A quantized model has one, ``int8``.
     :param name: stem of the files in a directory.
     :param input_names: default: the keywords, or the parameter names of ``forward``.
     :param output_names: default: the keys of a dict output, ``output`` or ``output_0``, ``output_1``, ...
-    :param dynamic_batch: leave dim 0 of every input open, and verify at two batch sizes.
+    :param dynamic_batch: leave dim 0 of every input open, and verify at two batch sizes. ExecuTorch plans memory ahead:
+        its files then have a batch of 1.
     :param tolerance: largest accepted error relative to the largest absolute output; default: by precision.
     :param options: batch, sizes, opset, and what files say about themselves: see :class:`ExportOptions`.
     :param plugins: where formats come from; the installed plugins by default.
@@ -103,14 +106,18 @@ def export_model(
             options=described(model, options or ExportOptions()),
         ) as ready,
     ):
+        own = {one: ready if known[one].open_batch else ready.of_one() for one in paths}
         for format_, by_precision in paths.items():
-            known[format_].write(ready, {precision: stage / path.name for precision, path in by_precision.items()})
+            staged = {precision: stage / path.name for precision, path in by_precision.items()}
+            known[format_].write(own[format_], staged)
         checks = [
-            compare_with(ready, opened(stage / path.name, plugins, path), stage / path.name, path, tolerance, plugins)
-            for _, _, path in files
+            compare_with(
+                own[kind.name], opened(stage / path.name, plugins, path), stage / path.name, path, tolerance, plugins
+            )
+            for kind, _, path in files
         ]
         for kind, _, path in files:
-            kind.finish(ready, stage / path.name)
+            kind.finish(own[kind.name], stage / path.name)
     return [
         ExportedFile(
             path,
@@ -154,11 +161,13 @@ def _paths(
         msg = f"{where}: expected a directory, or a file that ends in {endings}, got '{where.name}'.{hint}"
         raise ExportError(msg)
     file = named if not where.is_dir() else None
-    chosen = _checked("formats", formats, known) or ([file.name] if file else list(known))
+    chosen = _checked("formats", formats, known) or (
+        [file.name] if file else [one for one in known if known[one].by_default]
+    )
     if file and set(chosen) != {file.name}:
         msg = f"{where}: the file name says {file.name}, but formats is {chosen}. Give a directory instead."
         raise ExportError(msg)
-    offers = {one: [p for p in known[one].precisions if (p == QUANTIZED) == quantized] for one in chosen}
+    offers = {one: _offered(known[one], quantized=quantized) for one in chosen}
     if formats is None and not file:  # all formats that there are for such a model
         chosen = [one for one in chosen if offers[one]]
     if precisions is not None and quantized != (QUANTIZED in precisions):
@@ -168,14 +177,9 @@ def _paths(
     asked = _checked("precisions", precisions, dict.fromkeys(p for one in chosen for p in offers[one]))
     result: dict[str, dict[str, Path]] = {}
     for one in chosen:
-        own = offers[one]
-        if not own:
-            msg = f"formats: {known[one].title} files hold no {'quantized' if quantized else 'float'} model."
-            raise ExportError(msg)
-        wanted = asked or (own[:1] if file else own)
-        if missing := [precision for precision in wanted if precision not in own]:
-            msg = f"precisions: {known[one].title} has {' and '.join(own)}, got '{missing[0]}'."
-            raise ExportError(msg)
+        wanted = _wanted(known[one], asked, quantized=quantized)
+        if file and not asked:
+            wanted = wanted[:1]
         directory, stem = (where.parent, where.stem) if file else (where, name)
         single = file is not None and len(set(wanted)) == 1
         result[one] = {
@@ -183,6 +187,43 @@ def _paths(
             for p in wanted
         }
     return result
+
+
+def check_formats(
+    formats: Sequence[str], precisions: Sequence[str], *, quantized: bool, plugins: Plugins | None = None
+) -> None:
+    """Refuses formats that cannot hold a model, or whose package is missing, before the long work.
+
+    :param formats: their names.
+    :param precisions: of files that are not quantized.
+    :param quantized: whether the model will be quantized.
+    :param plugins: where formats come from; the installed plugins by default.
+    :raises ExportError: naming what is missing.
+    """
+    known = export_formats(plugins)
+    for name in formats:
+        known[name].check_installed()
+        _wanted(known[name], () if quantized else precisions, quantized=quantized)
+
+
+def _offered(kind: ExportFormat, *, quantized: bool) -> list[str]:
+    return [precision for precision in kind.precisions if (precision == QUANTIZED) == quantized]
+
+
+def _wanted(kind: ExportFormat, asked: Sequence[str], *, quantized: bool) -> list[str]:
+    """What a format writes of the precisions that were asked for; all it has where none were.
+
+    :raises ExportError: it has none of them.
+    """
+    own = _offered(kind, quantized=quantized)
+    if not own:
+        msg = f"formats: {kind.title} files hold no {'quantized' if quantized else 'float'} model."
+        raise ExportError(msg)
+    wanted = [precision for precision in asked if precision in own] if asked else own
+    if not wanted:
+        msg = f"precisions: {kind.title} has {' and '.join(own)}, got '{asked[0]}'."
+        raise ExportError(msg)
+    return wanted
 
 
 def _checked(option: str, values: Sequence[str] | None, known: Mapping[str, object]) -> list[str]:

@@ -122,8 +122,6 @@ def _traced(ready: Prepared) -> onnx.ModelProto:
         raise OpsetError(msg)
     whose = "torch's ONNX exporter failed"
     with exporting(whose, ready), ready.after_a_run(), hooks_that_run(ready) as exported, warnings.catch_warnings():
-        # torch's own deprecation, raised while its exporter copies its own tree specs.
-        warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.`", FutureWarning)
         # That the inputs share one batch is what is wanted.
         warnings.filterwarnings("ignore", ".*The axis name: batch will not be used", UserWarning)
         program = torch.onnx.export(

@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 import openvino
-import torch
 from nncf.common.logging import nncf_logger
 from openvino._offline_transformations import compress_quantize_weights_transformation
 from torch import nn
 
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.branches import refuse_frozen_reads, tracer_warnings
+from nncf_compactprune.export.exported_program import program_and_left_out
 from nncf_compactprune.export.foreign import exporting
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order, of_batch
-from nncf_compactprune.export.left_out import hooks_left_out, hooks_that_run
 from nncf_compactprune.export.options import ExportOptions
 from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
 from nncf_compactprune.export.preprocessing import embedded, verify_embedded
@@ -202,14 +201,12 @@ def _traced_or_exported(ready: Prepared) -> tuple[Any, bool]:
     try:
         return openvino.convert_model(ready.flat, example_input=tensors), True
     except Exception as of_trace:
-        shapes = tuple(dict.fromkeys(ready.open_dims(tensor), torch.export.Dim.DYNAMIC) for tensor in tensors)
         try:
-            with hooks_that_run(ready) as exported:
-                program = torch.export.export(ready.flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+            program, left_out = program_and_left_out(ready)
             converted = openvino.convert_model(program)
         except Exception:
             raise of_trace from of_trace.__cause__
-        if left_out := hooks_left_out(ready, exported):
+        if left_out:
             msg = (
                 f"it cannot be traced ({reason_of(of_trace)}), and torch's exported program leaves {left_out} of "
                 "its quantizers out. Another version of the library that the network is from may be traceable"

@@ -176,6 +176,13 @@ class Prepared:
             found |= {2: "height", 3: "width"}
         return found
 
+    def of_one(self) -> Prepared:
+        """The same with a batch of 1 in place of an open one."""
+        if not self.dynamic_batch:
+            return self
+        references = tuple(one for one in self.references if one.inputs.batch_size == 1)
+        return dataclasses.replace(self, trace_inputs=references[0].inputs, references=references, dynamic_batch=False)
+
     @contextmanager
     def after_a_run(self) -> Iterator[None]:
         """The model as its first run on ``trace_inputs`` leaves it; afterwards as it was.

@@ -15,6 +15,7 @@ from nncf_compactprune.algorithms import ChannelPruningConfig
 from nncf_compactprune.config import InputInfo
 from nncf_compactprune.decide.labelled import class_scores
 from nncf_compactprune.errors import ConfigError, Problem, ResolveError, first_line
+from nncf_compactprune.export.model import check_formats
 from nncf_compactprune.host.calls import call_model, evaluating
 from nncf_compactprune.integrations.layouts import OPTIMUM_FILES, check_layout
 from nncf_compactprune.plugins import Plugins
@@ -69,8 +70,10 @@ def prepare(settings: Settings, plugins: Plugins, say: Say) -> Run:
         weights=config.weights,
         plugins=plugins,
     )
+    quantized = any(entry.algorithm.endswith("quantization") for entry in settings.compression.compression)
+    for one in {False, quantized}:  # the dense network and the pruned one
+        check_formats(config.export.formats, config.export.precisions, quantized=one, plugins=plugins)
     if config.export.layout != "plain":
-        quantized = any(entry.algorithm.endswith("quantization") for entry in settings.compression.compression)
         check_layout(resolved.model, config.export.layout, quantized=quantized)
     example = resolved.example_inputs
     if dataset is not None:

@@ -79,8 +79,9 @@ def _clip(norm: float, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
 class ExportConfig(Section):
     """What ``run`` writes of the dense and the pruned model; see :class:`~nncf_compactprune.export.ExportOptions`.
 
-    :param formats: ``"onnx"``, ``"openvino"``, or a plugin's.
-    :param precisions: ``"fp32"``, ``"fp16"``; a quantized network has only INT8 files.
+    :param formats: ``"onnx"``, ``"openvino"``, ``"pt2"``, ``"executorch"``, or a plugin's.
+    :param precisions: ``"fp32"``, ``"fp16"``; each format writes those that it has. A quantized network has only INT8
+        files.
     :param batch: a fixed batch size; null leaves it open.
     :param dynamic_size: height and width are open, too.
     :param opset: of ONNX; null: the exporter's.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from nncf_compactprune.export.prepared import Array
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.serving.onnx_server import OnnxServer
 from nncf_compactprune.serving.openvino_server import OpenVinoServer
-from nncf_compactprune.serving.server import Server, Serving
+from nncf_compactprune.serving.server import Server, Serving, Weight
 
 
 class _Opens(Protocol):
@@ -59,11 +59,16 @@ class _PluginServer(Server):
         self.quantized = self._session.arithmetic == "int8"
         self.half_weights = self.precision == "f16"
         self.input_names = self._session.input_names
-        self.input_shapes = ((None,),) * len(self.input_names)
-        self.input_types = ("float32",) * len(self.input_names)
+        self.input_shapes = self._session.input_shapes or ((None,),) * len(self.input_names)
+        self.input_types = self._session.input_types or ("float32",) * len(self.input_names)
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         return self._session.run(arrays)
+
+    def weights(self) -> Iterator[Weight]:
+        for name, shape in self._session.weights.items():
+            if len(shape) > 1:
+                yield Weight(name, name, shape)
 
     def request(self, arrays: Sequence[Array]) -> Callable[[], object]:
         named = dict(zip(self.input_names, arrays, strict=True))

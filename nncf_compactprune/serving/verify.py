@@ -324,6 +324,8 @@ def _departs(
             path, replace(server.serving, precision=None if path.suffix == ".onnx" else "f32"), plugins=plugins
         )
         taps, found = exact.taps(arrays), None
+        if not taps:  # the runtime does not show them
+            return said
         if side is not None:
             with evaluation_on_cpu(side.model) as model:
                 modules = module_values(FlatModel(model, batch.inputs), batch.inputs.tensors)
