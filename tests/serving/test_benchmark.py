@@ -62,5 +62,5 @@ def test_measurement_is_a_table_and_json(measured: Benchmark) -> None:
 def test_wrong_measurements_are_refused(files: list[Path]) -> None:
     with pytest.raises(ExportError, match="a batch of at least 1, got 2 files, seconds=1 and batch=0"):
         benchmark(files, batch=0, seconds=1)
-    with pytest.raises(ExportError, match="--sample-size is 5,8,8, expected 3,8,8, as in the file"):
+    with pytest.raises(ExportError, match="--sample-size is 5,8,8, expected 3,12,12, as in the file"):
         benchmark(files, sample_size=(5, 8, 8), seconds=0.1, memory=False)
