@@ -100,10 +100,11 @@ def as_document(check: ServedCheck) -> dict[str, Any]:
 def _cells(check: ServedCheck) -> tuple[str, ...]:
     return (
         str(check.path),
-        f"{check.runtime}, {check.arithmetic}",
+        ", ".join(filter(None, (check.runtime, check.arithmetic))),
         f"{check.compared_with}, {check.samples} samples",
         ", ".join(map(str, check.batch_sizes)),
-        f"{check.error:.1e}" + ("" if check.tolerance is None else f"\n({check.tolerance:.0e})"),
+        ("-" if check.error is None else f"{check.error:.1e}")
+        + ("" if check.tolerance is None else f"\n({check.tolerance:.0e})"),
         _percent(check.agreement),
         _percent(check.accuracy) + ("" if check.torch_accuracy is None else f"\n({check.torch_accuracy:.2%})"),
         "-" if check.widths is None else f"{check.widths[0]} of {check.widths[1]}",

@@ -34,7 +34,10 @@ class ExecuTorchFormat(ExportFormat):
     open_batch = False
 
     def check_installed(self) -> None:
-        _package("exir")
+        try:
+            _package("exir")
+        except ResolveError as error:
+            raise ExportError(str(error)) from error
 
     def write(self, ready: Prepared, paths: Mapping[str, Path]) -> None:
         program = exported_program(ready)
@@ -69,15 +72,12 @@ class ExecuTorchFormat(ExportFormat):
 def _package(name: str) -> Any:
     """A part of ExecuTorch.
 
-    :raises ExportError: it is not installed.
+    :raises ResolveError: it is not installed.
     """
-    try:
-        # torchao, which it brings, tells of kernels for GPUs that are not there.
-        with keeping(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return require_package(f"executorch.{name}", _INSTALL)
-    except ResolveError as error:
-        raise ExportError(str(error)) from error
+    # torchao, which it brings, tells of kernels for GPUs that are not there.
+    with keeping(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return require_package(f"executorch.{name}", _INSTALL)
 
 
 @hookimpl

@@ -20,6 +20,19 @@ from nncf_compactprune.export.unrounded import Range
 from nncf_compactprune.plugins import Plugins, default_plugins
 
 
+class NotLoadedError(ExportError):
+    """A file that its runtime does not load.
+
+    :param path: the file, for the message.
+    :param runtime: the runtime's name.
+    :param reason: why not, in sentences.
+    """
+
+    def __init__(self, path: Path, runtime: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.runtime, self.reason = runtime, reason
+
+
 @dataclass(frozen=True)
 class Session:
     """An opened file.
@@ -195,7 +208,7 @@ def existing(path: Path, plugins: Plugins | None = None) -> ExportFormat:
     return kind
 
 
-def not_loaded(path: Path, kind: ExportFormat, error: Exception, shown_as: Path | None = None) -> ExportError:
+def not_loaded(path: Path, kind: ExportFormat, error: Exception, shown_as: Path | None = None) -> NotLoadedError:
     """What to say of a file that its runtime does not load.
 
     :param path: the file.
@@ -205,7 +218,8 @@ def not_loaded(path: Path, kind: ExportFormat, error: Exception, shown_as: Path 
     """
     missing = [part.name for part in kind.needs(path) if not part.is_file()]
     remedy = f" '{missing[0]}' is not beside it: copy it there." if missing else size_remedy(error)
-    return ExportError(f"{shown_as or path}: {kind.runtime} cannot load it: {conversion_reason(error)}.{remedy}")
+    reason = f"{kind.runtime} cannot load it: {conversion_reason(error).rstrip('.')}.{remedy}"
+    return NotLoadedError(shown_as or path, kind.runtime, reason)
 
 
 def in_file_order(path: Path, names: Sequence[str], inputs: Mapping[str, Array]) -> list[Array]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nncf_compactprune.errors import ExportError, ResolveError
-from nncf_compactprune.export.formats import export_formats, format_of
+from nncf_compactprune.export.formats import NotLoadedError, export_formats, format_of
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.report.summary import SUMMARY_FILE
@@ -22,7 +22,7 @@ from nncf_compactprune.run.settings import Settings, read_settings
 from nncf_compactprune.run.state import DENSE_FILE
 from nncf_compactprune.serving.reference import RealInputs, TorchSide
 from nncf_compactprune.serving.server import Serving
-from nncf_compactprune.serving.verify import MAX_DROP, ServedCheck, verify_served
+from nncf_compactprune.serving.verify import MAX_DROP, ServedCheck, not_served, verify_served
 from nncf_compactprune.storage.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from nncf_compactprune.storage.plan_file import PLAN_FILE
 
@@ -68,7 +68,11 @@ def verify(
         side = known.sides.get(network or "")
         real = known.quantized if network == "pruned" and side is None else None
         limits: Any = {"tolerance": tolerance, "max_drop": max_drop, "plugins": plugins, "sample_size": sample_size}
-        check = verify_served(file, side, serving, real=real, **limits)
+        try:
+            check = verify_served(file, side, serving, real=real, **limits)
+        except NotLoadedError as error:  # the others are looked at all the same
+            checks.append(not_served(file, error))
+            continue
         checks.append(check if real is None else _beside_the_run(check, known.accuracy, max_drop))
     return checks
 

@@ -18,7 +18,7 @@ import onnx
 from torch import Tensor
 
 from nncf_compactprune.errors import ExportError
-from nncf_compactprune.export.formats import existing, in_file_order
+from nncf_compactprune.export.formats import NotLoadedError, existing, in_file_order
 from nncf_compactprune.export.options import Pixels
 from nncf_compactprune.export.prepared import (
     Array,
@@ -56,7 +56,7 @@ class ServedCheck:
     :param compared_with: ``torch``, or ``itself in f32`` where the torch model is not at hand.
     :param samples: how many samples were compared.
     :param batch_sizes: in which batches.
-    :param error: largest difference relative to the largest output.
+    :param error: largest difference relative to the largest output; None where the file does not load.
     :param tolerance: largest accepted one; None where accuracy decides, or what is computed without rounding.
     :param agreement: share of samples with the same first class as torch; None without labels.
     :param accuracy: the file's own, in [0, 1]; None without labels.
@@ -71,7 +71,7 @@ class ServedCheck:
     compared_with: str
     samples: int
     batch_sizes: tuple[int, ...]
-    error: float
+    error: float | None
     tolerance: float | None
     agreement: float | None
     accuracy: float | None
@@ -160,6 +160,16 @@ def verify_served(
         widths,
         tuple(problems),
     )
+
+
+def not_served(path: Path, error: NotLoadedError) -> ServedCheck:
+    """What is found of a file that does not load.
+
+    :param path: the file.
+    :param error: why not.
+    """
+    nothing: tuple[None, None, None, None] = (None, None, None, None)
+    return ServedCheck(path, error.runtime, "", "nothing", 0, (), None, *nothing, None, (error.reason,))
 
 
 def _wrong_in_f32(

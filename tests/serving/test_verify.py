@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import torch
 from onnx import numpy_helper
 from openvino.utils import replace_node
 from support.networks import model32
+from typer.testing import CliRunner
 
 from nncf_compactprune import prune
+from nncf_compactprune.cli import app
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export import ExportOptions, Pixels, export_model
 from nncf_compactprune.run.verifying import verify
@@ -199,3 +202,22 @@ def test_fixed_batch_is_kept_to(torch_side: TorchSide, tmp_path: Path) -> None:
 def test_what_cannot_be_asked_is_refused(name: str, asked: dict[str, object], message: str, files: Path) -> None:
     with pytest.raises(ExportError, match=message):
         open_server(files / name, Serving(**asked))  # type: ignore[arg-type]
+
+
+def test_a_file_that_does_not_load_is_found_and_the_others_are_looked_at(files: Path, tmp_path: Path) -> None:
+    for one in files.iterdir():
+        (tmp_path / one.name).write_bytes(one.read_bytes())
+    (tmp_path / "a.onnx").write_bytes((files / "model.onnx").read_bytes()[:500])
+    (tmp_path / "b.xml").write_bytes((files / "model.xml").read_bytes())  # without its weights
+    said = CliRunner().invoke(app, ["verify", str(tmp_path), "--json"])
+    assert said.exit_code == 1, said.output
+    found = {Path(one["path"]).name: one for one in json.loads(said.stdout)}
+    assert {name: one["passed"] for name, one in found.items()} == {
+        "a.onnx": False, "b.xml": False, "model.onnx": True, "model.xml": True,
+    }  # fmt: skip
+    assert "cannot load it" in found["a.onnx"]["problems"][-1]
+    assert "'b.bin' is not beside it" in found["b.xml"]["problems"][-1]
+    table = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert table.stdout.count("FAILED") == 2
+    with pytest.raises(ExportError, match="no device 'NPUU'"):  # a mistake of the command line, not of the file
+        verify(tmp_path, serving=Serving(device="NPUU"), say=list)
