@@ -107,6 +107,15 @@ def belongs_into_files(module: nn.Module) -> bool:
     return isinstance(module, SQMultiply)
 
 
+def smooth_quant_factors(shape: Sequence[int]) -> nn.Module:
+    """SmoothQuant's factors before a layer, without values yet.
+
+    :param shape: of the factors.
+    """
+    module: nn.Module = SQMultiply(tuple(shape))
+    return module
+
+
 def is_quantizer(module: nn.Module) -> bool:
     """Whether a hook is one of NNCF's quantizers."""
     return isinstance(module, BaseQuantizer)

@@ -33,7 +33,7 @@ from nncf_compactprune.cut.surgery import CONFIG_ATTRIBUTE, apply_plan, plan_of
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.huggingface import tied
 from nncf_compactprune.host.packages import require_package
-from nncf_compactprune.host.tensors import NNCF_HOOKS, model_tensors, named_modules
+from nncf_compactprune.host.tensors import NNCF_HOOKS, carries_hooks, model_tensors, named_modules
 from nncf_compactprune.integrations.renamed_layers import as_named_here, names_to_save
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.storage.checkpoint import CONFIG_FILE
@@ -52,9 +52,15 @@ def save_pruned_hf(model: nn.Module, directory: str | PathLike[str]) -> Path:
     :param model: a pruned ``PreTrainedModel`` without hooks; its config is brought up to date in place.
     :param directory: is created if it does not exist.
     :return: the directory.
-    :raises CompactPruneError: the model was not pruned.
+    :raises CompactPruneError: the model was not pruned, or carries hooks.
     :raises StorageError: the directory cannot be written. What was saved there before is as it was.
     """
+    if carries_hooks(model):
+        msg = (
+            f"save_pruned_hf: {type(model).__name__} carries NNCF hooks (masks, quantizers or re-parameterised weights), "
+            "which Transformers does not load. Strip it first; keep a quantized network by save_pruned."
+        )
+        raise CompactPruneError(msg)
     describe(model)
     folder = Path(directory)
     with whole_files(folder, [PLAN_FILE], stale=WEIGHT_FILES) as new:

@@ -32,7 +32,6 @@ from nncf_compactprune.run.state import DENSE_FILE, FINE_TUNING, Network, Run
 from nncf_compactprune.run.training import fit
 from nncf_compactprune.run.watching import Watched, train_watching
 from nncf_compactprune.storage.checkpoint import save_pruned
-from nncf_compactprune.storage.plan_file import PLAN_FILE
 from nncf_compactprune.storage.writing import write_whole
 
 PRETRAINED = "pretrained"
@@ -96,12 +95,8 @@ def compress(run: Run, dense: Network) -> Compressed:
         _fine_tune(run, run.labelled, controller, model)
     model = controller.strip()
     plan = plan_of(model) or _plan_of_whole(run, dense.model)
-    if carries_hooks(model):
-        run.say("No checkpoint is written: it cannot hold a quantized network. The exported files can")
-        write_whole(run.directory / PLAN_FILE, plan.to_json().encode() + b"\n")
-    else:
-        save_pruned(model, run.directory, config=run.settings.document)
-        _save_pretrained(run, model)
+    save_pruned(model, run.directory, config=run.settings.document)
+    _save_pretrained(run, model)
     checks = {a.name: a.self_check for a in controller.algorithms if isinstance(a, ChannelPruning) and a.self_check}
     for name, check in checks.items():
         run.say(f"Self-check of {name}: {check}")
@@ -127,7 +122,7 @@ def _of_outputs(model: nn.Module, dataset: ResolvedDataset) -> ResolvedDataset:
 
 def _save_pretrained(run: Run, model: nn.Module) -> None:
     """A Hugging Face model's own folder beside the checkpoint."""
-    if not hasattr(model, "save_pretrained") or plan_of(model) is None:
+    if not hasattr(model, "save_pretrained") or plan_of(model) is None or carries_hooks(model):
         return
     folder = save_pruned_hf(model, run.directory / PRETRAINED)
     if run.dataset is not None:

@@ -106,7 +106,8 @@ def described_by(directory: Path) -> ExportOptions:
 
 
 def load_run(directory: str | PathLike[str], plugins: Plugins | None = None) -> ResolvedModel:
-    """Rebuilds the pruned model of a run: the dense architecture from its config, cut to its plan, with its weights.
+    """Rebuilds the pruned model of a run: the dense architecture from its config, cut to its plan, with its weights and,
+    where it was quantized, its quantizers.
 
     :param directory: what a run wrote.
     :param plugins: where names are looked up; the installed plugins by default.
@@ -116,11 +117,6 @@ def load_run(directory: str | PathLike[str], plugins: Plugins | None = None) -> 
     missing = [name for name in (CONFIG_FILE, PLAN_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         msg = f"{folder} is no directory of a finished run: {', '.join(missing)} not found there."
-        if missing == [WEIGHTS_FILE] and any((folder / "pruned").glob("*_int8.*")):
-            msg = (
-                f'{folder}: a quantized network is its files, no checkpoint holds it. Set the keys of "export" in the '
-            )
-            msg += 'config, such as "layout" and "batch", and run it again.'
         raise ResolveError(msg)
     settings = read_settings(folder / CONFIG_FILE, plugins=plugins)
     resolved = resolve_model(

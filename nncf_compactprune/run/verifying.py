@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,13 @@ from nncf_compactprune.errors import ExportError, ResolveError
 from nncf_compactprune.export.formats import NotLoadedError, export_formats, format_of
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins
-from nncf_compactprune.report.summary import SUMMARY_FILE
 from nncf_compactprune.run.datasets import even_samples, only_classes, resolve_dataset
 from nncf_compactprune.run.models import ResolvedModel, load_weights, resolve_model
 from nncf_compactprune.run.pipeline import load_run
 from nncf_compactprune.run.prepare import normalised_for
 from nncf_compactprune.run.settings import Settings, read_settings
 from nncf_compactprune.run.state import DENSE_FILE
-from nncf_compactprune.serving.reference import RealInputs, TorchSide
+from nncf_compactprune.serving.reference import TorchSide
 from nncf_compactprune.serving.server import Serving
 from nncf_compactprune.serving.verify import MAX_DROP, ServedCheck, not_served, verify_served
 from nncf_compactprune.storage.checkpoint import CONFIG_FILE, WEIGHTS_FILE
@@ -45,8 +42,7 @@ def verify(
     """Serves every exported file as a user would, and compares it with the torch model that it came from.
 
     :param path: the directory of a run, or any with exported files in it, or one file. A file in the directory of a run
-        is compared with the run's network on the run's test images, that of a quantized one with itself in float32 and
-        with the run's accuracy; one from elsewhere with itself in float32 on noise.
+        is compared with the run's network on the run's test images; one from elsewhere with itself in float32 on noise.
     :param serving: how the files are served; by default as the runtime chooses.
     :param samples: how many test images, evenly from all of them.
     :param batch_size: of the requests; single images are compared too.
@@ -61,49 +57,16 @@ def verify(
     where = Path(path)
     files = exported_files(where, plugins)
     run = run_directory(where)
-    known = _Known({}) if run is None else _known_of(run, samples, batch_size, say, plugins)
+    sides = {} if run is None else _sides_of(run, samples, batch_size, say, plugins)
     checks = []
     for file in files:
-        network = None if run is None else network_of(file, run)
-        side = known.sides.get(network or "")
-        real = known.quantized if network == "pruned" and side is None else None
+        side = None if run is None else sides.get(network_of(file, run))
         limits: Any = {"tolerance": tolerance, "max_drop": max_drop, "plugins": plugins, "sample_size": sample_size}
         try:
-            check = verify_served(file, side, serving, real=real, **limits)
+            checks.append(verify_served(file, side, serving, **limits))
         except NotLoadedError as error:  # the others are looked at all the same
             checks.append(not_served(file, error))
-            continue
-        checks.append(check if real is None else _beside_the_run(check, known.accuracy, max_drop))
     return checks
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What a run's directory says of its networks.
-
-    :param sides: torch models that it still holds, by ``"dense"`` and ``"pruned"``.
-    :param quantized: test images for the files of a quantized network, whose torch model no directory holds.
-    :param accuracy: that model's, of all test images, as the run measured it.
-    """
-
-    sides: Mapping[str, TorchSide]
-    quantized: RealInputs | None = None
-    accuracy: float | None = None
-
-
-def _beside_the_run(check: ServedCheck, accuracy: float | None, max_drop: float) -> ServedCheck:
-    """A check of a file with real labels, and what the run measured in torch on all test images: of some of them alone
-    accuracy is uncertain, so three standard errors are granted."""
-    if accuracy is None or check.accuracy is None:
-        return check
-    granted = max_drop + 3 * (accuracy * (1 - accuracy) / check.samples) ** 0.5
-    if accuracy - check.accuracy <= granted:
-        return check
-    problem = (
-        f"accuracy {check.accuracy:.2%} on {check.samples} test images, in torch the run measured {accuracy:.2%}. "
-        f"A loss of {granted:.1%} is accepted."
-    )
-    return replace(check, problems=(*check.problems, problem))
 
 
 def exported_files(where: Path, plugins: Plugins | None = None) -> list[Path]:
@@ -151,7 +114,10 @@ def network_of(file: Path, run: Path) -> str:
     return "dense" if file.resolve().relative_to(run).parts[0] == DENSE_FOLDER else "pruned"
 
 
-def _known_of(run: Path, samples: int, batch_size: int, say: Callable[[str], None], plugins: Plugins | None) -> _Known:
+def _sides_of(
+    run: Path, samples: int, batch_size: int, say: Callable[[str], None], plugins: Plugins | None
+) -> dict[str, TorchSide]:
+    """The torch models that a run's directory holds, on its test images, by ``"dense"`` and ``"pruned"``."""
     settings = read_settings(run / CONFIG_FILE, plugins=plugins)
     models = dict(_networks(run, settings, plugins))
     classes = PruningPlan.from_json((run / PLAN_FILE).read_bytes()).output_classes
@@ -175,11 +141,7 @@ def _known_of(run: Path, samples: int, batch_size: int, say: Callable[[str], Non
             batch_size,
             classes if name == "dense" else (),
         )
-    if images is None or "pruned" in models:
-        return _Known(sides)
-    summary = run / SUMMARY_FILE
-    accuracy = json.loads(summary.read_bytes())["pruned"]["accuracy"] if summary.is_file() else None
-    return _Known(sides, RealInputs(images, labels, batch_size), accuracy)
+    return sides
 
 
 def _networks(run: Path, settings: Settings, plugins: Plugins | None) -> list[tuple[str, ResolvedModel]]:

@@ -14,7 +14,7 @@ from nncf_compactprune.errors import ConfigError, Problem
 from nncf_compactprune.plan import Cost
 from nncf_compactprune.run.settings import Settings
 from nncf_compactprune.run.state import Network, Run
-from nncf_compactprune.storage.checkpoint import WEIGHTS_FILE, load_pruned
+from nncf_compactprune.storage.checkpoint import WEIGHTS_FILE, is_quantized_checkpoint, load_pruned
 from nncf_compactprune.storage.plan_file import PLAN_FILE
 
 
@@ -31,6 +31,9 @@ def check_warm_start(settings: Settings) -> None:
     if missing:
         message = f"'{start}' is no directory of a finished run: {', '.join(missing)} not found there."
         raise ConfigError(settings.source, [Problem("warm_start", message)])
+    if is_quantized_checkpoint(start):
+        message = f"'{start}' holds a quantized network, whose channels are not cut any more. Start from a run without "
+        raise ConfigError(settings.source, [Problem("warm_start", message + "quantization, and quantize the end.")])
     for at, entry in enumerate(settings.compression.compression):
         if isinstance(entry, ChannelPruningConfig) and isinstance(entry.budget.latency, (int, float)):
             message = (

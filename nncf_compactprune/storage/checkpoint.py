@@ -1,7 +1,8 @@
 """Pruned models on disk: weights as safetensors, the plan as JSON, and nothing that can run code.
 
 ``model.safetensors`` holds parameters and persistent buffers of the cut model under the names of the dense one, shared
-tensors once. ``plan.json`` turns a freshly built dense model into the one that the weights fit.
+tensors once; of a quantized model its quantizers too, whose places are in the file's header. ``plan.json`` turns a
+freshly built dense model into the one that the weights fit.
 """
 
 from __future__ import annotations
@@ -21,10 +22,19 @@ from nncf_compactprune.cut.surgery import cut
 from nncf_compactprune.cut.transaction import transaction
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.calls import in_dict
-from nncf_compactprune.host.tensors import carries_hooks
+from nncf_compactprune.host.stored_quantizers import read_hooks, stored_hooks
+from nncf_compactprune.host.tensors import NNCF_HOOKS, carries_hooks
+from nncf_compactprune.plan.reading import shown
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.storage.plan_file import NEXT_PLAN_FILE, PLAN_FILE, plan_digest, plan_for_weights, plan_to_save
-from nncf_compactprune.storage.weights import opened_weights, persistent_tensors, placed, stored_names, write_tensors
+from nncf_compactprune.storage.weights import (
+    QUANTIZERS,
+    opened_weights,
+    persistent_tensors,
+    placed,
+    stored_names,
+    write_tensors,
+)
 from nncf_compactprune.storage.writing import whole_files
 
 WEIGHTS_FILE = "model.safetensors"
@@ -39,7 +49,8 @@ def save_pruned(model: nn.Module, directory: PathLike, *, config: Mapping[str, A
     A save that is killed at any moment leaves a checkpoint that loads, the previous one or the new one. (It may also
     leave a ``.tmp`` file, which nothing reads.)
 
-    :param model: a pruned model, or a dense one: its plan then keeps everything, and states no MACs.
+    :param model: a pruned model, or a dense one: its plan then keeps everything, and states no MACs. A model that was
+        quantized by this package and stripped is kept with its quantizers.
     :param directory: is created if it does not exist.
     :param config: a JSON document to keep beside the model, as ``config.json``; replaced after the model.
     :return: the directory.
@@ -48,14 +59,20 @@ def save_pruned(model: nn.Module, directory: PathLike, *, config: Mapping[str, A
     :raises StorageError: the directory cannot be written. The previous checkpoint is as it was.
     """
     folder = Path(directory)
-    _refuse_hooks(model)
+    quantizers = stored_hooks(model)
+    if quantizers is None:
+        _refuse_hooks(model)
     tensors = persistent_tensors(model)
     plan = plan_to_save(model)
     text = plan.to_json().encode() + b"\n"
+    header = {"format": "pt", PLAN_DIGEST: plan_digest(text)}
+    if quantizers is not None:
+        header[QUANTIZERS] = json.dumps(quantizers[0])
+        tensors |= quantizers[1]
     document = None if config is None else _config_text(config)
     # The new plan lies ready before the weights that need it; replacing the weights is the moment of change.
     with whole_files(folder, [NEXT_PLAN_FILE, WEIGHTS_FILE, PLAN_FILE, CONFIG_FILE]) as new:
-        write_tensors(new / WEIGHTS_FILE, tensors, {"format": "pt", PLAN_DIGEST: plan_digest(text)})
+        write_tensors(new / WEIGHTS_FILE, tensors, header)
         (new / NEXT_PLAN_FILE).write_bytes(text)
         (new / PLAN_FILE).write_bytes(text)
         if document is not None:
@@ -101,7 +118,9 @@ def load_pruned(
     tensors = persistent_tensors(model)
     folder = Path(directory)
     with opened_weights(folder / WEIGHTS_FILE) as file:
-        plan = plan_for_weights(folder, model, (file.metadata() or {}).get(PLAN_DIGEST))
+        header = file.metadata() or {}
+        plan = plan_for_weights(folder, model, header.get(PLAN_DIGEST))
+        put_on_quantizers = _read_quantizers(file, folder / WEIGHTS_FILE, header)
         stored = stored_names(file, folder / WEIGHTS_FILE, model, plan, tensors, strict=strict)
         loaded = {name: file.get_tensor(key) for name, key in stored.items()}
     with transaction() as log:
@@ -114,7 +133,34 @@ def load_pruned(
             for name, value in loaded.items():
                 log.set_data(tensors[name], placed(tensors[name].data, plan.selection(name), value))
             prune_in_place(model, plan, in_dict(example_inputs), plugins=plugins)
+    if put_on_quantizers is not None:
+        put_on_quantizers(model)
     return model.eval()
+
+
+def is_quantized_checkpoint(directory: PathLike) -> bool:
+    """Whether a checkpoint holds a quantized network.
+
+    :param directory: what :func:`save_pruned` wrote.
+    :raises CompactPruneError: its weights are missing or damaged.
+    """
+    with opened_weights(Path(directory) / WEIGHTS_FILE) as file:
+        return QUANTIZERS in (file.metadata() or {})
+
+
+def _read_quantizers(file: Any, path: Path, header: Mapping[str, str]) -> Callable[[nn.Module], None] | None:
+    """What puts the quantizers of a checkpoint on a model; None where it has none.
+
+    :raises CompactPruneError: what the file says of them does not fit together.
+    """
+    if QUANTIZERS not in header:
+        return None
+    names = [name for name in file.keys() if name.startswith(f"{NNCF_HOOKS}.")]  # noqa: SIM118 - not a dict
+    try:
+        return read_hooks(json.loads(header[QUANTIZERS]), {name: file.get_tensor(name).clone() for name in names})
+    except (ValueError, RecursionError) as error:
+        msg = f"{path}: what it says of its quantizers does not fit together ({shown(str(error))}). Copy it again."
+        raise CompactPruneError(msg) from error
 
 
 def _dense_model(model_or_factory: Any) -> nn.Module:

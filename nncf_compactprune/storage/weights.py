@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from nncf_compactprune.errors import CompactPruneError
-from nncf_compactprune.host.tensors import model_tensors, named_modules, temporary_buffers
+from nncf_compactprune.host.tensors import NNCF_HOOKS, model_tensors, named_modules, temporary_buffers
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plan.reading import shown
 
 SHOWN_FINDINGS = 5
+#: what the header of a quantized network's weights says its quantizers by
+QUANTIZERS = "quantizers"
 SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -109,7 +111,10 @@ def stored_names(
     shapes = plan.shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     stored: dict[str, str] = {}
     unknown, wrong = [], []
+    hooks = f"{NNCF_HOOKS}." if QUANTIZERS in (file.metadata() or {}) else None  # which are read on their own
     for key in file.keys():  # noqa: SIM118 - not a dict
+        if hooks is not None and key.startswith(hooks):
+            continue
         name = tied.get(key, key)
         if name not in shapes or name in stored:
             unknown.append(f"'{shown(key)}'")

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from nncf_compactprune import CompressionStage, create_compressed_model, export_model, load_config
 from nncf_compactprune.algorithms.quantization import accuracy_control
 from nncf_compactprune.algorithms.quantization.options import quantize_options
-from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.errors import CompactPruneError, ConfigError, ExportError, QuantizationError
 from nncf_compactprune.host.calls import evaluating
 from nncf_compactprune.host.nncf_hooks import hooks
 from nncf_compactprune.host.nncf_quantization import not_compiled, quantizers_by_operation
+from nncf_compactprune.host.stored_quantizers import StoredQuantizer
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 PRUNE = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.5}, "params": {"schedule": "one_shot", "round_to": 4}}

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.algorithms.data_free.sources import LayerInputs
-from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.errors import DataFreeError, first_line
 from nncf_compactprune.host.nncf_hooks import Hook, hook_input, hook_output
 from nncf_compactprune.host.nncf_quantization import quantizer_places
+from nncf_compactprune.host.stored_quantizers import StoredQuantizer
 from nncf_compactprune.host.tensors import named_modules
 from nncf_compactprune.host.torch_internals import TransposedConvolution
 
@@ -27,10 +26,7 @@ CHUNK = 32  # images in a batch of NNCF's statistics
 
 
 class GridQuantizer(StoredQuantizer):
-    """Rounds to ``low .. high`` levels of a fixed step, always stored as an 8-bit quantizer.
-
-    Fewer bits are fewer levels of the same 8-bit grid: activations are clamped first, weights are on the grid already.
-    So every runtime that knows INT8 runs the file, and ONNX, whose quantizers know 8 bits only, can hold it.
+    """Finds its range on what comes first, then rounds to ``-high .. high`` or ``0 .. high`` levels of it.
 
     :param bits: 2 to 8.
     :param signed: levels from ``-high`` (weights, symmetric), else from 0 (activations).
@@ -38,18 +34,14 @@ class GridQuantizer(StoredQuantizer):
     """
 
     def __init__(self, bits: int, *, signed: bool, size: int = 1, axis: int = 0) -> None:
-        super().__init__(signed=signed, size=size, axis=axis)
-        self.bits = bits
+        super().__init__(signed=signed, size=size, axis=axis, bits=bits)
         self.high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
-        self.low = -self.high if signed else 0
         self.pending = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantizes. While ``pending``, the range is first searched on what comes."""
         if self.pending:
             self._search(x)
-        if not self.signed and self.bits < 8:
-            x = x.clamp((self.low - self._zero) * self._step, (self.high - self._zero) * self._step)
         return super().forward(x)
 
     def _search(self, x: Tensor) -> None:
@@ -61,10 +53,6 @@ class GridQuantizer(StoredQuantizer):
         else:
             self.set(*search_range(x, self.high))
         self.pending = False
-
-    def get_config(self) -> dict[str, Any]:
-        """What :meth:`from_config` needs."""
-        return {"bits": self.bits, **super().get_config()}
 
 
 def search_range(x: Tensor, high: int) -> tuple[Tensor, int]:

@@ -19,7 +19,6 @@ from nncf_compactprune.algorithms.quantization.accuracy_control import Controlle
 from nncf_compactprune.algorithms.quantization.config import AccuracyControl, QuantizationConfig
 from nncf_compactprune.algorithms.quantization.options import quantize_options
 from nncf_compactprune.algorithms.quantization.parts import parts_of, quantize_parts
-from nncf_compactprune.algorithms.quantization.stored import StoredQuantizer
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.decide.scopes import ScopeRules, operations_out_of_scope
 from nncf_compactprune.errors import QuantizationError, first_line
@@ -37,6 +36,7 @@ from nncf_compactprune.host.nncf_quantization import (
 )
 from nncf_compactprune.host.nncf_sparsity import is_mask
 from nncf_compactprune.host.optimizers import join_first
+from nncf_compactprune.host.stored_quantizers import StoredQuantizer
 from nncf_compactprune.host.tensors import model_tensors
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
