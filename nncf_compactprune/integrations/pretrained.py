@@ -57,8 +57,8 @@ def save_pruned_hf(model: nn.Module, directory: str | PathLike[str]) -> Path:
     """
     if carries_hooks(model):
         msg = (
-            f"save_pruned_hf: {type(model).__name__} carries NNCF hooks (masks, quantizers or re-parameterised weights), "
-            "which Transformers does not load. Strip it first; keep a quantized network by save_pruned."
+            f"save_pruned_hf: {type(model).__name__} carries NNCF hooks (masks, quantizers), which Transformers does "
+            "not load. Strip it first; keep a quantized network by save_pruned."
         )
         raise CompactPruneError(msg)
     describe(model)

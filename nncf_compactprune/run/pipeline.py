@@ -106,8 +106,8 @@ def described_by(directory: Path) -> ExportOptions:
 
 
 def load_run(directory: str | PathLike[str], plugins: Plugins | None = None) -> ResolvedModel:
-    """Rebuilds the pruned model of a run: the dense architecture from its config, cut to its plan, with its weights and,
-    where it was quantized, its quantizers.
+    """Rebuilds the pruned model of a run: the dense architecture from its config, cut to its plan, with its weights
+    and, of a quantized one, its quantizers.
 
     :param directory: what a run wrote.
     :param plugins: where names are looked up; the installed plugins by default.

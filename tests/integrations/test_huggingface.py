@@ -30,6 +30,7 @@ from torch import nn
 from nncf_compactprune import create_compressed_model, prune
 from nncf_compactprune.algorithms import CompressionStage
 from nncf_compactprune.errors import CompactPruneError
+from nncf_compactprune.host.nncf_hooks import hook_parameter
 from nncf_compactprune.host.tensors import carries_hooks
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.run.datasets import resolve_dataset
@@ -73,6 +74,15 @@ def test_a_pruned_model_comes_back_bit_for_bit(build: Any, tmp_path: Path) -> No
     assert {name: tuple(parameter.shape) for name, parameter in rebuilt.named_parameters()} == dense
     said = before.keys() - {"architectures", "dtype", "transformers_version", "_name_or_path"}
     assert {k: v for k, v in dense_config(again.config).to_dict().items() if k in said} == {k: before[k] for k in said}
+
+
+def test_a_quantized_model_is_not_saved_without_its_quantizers(tmp_path: Path) -> None:
+    model = vit()
+    prune(model, image_inputs(model), budget={"macs": 0.8}, round_to=1)
+    hook_parameter(model, "classifier.weight", torch.nn.Identity())
+    with pytest.raises(CompactPruneError, match=r"save_pruned_hf: ViT.* carries NNCF hooks.*by save_pruned"):
+        save_pruned_hf(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def bert() -> tuple[Any, dict[str, torch.Tensor]]:
