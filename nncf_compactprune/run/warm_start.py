@@ -31,9 +31,6 @@ def check_warm_start(settings: Settings) -> None:
     if missing:
         message = f"'{start}' is no directory of a finished run: {', '.join(missing)} not found there."
         raise ConfigError(settings.source, [Problem("warm_start", message)])
-    if is_quantized_checkpoint(start):
-        message = f"'{start}' holds a quantized network, whose channels are not cut any more. Start from a run without "
-        raise ConfigError(settings.source, [Problem("warm_start", message + "quantization, and quantize the end.")])
     for at, entry in enumerate(settings.compression.compression):
         if isinstance(entry, ChannelPruningConfig) and isinstance(entry.budget.latency, (int, float)):
             message = (
@@ -41,6 +38,9 @@ def check_warm_start(settings: Settings) -> None:
                 'such as "4.5ms", or start from the dense network.'
             )
             raise ConfigError(settings.source, [Problem(f"compression[{at}].budget.latency", message)])
+    if is_quantized_checkpoint(start):
+        message = f"'{start}' holds a quantized network, whose channels are not cut any more. Start from a run without "
+        raise ConfigError(settings.source, [Problem("warm_start", message + "quantization, and quantize the end.")])
 
 
 def warm_started(run: Run, dense: Network) -> Run:

@@ -200,7 +200,7 @@ def test_all_wrong_run_keys_are_told_at_once_with_their_paths() -> None:
 
 
 def test_an_unknown_export_format_is_told_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"export\.formats: expected formats among onnx, .*'onxn'.* mean 'onnx'"):
+    with pytest.raises(ConfigError, match=r"export\.formats: expected formats among .*onnx, .*'onxn'.* mean 'onnx'"):
         run_config(model="m", export={"formats": ["onxn"]})
 
 
