@@ -99,6 +99,15 @@ def keeping(kept: io.StringIO) -> Iterator[None]:
         yield
 
 
+def is_foreign(filename: str) -> bool:
+    """Whether a source file belongs to one of the packages whose noise is kept.
+
+    :param filename: of a warning.
+    """
+    _, installed, inside = filename.replace(os.sep, "/").rpartition("/site-packages/")
+    return bool(installed) and inside.partition("/")[0] in _FOREIGN
+
+
 @contextmanager
 def natively_quiet() -> Iterator[None]:
     """Drops what compiled code writes to the process's standard error, past Python."""

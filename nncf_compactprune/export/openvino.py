@@ -16,7 +16,7 @@ from torch import nn
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export.branches import refuse_frozen_reads, tracer_warnings
 from nncf_compactprune.export.exported_program import program_and_left_out
-from nncf_compactprune.export.foreign import exporting
+from nncf_compactprune.export.foreign import exporting, is_foreign
 from nncf_compactprune.export.formats import ExportFormat, Session, in_file_order, of_batch
 from nncf_compactprune.export.options import ExportOptions
 from nncf_compactprune.export.prepared import Array, Prepared, reason_of, refuse_hooks, refuse_other_dtypes
@@ -161,6 +161,8 @@ def _converted(ready: Prepared) -> Any:
     if traced:  # what a trace that failed warned of is in no file; torch's exporter refuses to freeze a value
         refuse_frozen_reads(whose, ready, warned)
     for one in warned.others:
+        if is_foreign(one.filename):  # a tracer reads every attribute, those that are deprecated, too
+            continue
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     if len(converted.inputs) != len(ready.input_names) or len(converted.outputs) != len(ready.output_names):
         msg = (

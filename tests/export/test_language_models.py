@@ -12,9 +12,6 @@ from torch import nn
 from nncf_compactprune import export_model
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing`:FutureWarning"
-)  # tracers read every attribute
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
