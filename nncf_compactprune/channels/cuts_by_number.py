@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
 
 from nncf_compactprune.channels.labels import DimLabels, LabelArray
 from nncf_compactprune.channels.running_code import Number
-from nncf_compactprune.channels.terms import AttributeTerm
+from nncf_compactprune.channels.terms import UNFLATTENED, AttributeTerm, unflattened
 
 if TYPE_CHECKING:
     from nncf_compactprune.channels.tracer import Tracer
@@ -90,6 +91,39 @@ def follows_view(tracer: Tracer, labels: DimLabels) -> None:
     for array in labels:
         if array is not None:
             _note(tracer, [number for number in numbers if number.value == array.size], array)
+
+
+def counted_in_view(tracer: Tracer, old: Sequence[int], new: Sequence[int]) -> tuple[int | None, list[Number]]:
+    """The dimension of a reshape's result that counts channels as a number says, where features become pictures:
+    ``nn.Unflatten(1, (c, h, w))``, and ``x.view(-1, self.channels, h, w)`` of ``[n, features]``.
+
+    :param tracer: knows the running code and its numbers.
+    :param old: the shape before.
+    :param new: the shape after.
+    :return: the dimension, or None; and the numbers, for :func:`note_counted`.
+    """
+    running = tracer.running
+    if isinstance(running, nn.Unflatten):
+        sizes = unflattened(running)
+        if sizes is not None and len(sizes) > 1 and isinstance(running.dim, int):
+            return running.dim % len(old), [Number(tracer.module, UNFLATTENED, sizes)]
+    elif len(old) == 2 and len(new) > 3:
+        found = [number for number in tracer.numbers_in_code() if number.value == new[1]]
+        if found:
+            return 1, found
+    return None, []
+
+
+def note_counted(tracer: Tracer, numbers: Sequence[Number], labels: LabelArray) -> None:
+    """Notes what :func:`counted_in_view` found.
+
+    :param tracer: notes them.
+    :param numbers: numbers, or lists that begin with one.
+    :param labels: of the dimension.
+    """
+    for number in numbers:
+        fixed = number.value[1:] if isinstance(number.value, tuple) else ()
+        tracer.note_attribute(AttributeTerm(number.module, number.attribute, 1, labels, fixed=fixed))
 
 
 def _note(tracer: Tracer, numbers: Sequence[Number], labels: LabelArray, entries: tuple[int, ...] = ()) -> None:

@@ -88,6 +88,7 @@ class AttributeFact:
     :param groups: group of each channel it counts, -1 where pinned, shape ``[channels]``.
     :param channels: position of each in its group, shape ``[channels]``.
     :param entries: the dense list, one run of channels an entry; empty for a number.
+    :param fixed: what follows the number in a list, and counts no channels; empty for a number alone.
     """
 
     module: str
@@ -96,11 +97,12 @@ class AttributeFact:
     groups: npt.NDArray[np.int64]
     channels: npt.NDArray[np.int64]
     entries: tuple[int, ...] = ()
+    fixed: tuple[int, ...] = ()
 
     @property
     def dense(self) -> AttributeValue:
         """The attribute before a cut."""
-        return self.entries or self.unit * len(self.groups)
+        return self.entries or self._told(len(self.groups))
 
     def value(self, keep: Sequence[npt.NDArray[np.bool_]]) -> AttributeValue:
         """The attribute after a cut.
@@ -109,9 +111,12 @@ class AttributeFact:
         """
         stays = [group < 0 or keep[group][channel] for group, channel in zip(self.groups, self.channels, strict=True)]
         if not self.entries:
-            return self.unit * sum(map(int, stays))
+            return self._told(sum(map(int, stays)))
         ends = itertools.accumulate(self.entries)
         return tuple(sum(map(int, stays[end - size : end])) for size, end in zip(self.entries, ends, strict=True))
+
+    def _told(self, count: int) -> AttributeValue:
+        return (self.unit * count, *self.fixed) if self.fixed else self.unit * count
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +227,8 @@ def _attribute_facts(
         classes = solution.component[term.labels]
         if (group_of_class[classes] >= 0).any():
             group_of_label = group_of_class[classes]
-            yield AttributeFact(term.module, term.attribute, term.unit, group_of_label, position[classes], term.entries)
+            places = (group_of_label, position[classes])
+            yield AttributeFact(term.module, term.attribute, term.unit, *places, term.entries, term.fixed)
 
 
 def _pin_unused(space: LabelSpace) -> None:

@@ -18,6 +18,8 @@ COUNTING_ATTRIBUTES = frozenset((*HEAD_COUNTS, *HEAD_PRODUCTS))
 GEOMETRY = ("stride", "kernel", "pad", "dilation", "patch", "ratio", "factor", "reduction")  # never count channels
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
+UNFLATTENED = "unflattened_size"  # of nn.Unflatten
+
 AttributeValue: TypeAlias = int | tuple[int, ...]
 """What a module keeps about its channels: a number, or one for each part of a split."""
 
@@ -44,6 +46,15 @@ def width_of(module: nn.Module, attribute: str) -> AttributeValue | None:
     return value if type(value) is int else None
 
 
+def unflattened(module: nn.Unflatten) -> tuple[int, ...] | None:
+    """The sizes that an ``nn.Unflatten`` makes of one dimension, where it names them all.
+
+    :param module: any.
+    """
+    sizes = tuple(module.unflattened_size)
+    return tuple(map(int, sizes)) if all(isinstance(size, int) and size > 0 for size in sizes) else None
+
+
 @dataclass(frozen=True)
 class AttributeTerm:
     """A number that a module keeps about its channels and that parameters do not show, or a list of numbers.
@@ -53,6 +64,7 @@ class AttributeTerm:
     :param unit: what one kept channel counts.
     :param labels: the channels.
     :param entries: the list, one run of ``labels`` an entry; empty for a number.
+    :param fixed: what follows the number in a list and counts no channels, such as height and width; else empty.
     """
 
     module: str
@@ -60,6 +72,7 @@ class AttributeTerm:
     unit: int
     labels: LabelArray
     entries: tuple[int, ...] = ()
+    fixed: tuple[int, ...] = ()
 
     @property
     def runs(self) -> list[LabelArray]:

@@ -239,6 +239,11 @@ class Tracer(Writes):  # type: ignore[no-untyped-call]
         """Name of the module that is running."""
         return self._stack[-1][0] if self._stack else ""
 
+    @property
+    def running(self) -> nn.Module | None:
+        """The module that is running."""
+        return self._stack[-1][1] if self._stack else None
+
     def head_axis(self, sizes: Sequence[int], labels: LabelArray) -> int | None:
         """Which factor of a view counts attention heads, as the running module's own attributes say.
 

@@ -71,5 +71,5 @@ def _fact_after(fact: AttributeFact, keep: Kept) -> AttributeFact:
         fact,
         groups=fact.groups[stays],
         channels=np.array(places, np.int64)[stays],
-        entries=value if isinstance(value, tuple) else (),
+        entries=value if fact.entries and isinstance(value, tuple) else (),
     )

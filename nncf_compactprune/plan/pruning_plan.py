@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.channels.branches import Branch
 from nncf_compactprune.channels.groups import ChannelGraph, fingerprint
-from nncf_compactprune.channels.terms import COUNTING_ATTRIBUTES, AttributeValue, width_of
+from nncf_compactprune.channels.terms import COUNTING_ATTRIBUTES, UNFLATTENED, AttributeValue, unflattened, width_of
 from nncf_compactprune.errors import PlanError
 from nncf_compactprune.host.tensors import model_tensors, named_modules
 from nncf_compactprune.plan.layers import disagreement
@@ -364,7 +364,7 @@ def _validate_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str,
             raise PlanError(msg)
         for attribute, value in values.items():
             old = _number_of(modules[name], attribute)
-            if old is None or not _is_less(value, old):
+            if old is None or not _is_less(value, old) or (attribute == UNFLATTENED and _tail(value) != _tail(old)):
                 msg = (
                     f"plan: attributes.{shown(name)}.{shown(attribute)}: expected a count of heads or of channels, "
                     f"each from 1 to what it is now ({old}), got {shown(str(value))}."
@@ -377,6 +377,8 @@ def _number_of(module: nn.Module, attribute: str) -> AttributeValue | None:
     if attribute in COUNTING_ATTRIBUTES:
         value = getattr(module, attribute, None)
         return value if type(value) is int else None
+    if isinstance(module, nn.Unflatten) and attribute == UNFLATTENED:
+        return unflattened(module)
     return width_of(module, attribute)
 
 
@@ -385,6 +387,10 @@ def _is_less(new: AttributeValue, old: AttributeValue) -> bool:
     if isinstance(new, int) or isinstance(old, int):
         return isinstance(new, int) and isinstance(old, int) and 1 <= new <= old
     return len(new) == len(old) and all(1 <= a <= b for a, b in zip(new, old, strict=True))
+
+
+def _tail(value: AttributeValue) -> tuple[int, ...]:
+    return value[1:] if isinstance(value, tuple) else ()
 
 
 def make_plan(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]], *, algorithm: str = "") -> PruningPlan:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +12,10 @@ from support.networks import STRUCTURES, Classifier, conv_bn, images, trained
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from nncf_compactprune import analyse, apply_plan, prune
 from nncf_compactprune.channels import trace
 from nncf_compactprune.channels.views import blocks, reshape_labels
-from nncf_compactprune.errors import TraceError
+from nncf_compactprune.errors import PlanError, TraceError
 
 
 def members(graph, name):
@@ -242,3 +246,51 @@ def test_reshape_there_and_back_is_the_identity(shape):
 def test_width_of_the_pooled_feature_goes_to_the_head():
     graph = trace(Classifier(conv_bn(3, 8), 8), torch.randn(1, 3, 6, 6))
     assert ("head.weight", 1, "consumer") in members(graph, "features.0")
+
+
+class TestDecoders:
+    """Features that become pictures: the channels among them go where a number says how many there are."""
+
+    def test_unflatten_and_a_view_by_a_number_are_told_anew(self) -> None:
+        model = STRUCTURES["decoders"]().eval()
+        names = dict(model.named_modules())
+        unflatten = next(name for name, module in names.items() if isinstance(module, nn.Unflatten))
+        decoder = next(name for name, module in names.items() if type(module).__name__ == "Decoder")
+        graph = analyse(model, images(torch.float32))
+        sizes = {group.name: group.size for group in graph.groups}
+        assert sizes[f"{decoder}.up"] == 14
+        assert 10 in sizes.values()
+        plan = prune(model, images(torch.float32), budget={"params": 0.5}, allocation="uniform", round_to=1).plan
+        channels, *size = names[unflatten].unflattened_size
+        assert size == [2, 2]
+        assert channels < 10
+        assert names[decoder].width < 14
+        assert plan.attributes[unflatten] == {"unflattened_size": (channels, 2, 2)}
+        again = prune(
+            model, images(torch.float32), budget={"params": 0.6}, allocation="uniform", round_to=1
+        )  # once more, from there
+        assert names[unflatten].unflattened_size[0] < channels
+        assert again.self_check.error < 1e-5
+
+    def test_a_view_of_constants_keeps_its_layer(self) -> None:
+        class Constants(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.up, self.conv = nn.Linear(8, 12 * 4), nn.ConvTranspose2d(12, 3, 2, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.conv(self.up(x).view(-1, 12, 2, 2))
+
+        graph = analyse(Constants(), torch.randn(2, 8))
+        assert not graph.groups
+        assert any("aten.view does not follow a smaller width" in pin.reason for pin in graph.pinned)
+
+    def test_a_plan_that_turns_height_and_width_is_not_believed(self) -> None:
+        model = STRUCTURES["decoders"]().eval()
+        fresh = copy.deepcopy(model)
+        plan = prune(model, images(torch.float32), budget={"params": 0.5}, allocation="uniform", round_to=1).plan
+        ((name, values),) = [item for item in plan.attributes.items() if "unflattened_size" in item[1]]
+        channels = values["unflattened_size"][0]
+        forged = dataclasses.replace(plan, attributes={**plan.attributes, name: {"unflattened_size": (channels, 1, 2)}})
+        with pytest.raises(PlanError, match="unflattened_size: expected a count"):
+            apply_plan(fresh, forged)

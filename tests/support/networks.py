@@ -460,6 +460,27 @@ def basis_functions() -> nn.Module:
     return model
 
 
+class Decoder(nn.Module):
+    """Features become small pictures, of a number that the module keeps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.up = nn.Linear(12, width * 2 * 3)
+        self.conv = nn.Sequential(nn.ConvTranspose2d(width, 16, 2, 2), nn.BatchNorm2d(16), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.relu(self.up(x)).view(-1, self.width, 2, 3))
+
+
+def decoders() -> nn.Module:
+    """Autoencoders and generators: nn.Unflatten, and a view by a number."""
+    encoder = [conv_bn(3, 8), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 12), nn.ReLU()]
+    first = [*encoder, nn.Linear(12, 10 * 4), nn.Unflatten(1, (10, 2, 2)), nn.ConvTranspose2d(10, 8, 3, 2), nn.ReLU()]
+    between = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 12), nn.ReLU()]
+    return Classifier(nn.Sequential(*first, *between, Decoder(14)), 16)
+
+
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
@@ -467,7 +488,7 @@ STRUCTURES: dict[str, Callable[[], nn.Module]] = {
         transposed, glu,
         flatten, group_norm, layer_norm, pixel_shuffle, weight_norm, tied, attention,
         grouped_query_attention, mixed_convolution, multi_scale, partial_convolution,
-        recurrent, convolutional_recurrent, basis_functions,
+        recurrent, convolutional_recurrent, basis_functions, decoders,
     )
 }  # fmt: skip
 

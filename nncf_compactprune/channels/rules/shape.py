@@ -9,7 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nncf_compactprune.channels.cuts_by_number import follows_slice, follows_split, follows_view
+from nncf_compactprune.channels.cuts_by_number import (
+    counted_in_view,
+    follows_slice,
+    follows_split,
+    follows_view,
+    note_counted,
+)
 from nncf_compactprune.channels.labels import LabelArray
 from nncf_compactprune.channels.rules.base import argument, dims_of, name_of, rule
 from nncf_compactprune.channels.running_code import user_location
@@ -28,7 +34,13 @@ def reshape(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str,
         return
     sizes = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
     free = sizes.index(-1) if -1 in sizes else tracer.free_dimension
+    counted, numbers = counted_in_view(tracer, x.shape, out.shape)
+    if counted is not None:
+        free = counted
     labels = reshape_labels(tracer.labels(x), x.shape, out.shape, tracer.unify, tracer.pin, tracer.head_axis, free=free)
+    array = None if counted is None else labels[counted]
+    if array is not None:
+        note_counted(tracer, numbers, array)
     if tracer.by_number and user_location(1) in tracer.by_number:
         follows_view(tracer, labels)
     tracer.set(out, labels)
