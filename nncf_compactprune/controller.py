@@ -30,6 +30,7 @@ from nncf_compactprune.host.calls import rows_of
 from nncf_compactprune.host.distributed import refuse_wrapped
 from nncf_compactprune.host.graph_modules import back_to_graph_module, plain_or_back
 from nncf_compactprune.host.optimizers import Optimizers
+from nncf_compactprune.host.tensors import copy_in
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
@@ -190,7 +191,7 @@ class CompressionController:
         finally:
             context.optimizer, context.ema = left
 
-    def attach(self, *, optimizer: Optimizers | None = None, ema: nn.Module | None = None) -> None:
+    def attach(self, *, optimizer: Optimizers | None = None, ema: object | None = None) -> None:
         """Lets the model shrink *while training*: as soon as the schedule reaches its target the channels are cut, the
         optimizer's state and the EMA copy along with them, and the remaining epochs are really cheaper. With
         ``shrink_every`` they are cut on the way, too. Without an optimizer the masks stay on until :meth:`strip`.
@@ -198,7 +199,10 @@ class CompressionController:
         :param optimizer: holds the model's parameters, or several that share them out (Muon for matrices beside
             AdamW). Their references stay valid. They replace what was attached before.
         :param ema: a shadow copy (timm's ``ModelEma*``, ``torch.optim.swa_utils.AveragedModel``, or a plain copy).
+        :raises CompactPruneError: there is no copy of the model in ``ema``.
         """
+        if ema is not None:
+            copy_in(ema, self.model)
         self._context.optimizer = optimizer if optimizer is not None else self._context.optimizer
         self._context.ema = ema if ema is not None else self._context.ema
         for algorithm in self.started:
@@ -456,7 +460,7 @@ def prune(
     target_scopes: Sequence[str] | None = None,
     initializer: Mapping[str, Any] | None = None,
     optimizer: Optimizers | None = None,
-    ema: nn.Module | None = None,
+    ema: object | None = None,
     plugins: Plugins | None = None,
     **more: Any,
 ) -> PruningResult:

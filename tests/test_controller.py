@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from support.networks import images, labelled_batches, model32
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from nncf_compactprune import CompressionStage, create_compressed_model, prune
 from nncf_compactprune.channels import trace
@@ -435,3 +437,63 @@ def test_epochs_before_the_first_channel_goes_run_without_hooks():
     ctrl.scheduler.epoch_step()
     assert ctrl.compression_rate > 0
     assert "__nncf_hooks" in model._modules
+
+
+class Checkpointed(nn.Module):
+    """A network whose convolutions run again in the backward pass."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.stem, self.reentrant = nn.Conv2d(3, 8, 1), reentrant
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = checkpoint(self.body, x, use_reentrant=self.reentrant) if self.training else self.body(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_is_refused_under_masks_and_taken_where_all_is_cut(reentrant):
+    """With masks that the second run does not wear gradients were wrong, or torch's error told of saved tensors."""
+    for more in ({}, {"shrink_every": 1}):
+        model = Checkpointed(reentrant=reentrant)
+        ctrl, _ = create_compressed_model(model, config(schedule="exponential", pruning_steps=2, **more))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        ctrl.attach(optimizer=optimizer)
+        train_epoch(model, ctrl, optimizer)
+        if not more:
+            with pytest.raises(CompactPruneError, match=r"without their masks.*Switch it off.*\"shrink_every\": 1"):
+                train_epoch(model, ctrl, optimizer)
+            model.eval()(images(torch.float32))
+        train_epoch(model, ctrl, optimizer)
+        train_epoch(model, ctrl, optimizer)
+        assert ctrl.compression_stage() is CompressionStage.FULLY_COMPRESSED
+
+
+def test_batches_accumulate_across_the_cut():
+    weights = []
+    for early in (False, True):
+        model, x = model32("plain"), images(torch.float32)
+        ctrl, _ = create_compressed_model(model, config(schedule="exponential", pruning_steps=2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.eval()  # batches leave no statistics
+        ctrl.scheduler.epoch_step(2)
+        model(x).square().mean().backward()
+        if early:
+            ctrl.attach(optimizer=optimizer)
+            ctrl.strip()
+        model(2 * x).square().mean().backward()
+        optimizer.step()
+        ctrl.strip()
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_what_holds_no_copy_of_the_model_is_told_when_it_is_attached():
+    ctrl, model = create_compressed_model(model32(), config(schedule="exponential", pruning_steps=2))
+    for ema in (SimpleNamespace(shadow_params=list(model.parameters())), nn.Linear(2, 2), model):
+        with pytest.raises(CompactPruneError, match=f"ema: expected a copy of .*, got {type(ema).__name__} without"):
+            ctrl.attach(ema=ema)

@@ -71,7 +71,7 @@ class Context:
     plugins: Plugins
     train_loader: Iterable[Any] | None = None
     optimizer: Optimizers | None = None
-    ema: nn.Module | None = None
+    ema: object | None = None
     teacher: nn.Module | None = None
     hold_masks: bool = False
     seconds: dict[str, float] = field(default_factory=dict)

@@ -107,7 +107,7 @@ class Masks:
         self._models = [model]
         self._handles: list[Any] = []
 
-    def share(self, ema: nn.Module | None) -> None:
+    def share(self, ema: object | None) -> None:
         """Puts the same masks on a shadow copy from the next :meth:`update` on. A copy that was taken of a masked model
         has masks of its own, which would be averaged; they go.
 

@@ -75,7 +75,7 @@ def prune_in_place(
     example_inputs: Any,
     *,
     optimizer: Optimizers | None = None,
-    ema: nn.Module | None = None,
+    ema: object | None = None,
     plugins: Plugins | None = None,
     self_check: bool = True,
     dry_run: bool = False,

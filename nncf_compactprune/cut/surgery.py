@@ -50,12 +50,12 @@ def apply_plan(
     plan: PruningPlan,
     *,
     optimizer: Optimizers | None = None,
-    ema: nn.Module | None = None,
+    ema: object | None = None,
     plugins: Plugins | None = None,
 ) -> None:
     """Cuts a dense model to the plan, in place.
 
-    Gradients of cut parameters are dropped. Outside references to the parameters stay valid.
+    Gradients are cut alike. Outside references to the parameters stay valid.
 
     :param model: any module of the architecture that the plan was made for.
     :param plan: what stays.
@@ -78,7 +78,7 @@ def cut(
     plan: PruningPlan,
     *,
     optimizer: Optimizers | None = None,
-    ema: nn.Module | None = None,
+    ema: object | None = None,
     plugins: Plugins | None = None,
 ) -> None:
     """The same as :func:`apply_plan` inside a running transaction, for a plan that was validated.
@@ -117,7 +117,9 @@ def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: 
     for live, key in memos(model):
         log.delete_item(live, key)
     for name in plan.kept:
-        log.set_data(tensors[name], select(tensors[name].data, plan.selection(name)))
+        tensor, dims = tensors[name], plan.selection(name)
+        grad = tensor.grad  # batches may be accumulating across the cut
+        log.set_data(tensor, select(tensor.data, dims), None if grad is None else select(grad, dims))
     for name, attributes in plan.attributes.items():
         module = model.get_submodule(name)
         values = {key: _as_kept(getattr(module, key), value) for key, value in attributes.items()}

@@ -44,17 +44,19 @@ class Transaction:
         self._changes.append(change)  # first: an interrupt in the middle of a change leaves half of it
         run_step(change.do)
 
-    def set_data(self, tensor: Tensor, data: Tensor) -> None:
-        """Replaces a tensor's data, keeping its identity; its gradient is dropped.
+    def set_data(self, tensor: Tensor, data: Tensor, grad: Tensor | None = None) -> None:
+        """Replaces a tensor's data, keeping its identity, and its gradient.
 
         :param tensor: a parameter or buffer.
         :param data: of any shape.
+        :param grad: of that shape; None drops the gradient.
         """
         old_data, old_grad = tensor.data, tensor.grad
 
         def do() -> None:
             tensor.grad = None
             _replace_data(tensor, data)
+            tensor.grad = grad
 
         def undo() -> None:
             tensor.grad = None  # of another shape, where the change did not get far

@@ -8,13 +8,16 @@ storage of hooks is a submodule, which a bare ``nn.Sequential`` would run as a l
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from nncf.torch.function_hook import (
     get_hook_storage,
     is_wrapped,
@@ -120,6 +123,7 @@ def hook_parameter(model: nn.Module, name: str, hook: nn.Module) -> Any:
     :param hook: is called with the parameter and returns what is used instead.
     :return: a handle with ``remove()``.
     """
+    refuse_checkpointing(hook)
     return HookHandle(model, register_post_function_hook(_wrapped(model), name, 0, hook), before=False)
 
 
@@ -143,6 +147,31 @@ def hook_output(model: nn.Module, operation: str, port: int, hook: nn.Module) ->
     :param hook: is called with the output and returns what is used instead.
     """
     return HookHandle(model, register_post_function_hook(_with_mode(model), operation, port, hook), before=False)
+
+
+def refuse_checkpointing(hook: nn.Module) -> None:
+    """Lets a hook raise an error under gradient checkpointing: what runs again in the backward pass meets no hook.
+
+    :param hook: of a model.
+    """
+    if _not_in_checkpoint not in hook._forward_pre_hooks.values():
+        hook.register_forward_pre_hook(_not_in_checkpoint)
+
+
+def _not_in_checkpoint(hook: nn.Module, _: Any) -> None:
+    if torch.compiler.is_compiling() or not (hook.training or torch.is_grad_enabled()):
+        return
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            msg = (
+                "gradient checkpointing runs layers again in the backward pass, without their masks, quantizers or "
+                "factors, so gradients would be wrong. Switch it off while these are at work "
+                "(model.gradient_checkpointing_disable(), model.set_grad_checkpointing(False)), or prune without masks: "
+                '"schedule": "one_shot", or "shrink_every": 1.'
+            )
+            raise CompactPruneError(msg)
+        frame = frame.f_back
 
 
 def _wrapped(model: nn.Module) -> nn.Module:

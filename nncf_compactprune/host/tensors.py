@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.torch_internals import UninitializedBuffer, UninitializedParameter
 
 NNCF_HOOKS = "__nncf_hooks"
@@ -130,22 +131,37 @@ def model_tensors(model: nn.Module) -> ModelTensors:
     return ModelTensors(parameters, buffers, tied)
 
 
-def copy_in(ema: nn.Module, model: nn.Module) -> nn.Module:
-    """The copy of a model in an EMA: the EMA itself, or the ``module`` that it holds (as timm's and torch's do).
+def copy_in(ema: object, model: nn.Module) -> nn.Module:
+    """The copy of a model in an EMA: the EMA itself, or what it holds in an attribute, wrapped once or not (as timm's,
+    torch's and most others do).
 
-    A model may have a child of that name too, so the names of the parameters decide.
+    Any attribute may have any name, ``module`` may be a child of the model too, so the names of the parameters decide.
 
     :param ema: a copy of the model, or a holder of one.
     :param model: whose copy it is, cut or not.
+    :raises CompactPruneError: there is no copy of the model in it.
     """
-    held = getattr(ema, "module", None)
-    if not isinstance(held, nn.Module):
-        return ema
     names = model_tensors(model).parameters.keys()
-    return ema if isinstance(ema, nn.Module) and model_tensors(ema).parameters.keys() == names else held
+    found: list[object] = [ema]
+    for _ in range(3):
+        for one in found:
+            if isinstance(one, nn.Module) and one is not model and model_tensors(one).parameters.keys() == names:
+                return one
+        found = [held for one in found if one is ema or isinstance(one, nn.Module) for held in _held(one)]
+    msg = (
+        f"ema: expected a copy of {type(model).__name__}, or an object that holds one in an attribute (as timm's "
+        f"ModelEmaV3 and torch's AveragedModel do), got {type(ema).__name__} without a module of the same parameters. "
+        "Lists of averaged tensors do not say whose they are."
+    )
+    raise CompactPruneError(msg)
 
 
-def with_copy(model: nn.Module, ema: nn.Module | None) -> list[nn.Module]:
+def _held(holder: object) -> list[object]:
+    own = holder._modules if isinstance(holder, nn.Module) else {}
+    return [*own.values(), *getattr(holder, "__dict__", {}).values()]
+
+
+def with_copy(model: nn.Module, ema: object | None) -> list[nn.Module]:
     """A model, and its copy in an EMA where there is one.
 
     :param model: as it is.

@@ -158,7 +158,7 @@ class CompactPruneController(nncf2.PTCompressionAlgorithmController):  # type: i
     def scheduler(self) -> _Scheduler:
         return self._scheduler
 
-    def attach(self, *, optimizer: Optimizers | None = None, ema: nn.Module | None = None) -> None:
+    def attach(self, *, optimizer: Optimizers | None = None, ema: object | None = None) -> None:
         """Lets the network shrink while it trains; see :meth:`CompressionController.attach`.
 
         :param optimizer: holds the model's parameters.

@@ -12,6 +12,7 @@ import openvino
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from nncf.torch.function_hook.pruning.rb.modules import RBPruningMask
 from nncf.torch.quantization.layers import AsymmetricQuantizer, BaseQuantizer, SQMultiply, SymmetricQuantizer
 from support.networks import Classifier, ResidualBlock, conv_bn
@@ -639,3 +640,22 @@ def test_a_drop_that_cannot_be_held_and_missing_labels_are_told_and_the_model_st
         controlled(model, [x for x, _ in loader])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not hooks(model)
+
+
+def test_gradient_checkpointing_is_refused_beside_quantizers():
+    """What runs again in the backward pass is not quantized, so gradients were wrong."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                return self.inner(x)
+            return torch.utils.checkpoint.checkpoint(self.inner, x.requires_grad_(), use_reentrant=True)
+
+    _, model = create_compressed_model(Checkpointed(), {"compression": {"algorithm": "quantization"}}, batches())
+    model.eval()(X)
+    with pytest.raises(CompactPruneError, match="without their masks, quantizers or factors"):
+        model.train()(X.clone())

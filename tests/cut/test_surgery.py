@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
@@ -331,13 +332,32 @@ def held_by_a_plain_object(model):
     return SimpleNamespace(module=copy.deepcopy(model))
 
 
+def held_by_another_name(model):
+    """As timm's first ``ModelEma`` holds it, and libraries that hold the model itself, too."""
+    return SimpleNamespace(online=model, ema=copy.deepcopy(model))
+
+
+def held_in_a_wrapper(model):
+    """``AveragedModel`` of a network that DistributedDataParallel wraps."""
+    return SimpleNamespace(module=nn.DataParallel(copy.deepcopy(model)))
+
+
 @pytest.mark.parametrize("build", [lambda: model32("plain"), lambda: Holder(model32("plain"))], ids=["plain", "module"])
-@pytest.mark.parametrize("average", [copy.deepcopy, averaged_by_torch, held_by_a_plain_object])
-def test_an_ema_of_any_make_follows(build, average):
+@pytest.mark.parametrize(
+    ("average", "path"),
+    [
+        (copy.deepcopy, None),
+        (averaged_by_torch, "module"),
+        (held_by_a_plain_object, "module"),
+        (held_by_another_name, "ema"),
+        (held_in_a_wrapper, "module.module"),
+    ],
+)
+def test_an_ema_of_any_make_follows(build, average, path):
     """Also where the network itself has a child called ``module``."""
     model, x = build(), images(torch.float32)
     ema = average(model)
-    shadow = ema if average is copy.deepcopy else ema.module
+    shadow = ema if path is None else attrgetter(path)(ema)
     prune_in_place(model, random_plan(model, x), x, ema=ema)
     assert [p.shape for p in shadow.parameters()] == [p.shape for p in model.parameters()]
     assert plan_of(shadow) == plan_of(model)

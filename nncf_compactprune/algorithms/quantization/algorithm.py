@@ -23,7 +23,7 @@ from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.decide.scopes import ScopeRules, operations_out_of_scope
 from nncf_compactprune.errors import QuantizationError, first_line
 from nncf_compactprune.host.calls import count_of, evaluating, rows_of
-from nncf_compactprune.host.nncf_hooks import hooks, remove_hooks
+from nncf_compactprune.host.nncf_hooks import hooks, refuse_checkpointing, remove_hooks
 from nncf_compactprune.host.nncf_progress import no_bars_in_pipes
 from nncf_compactprune.host.nncf_quantization import (
     ends_of,
@@ -188,6 +188,8 @@ class Quantization(CompressionAlgorithm):
 
     def _tell_optimizer(self) -> None:
         """Ranges are trained like weights: they join the first group of parameters."""
+        for hook in hooks(self.context.model):
+            refuse_checkpointing(hook.module)
         if self.context.optimizer is not None:
             ranges = [p for hook in hooks(self.context.model) for p in hook.module.parameters() if p.requires_grad]
             join_first(self.context.optimizer, ranges)

@@ -83,7 +83,7 @@ def rotate(
     batches: Iterable[Any],
     *,
     optimizer: Optimizers | None = None,
-    ema: nn.Module | None = None,
+    ema: object | None = None,
     plugins: Plugins | None = None,
 ) -> Rotation:
     """Rotates the streams of a transformer in place: the network computes the same, and the last channels of what its
@@ -119,7 +119,7 @@ def rotated(
     batches: Sequence[Any],
     *,
     optimizer: Optimizers | None = None,
-    ema: nn.Module | None = None,
+    ema: object | None = None,
     plugins: Plugins | None = None,
     within: Transaction | None = None,
 ) -> tuple[Rotation, list[Basis]]:

@@ -175,7 +175,7 @@ class CompressionController(_Controller):
         """The algorithms that have begun. One that needs the cut network begins with the cut, which may be last."""
         return self._native.started
 
-    def attach(self, *, optimizer: Optimizers | None = None, ema: nn.Module | None = None) -> None:
+    def attach(self, *, optimizer: Optimizers | None = None, ema: object | None = None) -> None:
         """Lets the model shrink while it trains, which NNCF 2.x did not have: see the native controller's method.
 
         :param optimizer: of the model's parameters.
