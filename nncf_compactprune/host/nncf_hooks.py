@@ -166,8 +166,8 @@ def _not_in_checkpoint(hook: nn.Module, _: Any) -> None:
         if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
             msg = (
                 "gradient checkpointing runs layers again in the backward pass, without their masks, quantizers or "
-                "factors, so gradients would be wrong. Switch it off while these are at work "
-                "(model.gradient_checkpointing_disable(), model.set_grad_checkpointing(False)), or prune without masks: "
+                "factors, so gradients would be wrong. Switch it off while these are at work ("
+                "model.gradient_checkpointing_disable(), model.set_grad_checkpointing(False)), or prune without masks: "
                 '"schedule": "one_shot", or "shrink_every": 1.'
             )
             raise CompactPruneError(msg)

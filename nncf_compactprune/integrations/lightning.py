@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from nncf_compactprune.config import CompressionConfig
 from nncf_compactprune.controller import create_compressed_model, refuse_to_shrink_on_the_way
@@ -58,8 +59,12 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
         self.controller, self._model = create_compressed_model(
             model, config, train_loader, self._resumed, example_inputs=example_inputs, plugins=plugins
         )
-        self._device = next(model.parameters()).device
+        self._device, self._dtype = _where(model)
         self._asked_for_loss = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressionCallback:
+        """A copy of a LightningModule that has the callback for an attribute, such as an average, has the same one."""
+        return self
 
     def loss(self) -> Tensor | float:
         """What ``training_step`` adds to the mean loss of its batch; a callback of Lightning's cannot do so itself."""
@@ -95,8 +100,10 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
             self._refuse_unfit(trainer, pl_module)
         if trainer.world_size > 1:
             refuse_to_shrink_on_the_way(self.controller, "CompressionCallback: Lightning's strategy")
-        if trainer.world_size == 1 and trainer.optimizers:
-            self.controller.attach(optimizer=trainer.optimizers)
+        one_device = trainer.world_size == 1 and trainer.optimizers
+        self.controller.attach(
+            optimizer=trainer.optimizers if one_device else None, ema=self._average(trainer, pl_module)
+        )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begins an epoch of the schedule; the model may shrink here."""
@@ -127,13 +134,31 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
         """Cuts what is still masked; afterwards the model is compact and free of hooks."""
         self.controller.strip()
 
+    def _average(self, trainer: Any, pl_module: Any) -> nn.Module | None:
+        """The model's copy in the average that Lightning's own callbacks keep of the whole module; None without one."""
+        name = next(name for name, module in pl_module.named_modules() if module is self._model)
+        for callback in trainer.callbacks:
+            average = getattr(callback, "_average_model", None)
+            if isinstance(average, AveragedModel):
+                average = average.module
+            if average is not None:
+                copied: nn.Module = average.get_submodule(name)
+                return copied
+        return None
+
     def _refuse_unfit(self, trainer: Any, pl_module: Any) -> None:
         """Masks and teachers were made where the model was, and want whole parameters."""
-        device = next(self._model.parameters()).device
+        device, dtype = _where(self._model)
         if device != self._device:
             msg = (
                 f"CompressionCallback: made for a model on {self._device}, which trains on {device}. "
                 f"Move the model before: model.to('{device}')."
+            )
+            raise CompactPruneError(msg)
+        if dtype != self._dtype:
+            msg = (
+                f"CompressionCallback: made for a model in {self._dtype}, which trains in {dtype}. Convert it before, "
+                f"and give example_inputs in {dtype}: model.to({dtype}). Or let the precision be mixed ('bf16-mixed')."
             )
             raise CompactPruneError(msg)
         strategies = pl.strategies
@@ -145,6 +170,11 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
                 'Use "schedule": "one_shot", which prunes as the callback is made.'
             )
             raise CompactPruneError(msg)
+
+
+def _where(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    parameter = next(model.parameters())
+    return parameter.device, parameter.dtype
 
 
 def _read_state(path: str | PathLike[str]) -> dict[str, Any]:

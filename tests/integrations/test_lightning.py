@@ -164,6 +164,44 @@ def test_a_resumed_run_ends_with_the_same_weights(epoch: int, saved: str, loader
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("saved", [1, 2], ids=["masked", "cut"])
+@pytest.mark.parametrize("average_first", [True, False])
+def test_lightnings_average_of_the_weights_follows(
+    average_first: bool, saved: int, loader: Any, tmp_path: Path
+) -> None:
+    """A network that is averaged over the last update alone is the trained one; saved in between, the run goes on."""
+
+    class Last(pl.callbacks.WeightAveraging):
+        def __init__(self) -> None:
+            super().__init__(avg_fn=lambda averaged, trained, count: trained)
+
+    results = []
+    for resumed in (None, tmp_path / "0" / f"epoch={saved}.ckpt"):
+        torch.manual_seed(0)
+        net = Net()
+        callback = CompressionCallback(net, DOCUMENT, resume_from_checkpoint=resumed)
+        save = pl.callbacks.ModelCheckpoint(tmp_path / str(len(results)), "{epoch}", save_top_k=-1)
+        callbacks = [callback, average := Last(), save]
+        if average_first:
+            callbacks[:2] = [average, callback]
+        run = trainer(*callbacks, enable_checkpointing=True)
+        run.fit(Digits(net, callback), loader, loader, ckpt_path=resumed)
+        shapes = [p.shape for p in average._average_model.module.net.parameters()]
+        assert shapes == [p.shape for p in net.parameters()]
+        assert sum(p.numel() for p in net.parameters()) < sum(p.numel() for p in Net().parameters())
+        assert not carries_hooks(net)
+        results.append(net.state_dict())
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+
+
+def test_lightnings_stochastic_weight_averaging_follows(loader: Any) -> None:
+    net = Net()
+    callback = CompressionCallback(net, DOCUMENT)
+    averaging = pl.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+    trainer(callback, averaging, max_epochs=5).fit(Digits(net, callback), loader)
+    assert sum(p.numel() for p in net.parameters()) < sum(p.numel() for p in Net().parameters())
+
+
 @pytest.fixture
 def pull() -> Plugins:
     return with_pull()
@@ -188,6 +226,9 @@ def test_mistakes_are_told_before_they_cost_anything(loader: Any, tmp_path: Path
     compiled = torch.compile(Digits(net), backend="eager")
     with pytest.raises(CompactPruneError, match=r'torch\.compile does not go with masks.*"one_shot"'):
         trainer(callback).fit(compiled, loader)
+    with pytest.raises(CompactPruneError, match=r"in torch\.float32, which trains in torch\.bfloat16.*'bf16-mixed'"):
+        trainer(callback, precision="bf16-true").fit(Digits(net), loader)
+    callback = CompressionCallback(net := Net(), DOCUMENT)
     callback._device = torch.device("meta")  # stands for a GPU model that Lightning takes elsewhere
     with pytest.raises(CompactPruneError, match=r"model on meta, which trains on cpu.*model\.to\('cpu'\)"):
         trainer(callback).fit(Digits(net), loader)
