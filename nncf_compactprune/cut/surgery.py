@@ -117,9 +117,9 @@ def _cut_module(log: Transaction, model: nn.Module, plan: PruningPlan, plugins: 
     for live, key in memos(model):
         log.delete_item(live, key)
     for name in plan.kept:
-        tensor, dims = tensors[name], plan.selection(name)
+        tensor, positions = tensors[name], plan.selection(name)
         grad = tensor.grad  # batches may be accumulating across the cut
-        log.set_data(tensor, select(tensor.data, dims), None if grad is None else select(grad, dims))
+        log.set_data(tensor, select(tensor.data, positions), None if grad is None else select(grad, positions))
     for name, attributes in plan.attributes.items():
         module = model.get_submodule(name)
         values = {key: _as_kept(getattr(module, key), value) for key, value in attributes.items()}

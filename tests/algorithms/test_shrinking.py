@@ -256,3 +256,19 @@ def test_masks_that_nothing_passes_are_told(called, monkeypatch):
     said.clear()
     ctrl.strip()
     assert any("not under its masks" in words for words in said) == (called != "whole")
+
+
+def test_a_run_that_goes_on_has_masks_that_nothing_passed_yet(monkeypatch):
+    """The next epoch begins before the network is called; it was told that it trained without masks."""
+    said = []
+    monkeypatch.setattr(nncf_logger, "warning", said.append)
+    model, ctrl, steps = start(settings(pruning_init=0.3))
+    train_epoch(model, ctrl, steps)
+    again, _ = create_compressed_model(
+        model32("residual"),
+        settings(pruning_init=0.3),
+        compression_state=ctrl.get_compression_state(),
+        example_inputs=images(torch.float32),
+    )
+    again.scheduler.epoch_step()
+    assert not [words for words in said if "not under its masks" in words]

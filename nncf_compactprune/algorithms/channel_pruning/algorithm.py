@@ -80,6 +80,7 @@ class ChannelPruning(CompressionAlgorithm):
         self._rate = 0.0
         self._scheduled = True
         self._trained_masked = False  # since the masks changed last
+        self._stepped = False  # the same, in this run
         self._done = False
 
     # -- for subclasses ------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ class ChannelPruning(CompressionAlgorithm):
             self._shrink()
 
     def step(self, step: int) -> None:
-        self._trained_masked = True
+        self._trained_masked = self._stepped = True
 
     @property
     def settled(self) -> bool:
@@ -298,7 +299,7 @@ class ChannelPruning(CompressionAlgorithm):
             self._prune_now()
 
     def _tell_of_idle_masks(self) -> None:
-        if self._trained_masked and self._masks is not None and self._masks.idle:
+        if self._stepped and self._masks is not None and self._masks.idle:
             nncf_logger.warning(
                 f"{self.name}: the model trained, but not under its masks, as nothing called it: masks act on calls of "
                 "the model that create_compressed_model returned, not on calls of its parts, nor on a compiled copy "
@@ -653,7 +654,8 @@ class ChannelPruning(CompressionAlgorithm):
             self._masks.remove()
         else:
             self._masks.update(what_goes)
-        self.plan, self._rate, self._trained_masked = plan, rate, False
+        self.plan, self._rate = plan, rate
+        self._trained_masked = self._stepped = False
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._scheduled = bool(state.get("scheduled", True))
