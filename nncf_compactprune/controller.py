@@ -52,6 +52,7 @@ class Scheduler:
     def epoch_step(self, next_epoch: int | None = None) -> None:
         """Begins the next epoch, or ``next_epoch`` (counted from 0)."""
         self.current_epoch = self.current_epoch + 1 if next_epoch is None else next_epoch
+        self._controller.follow_model()
         for algorithm in self._controller.begun:
             algorithm.epoch_step(self.current_epoch)
         self._controller.tell_of_waiting()
@@ -131,6 +132,10 @@ class CompressionController:
                 return
             algorithm.prepare(None if states is None else states[at])
             self._begun += 1
+
+    def follow_model(self) -> None:
+        """The model may have been moved to another device or precision since it was given."""
+        self._context.follow_model()
 
     def tell_of_waiting(self) -> None:
         """Says once that algorithms wait for a cut which only :meth:`strip` will bring."""
@@ -282,6 +287,7 @@ class CompressionController:
 
     def strip(self) -> nn.Module:
         """Ends the compression: cuts what is still masked and removes every hook. In place; returns the model."""
+        self.follow_model()
         for algorithm in self.begun:
             algorithm.strip()
         back_to_graph_module(self.model)

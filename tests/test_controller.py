@@ -497,3 +497,13 @@ def test_what_holds_no_copy_of_the_model_is_told_when_it_is_attached():
     for ema in (SimpleNamespace(shadow_params=list(model.parameters())), nn.Linear(2, 2), model):
         with pytest.raises(CompactPruneError, match=f"ema: expected a copy of .*, got {type(ema).__name__} without"):
             ctrl.attach(ema=ema)
+
+
+def test_a_model_in_another_precision_than_it_came_in_is_cut():
+    model = model32()
+    ctrl, _ = create_compressed_model(model, config(schedule="exponential", pruning_steps=2))
+    ctrl.attach(optimizer=torch.optim.SGD(model.bfloat16().parameters(), lr=0.01))
+    for _ in range(3):
+        ctrl.scheduler.epoch_step()
+        model.train()(images(torch.bfloat16)).square().mean().backward()
+    assert ctrl.compression_stage() is CompressionStage.FULLY_COMPRESSED

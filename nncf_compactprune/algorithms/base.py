@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nncf_compactprune.config import AlgorithmConfig
 from nncf_compactprune.host.calls import in_dict, is_image_list
 from nncf_compactprune.host.optimizers import Optimizers
-from nncf_compactprune.host.tensors import device_of
+from nncf_compactprune.host.tensors import device_of, place_of
 from nncf_compactprune.host.torch_internals import tree_map
 from nncf_compactprune.plugins import Plugins
 
@@ -79,6 +79,20 @@ class Context:
 
     def __post_init__(self) -> None:
         self.example_inputs = in_dict(self.example_inputs)
+        self._placed = place_of(self.model)
+
+    def follow_model(self) -> None:
+        """Takes the example inputs where the model went since: to another device or another precision."""
+        before, (device, dtype) = self._placed, place_of(self.model)
+
+        def follow(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(device, dtype if leaf.dtype == before[1] else leaf.dtype)
+
+        if before != (device, dtype):
+            self._placed = device, dtype
+            self.example_inputs = tree_map(follow, self.example_inputs)
 
     @property
     def device(self) -> torch.device:

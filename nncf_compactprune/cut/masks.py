@@ -23,7 +23,7 @@ from nncf_compactprune.host.nncf_hooks import (
     unseen_by_nncf,
     unwrap_if_empty,
 )
-from nncf_compactprune.host.tensors import copy_in, model_tensors
+from nncf_compactprune.host.tensors import copy_in, device_of, model_tensors
 from nncf_compactprune.plan import PruningPlan
 
 
@@ -102,8 +102,7 @@ class Masks:
         for name, parameter in model_tensors(model).parameters.items() if graph.branches else ():
             if parameter.dim() and any(branch.owns(name) for branch in graph.branches):
                 dims.setdefault(name, set()).add(0)  # a branch goes with its last layer's shift
-        device = next(model.parameters()).device
-        self._masks = {name: ChannelMask(graph.parameters[name], sorted(of)).to(device) for name, of in dims.items()}
+        self._masks = {name: ChannelMask(graph.parameters[name], sorted(of)) for name, of in dims.items()}
         self._models = [model]
         self._handles: list[Any] = []
 
@@ -122,8 +121,9 @@ class Masks:
     def update(self, plan: PruningPlan) -> None:
         """Masks what the plan removes and nothing else."""
         self.remove()
+        device = device_of(self._models[0])  # it may have been moved since
         for name, mask in self._masks.items():
-            mask.used[0] = False
+            mask.to(device).used[0] = False
             kept = plan.masked_dims(name)
             for dim in mask.dims:
                 mask.keep(dim, kept.get(dim))

@@ -178,6 +178,15 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def place_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and precision of a model's first floating parameter; the CPU and float32 where it has none.
+
+    :param model: any.
+    """
+    first = next((one for one in model.parameters() if one.is_floating_point()), torch.empty(0, dtype=torch.float32))
+    return first.device, first.dtype
+
+
 def carries_channels(tensor: Tensor) -> bool:
     """Whether a tensor's dimensions may be channels: floating, not a scalar, of known shape."""
     return (

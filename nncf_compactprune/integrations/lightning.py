@@ -59,7 +59,7 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
         self.controller, self._model = create_compressed_model(
             model, config, train_loader, self._resumed, example_inputs=example_inputs, plugins=plugins
         )
-        self._device, self._dtype = _where(model)
+        self._device = next(model.parameters()).device
         self._asked_for_loss = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressionCallback:
@@ -148,17 +148,11 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
 
     def _refuse_unfit(self, trainer: Any, pl_module: Any) -> None:
         """Masks and teachers were made where the model was, and want whole parameters."""
-        device, dtype = _where(self._model)
+        device = next(self._model.parameters()).device
         if device != self._device:
             msg = (
                 f"CompressionCallback: made for a model on {self._device}, which trains on {device}. "
                 f"Move the model before: model.to('{device}')."
-            )
-            raise CompactPruneError(msg)
-        if dtype != self._dtype:
-            msg = (
-                f"CompressionCallback: made for a model in {self._dtype}, which trains in {dtype}. Convert it before, "
-                f"and give example_inputs in {dtype}: model.to({dtype}). Or let the precision be mixed ('bf16-mixed')."
             )
             raise CompactPruneError(msg)
         strategies = pl.strategies
@@ -170,11 +164,6 @@ class CompressionCallback(pl.Callback):  # type: ignore[misc]
                 'Use "schedule": "one_shot", which prunes as the callback is made.'
             )
             raise CompactPruneError(msg)
-
-
-def _where(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    parameter = next(model.parameters())
-    return parameter.device, parameter.dtype
 
 
 def _read_state(path: str | PathLike[str]) -> dict[str, Any]:
