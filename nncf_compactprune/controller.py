@@ -27,7 +27,7 @@ from nncf_compactprune.errors import CompactPruneError, ConfigError, Problem, ne
 from nncf_compactprune.export import ExportedFile, export_model
 from nncf_compactprune.export.formats import format_of
 from nncf_compactprune.host.calls import rows_of
-from nncf_compactprune.host.distributed import refuse_wrapped
+from nncf_compactprune.host.distributed import refuse_wrapped, retire_wrappers
 from nncf_compactprune.host.graph_modules import back_to_graph_module, plain_or_back
 from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.host.tensors import copy_in
@@ -347,6 +347,7 @@ def create_compressed_model(
         untouched.
     """
     refuse_wrapped(model)
+    retire_wrappers(model)
     plugins = plugins or default_plugins()
     if not isinstance(config, CompressionConfig):
         config = load_config(config, plugins)
@@ -495,6 +496,7 @@ def prune(
     :raises CompactPruneError: nothing prunable, unreachable budget, failed self-check; the model is untouched.
     """
     refuse_wrapped(model)
+    retire_wrappers(model)
     plugins = plugins or default_plugins()
     sections, params = _sorted_out(more, algorithm, plugins)
     entry: dict[str, Any] = {

@@ -17,6 +17,7 @@ from nncf_compactprune.channels.terms import width_of
 from nncf_compactprune.cut.optimizers import cut_optimizers
 from nncf_compactprune.cut.transaction import Transaction, transaction
 from nncf_compactprune.errors import FixedAttributeError, PlanError
+from nncf_compactprune.host.distributed import retire_wrappers
 from nncf_compactprune.host.marks import memos
 from nncf_compactprune.host.optimizers import Optimizers
 from nncf_compactprune.host.tensors import children, copy_in, model_tensors, named_modules, own_tensors, select
@@ -68,6 +69,7 @@ def apply_plan(
     """
     plan.validate(model)
     plan.validate_consistency(model)
+    retire_wrappers(model)
     with transaction() as log:
         cut(log, model, plan, optimizer=optimizer, ema=ema, plugins=plugins)
 

@@ -6,8 +6,10 @@ masked or cut. Ranks that disagreed would train networks of different shapes and
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,6 +118,32 @@ def refuse_wrapped(model: nn.Module) -> None:
         msg = (
             "FSDP: parameters that are spread over the processes cannot be analysed or cut. Prune first "
             '("schedule": "one_shot"), then wrap the compact model.'
+        )
+        raise CompactPruneError(msg)
+
+
+def retire_wrappers(model: nn.Module) -> None:
+    """Lets every DistributedDataParallel around a model refuse to train on, as the model's parameters are about to be
+    replaced: it would wait for gradients that do not come, or, with ``find_unused_parameters``, leave them out of the
+    average, so that the ranks drift apart.
+
+    :param model: the module inside.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for wrapper in [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]:
+        retired = _refuse_to_train in wrapper._forward_pre_hooks.values()
+        if not retired and any(module is model for module in wrapper.modules()):
+            wrapper.register_forward_pre_hook(_refuse_to_train)
+
+
+def _refuse_to_train(wrapper: nn.Module, _: Any) -> None:
+    if torch.is_grad_enabled():
+        msg = (
+            "DistributedDataParallel: this wrapper was made before the network inside was analysed or cut, and does not "
+            "average the gradients of its parameters any more. Wrap the network again, after create_compressed_model "
+            "and after every scheduler.epoch_step() or strip() that cut it (plan_of(net) is another plan then), as "
+            "examples/torchrun_ddp.py does."
         )
         raise CompactPruneError(msg)
 

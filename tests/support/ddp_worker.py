@@ -152,6 +152,28 @@ def check_shrinking(rank: int) -> None:
     assert all(torch.equal(averaged([parameter])[0], parameter) for parameter in net.parameters())
 
 
+def check_old_wrappers(rank: int) -> None:
+    """A wrapper from before a cut, or from before the analysis, is told. Ranks drifted apart where it looked for unused
+    parameters; torch's own error, without that, advised to look for them."""
+    for unused in (False, True):
+        net = trained("residual", dtype=torch.float32)
+        early = DistributedDataParallel(net, find_unused_parameters=unused)
+        ctrl, net = create_compressed_model(net, CONFIG)
+        model = DistributedDataParallel(net, find_unused_parameters=unused)
+        ctrl.attach(optimizer=torch.optim.SGD(net.parameters(), lr=1e-3))
+        ctrl.scheduler.epoch_step()
+        x = torch.randn(4, 3, 12, 12)
+        model.train()(x).sum().backward()
+        assert "Wrap the network again" in message(lambda wrapper=early: wrapper.train()(x))
+        ctrl.scheduler.epoch_step()
+        assert plan_of(net) is not None
+        assert "Wrap the network again" in message(lambda wrapper=model: wrapper.train()(x))
+        with torch.no_grad():
+            model.eval()(x)
+        model = DistributedDataParallel(net, find_unused_parameters=unused)
+        model.train()(x).sum().backward()
+
+
 def check_trainer(rank: int) -> None:
     """The Trainer masks while it trains and cuts at the end, on every rank alike."""
     from nncf_compactprune.integrations.huggingface import CompressionCallback, image_inputs
@@ -184,7 +206,7 @@ def main() -> None:
     destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     run_example("--output", output)
     sys.argv = [sys.argv[0], output]
-    checks = [check_collectives, check_plans, check_statistics, check_masks, check_shrinking]
+    checks = [check_collectives, check_plans, check_statistics, check_masks, check_shrinking, check_old_wrappers]
     if all(importlib.util.find_spec(package) for package in ("transformers", "accelerate")):
         checks.append(check_trainer)
     for check in checks:

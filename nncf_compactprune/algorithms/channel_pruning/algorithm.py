@@ -37,7 +37,7 @@ from nncf_compactprune.cut.transaction import transaction
 from nncf_compactprune.decide.budgets import AllocationProblem, Limits, Normalizer, allocate, least_widths
 from nncf_compactprune.decide.scopes import ScopeRules, prunable_groups
 from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
-from nncf_compactprune.host.distributed import averaged, process_count, require_agreement
+from nncf_compactprune.host.distributed import averaged, process_count, require_agreement, retire_wrappers
 from nncf_compactprune.host.tensors import model_tensors, with_copy
 from nncf_compactprune.plan import PruningPlan, make_plan
 
@@ -598,6 +598,7 @@ class ChannelPruning(CompressionAlgorithm):
         :param make_up: what is done to the cut model, see :meth:`before_cut`.
         """
         what_goes = self.shrunk.from_here(plan)
+        retire_wrappers(self.context.model)
         if self._masks is not None:
             self._masks.share(self.context.ema)  # a copy of a masked model has masks of its own
             self._masks.remove()
