@@ -507,3 +507,15 @@ def test_a_model_in_another_precision_than_it_came_in_is_cut():
         ctrl.scheduler.epoch_step()
         model.train()(images(torch.bfloat16)).square().mean().backward()
     assert ctrl.compression_stage() is CompressionStage.FULLY_COMPRESSED
+
+
+def test_layers_replaced_since_the_analysis_are_told_before_the_training():
+    """The cut failed on them, epochs later, as a plan of another model."""
+    model = model32()
+    ctrl, _ = create_compressed_model(model, config(schedule="exponential", pruning_steps=2))
+    width = model.head.in_features
+    model.head = nn.Linear(width, 3)
+    with pytest.raises(
+        CompactPruneError, match=rf"'head.weight' was \[5, {width}\], and is \[3, {width}\] now. Replace"
+    ):
+        ctrl.scheduler.epoch_step()

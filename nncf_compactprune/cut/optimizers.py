@@ -49,7 +49,7 @@ def _cut(log: Transaction, parameters: Mapping[str, Tensor], plan: PruningPlan, 
         for parameter in stepped:
             log.delete_item(optimizer.state, parameter)
         return ["all parameters"] if stepped else []
-    anew = []
+    anew, other = [], _keys_of_other_shapes(optimizer)
     for name, parameter in parameters.items():
         if parameter not in optimizer.state:
             continue
@@ -60,13 +60,25 @@ def _cut(log: Transaction, parameters: Mapping[str, Tensor], plan: PruningPlan, 
             continue
         state = optimizer.state[parameter]
         shaped = {key: value for key, value in state.items() if _depends_on_shape(value)}
-        if all(isinstance(value, Tensor) and value.shape == parameter.shape for value in shaped.values()):
+        if not other & shaped.keys():
             for key, value in shaped.items():
                 log.set_item(state, key, select(value, plan.selection(name)))
         else:
             anew.append(name)
             log.delete_item(optimizer.state, parameter)
     return anew
+
+
+def _keys_of_other_shapes(optimizer: Optimizer) -> set[str]:
+    """State that is not one value for each element. A preconditioner of a square weight has the weight's shape by
+    chance, but not those of other weights."""
+    return {
+        key
+        for parameter, state in optimizer.state.items()
+        if isinstance(parameter, Tensor)
+        for key, value in state.items()
+        if _depends_on_shape(value) and not (isinstance(value, Tensor) and value.shape == parameter.shape)
+    }
 
 
 def _depends_on_shape(value: Any) -> bool:

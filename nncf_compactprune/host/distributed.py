@@ -140,10 +140,10 @@ def retire_wrappers(model: nn.Module) -> None:
 def _refuse_to_train(wrapper: nn.Module, _: Any) -> None:
     if torch.is_grad_enabled():
         msg = (
-            "DistributedDataParallel: this wrapper was made before the network inside was analysed or cut, and does not "
-            "average the gradients of its parameters any more. Wrap the network again, after create_compressed_model "
-            "and after every scheduler.epoch_step() or strip() that cut it (plan_of(net) is another plan then), as "
-            "examples/torchrun_ddp.py does."
+            "DistributedDataParallel: this wrapper was made before the network inside was analysed or cut, and does "
+            "not average the gradients of its parameters any more. Wrap the network again, after "
+            "create_compressed_model and after every scheduler.epoch_step() or strip() that cut it (plan_of(net) is "
+            "another plan then), as examples/torchrun_ddp.py does."
         )
         raise CompactPruneError(msg)
 

@@ -130,6 +130,29 @@ class _Factored(torch.optim.SGD):
         return super().step(closure)
 
 
+class _Preconditioned(torch.optim.SGD):
+    """With a matrix for each dimension in its state, as Shampoo has."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            for dim, n in enumerate(p.shape):
+                assert len(self.state[p].setdefault(f"of_{dim}", torch.eye(n))) == n
+        return super().step(closure)
+
+
+def test_preconditioners_of_a_square_weight_are_no_state_of_its_elements():
+    layers = [nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)]
+    model, x = nn.Sequential(*layers), torch.randn(4, 12)
+    optimizer = _Preconditioned([layer.weight for layer in layers[::2]], lr=0.01)
+    model(x).square().mean().backward()
+    optimizer.step()
+    prune_in_place(model, random_plan(model, x), x, optimizer=optimizer)
+    assert layers[2].weight.shape != (16, 16)
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
 def test_optimizers_that_step_another_one_follow():
     model, x = model32(), images(torch.float32)
     optimizer = _Lookahead(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))

@@ -155,6 +155,7 @@ def check_shrinking(rank: int) -> None:
 def check_old_wrappers(rank: int) -> None:
     """A wrapper from before a cut, or from before the analysis, is told. Ranks drifted apart where it looked for unused
     parameters; torch's own error, without that, advised to look for them."""
+    x = torch.randn(4, 3, 12, 12)
     for unused in (False, True):
         net = trained("residual", dtype=torch.float32)
         early = DistributedDataParallel(net, find_unused_parameters=unused)
@@ -162,7 +163,6 @@ def check_old_wrappers(rank: int) -> None:
         model = DistributedDataParallel(net, find_unused_parameters=unused)
         ctrl.attach(optimizer=torch.optim.SGD(net.parameters(), lr=1e-3))
         ctrl.scheduler.epoch_step()
-        x = torch.randn(4, 3, 12, 12)
         model.train()(x).sum().backward()
         assert "Wrap the network again" in message(lambda wrapper=early: wrapper.train()(x))
         ctrl.scheduler.epoch_step()

@@ -36,7 +36,7 @@ from nncf_compactprune.cut.self_check import SelfCheck, prune_in_place
 from nncf_compactprune.cut.transaction import transaction
 from nncf_compactprune.decide.budgets import AllocationProblem, Limits, Normalizer, allocate, least_widths
 from nncf_compactprune.decide.scopes import ScopeRules, prunable_groups
-from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError
+from nncf_compactprune.errors import BudgetError, CompactPruneError, NothingPrunableError, SelfCheckError, shortened
 from nncf_compactprune.host.distributed import averaged, process_count, require_agreement, retire_wrappers
 from nncf_compactprune.host.tensors import model_tensors, with_copy
 from nncf_compactprune.plan import PruningPlan, make_plan
@@ -270,6 +270,7 @@ class ChannelPruning(CompressionAlgorithm):
         self._sparsity = None  # its factors are those of an epoch
         if self._done or not self._scheduled or epoch < params.num_init_steps:
             return
+        self._refuse_other_shapes()
         at = epoch - params.num_init_steps
         rate = self.rate_at(at)
         follows = self.context.optimizer is not None and not self.context.hold_masks
@@ -297,6 +298,19 @@ class ChannelPruning(CompressionAlgorithm):
                     "removed. The rest goes now, and no training follows it: shorten the schedule, or train longer."
                 )
             self._prune_now()
+
+    def _refuse_other_shapes(self) -> None:
+        """A model that is another one than was analysed could not be cut in the end."""
+        was, now = self.present.parameters, model_tensors(self.context.model).shapes()
+        other = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+        if other:
+            before, after = (list(shapes[other[0]]) if other[0] in shapes else "not there" for shapes in (was, now))
+            msg = (
+                f"'{self.name}': {shortened(other)}: expected the shapes that were analysed, got others: '{other[0]}' "
+                f"was {before}, and is {after} now. Replace layers before create_compressed_model, and keep what grows "
+                "while training outside of parameters and buffers (a plain attribute)."
+            )
+            raise CompactPruneError(msg)
 
     def _tell_of_idle_masks(self) -> None:
         if self._stepped and self._masks is not None and self._masks.idle:
