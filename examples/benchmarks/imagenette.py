@@ -10,6 +10,7 @@ pictures of each class the last 40 are for choices; the validation pictures judg
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import statistics
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from recovery import append, commit, mean_and_spread, read_rows
+from recovery import append, commit, cut_to_classes, mean_and_spread, read_rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -56,6 +57,8 @@ class Trial:
     :param start: what makes up for the cut before training: ``"batch_norm"`` statistics re-estimated, or a
         ``"refit"`` of every layer.
     :param few: training pictures for that, and for the choice of channels.
+    :param allocation: of widths; default: the algorithm's own.
+    :param pictures: so many are trained on, another draw for each seed; default: all but those for choices.
     """
 
     budget: float
@@ -67,11 +70,13 @@ class Trial:
     weight_decay: float = 4e-5
     start: str = "batch_norm"
     few: int = FEW
+    allocation: str | None = None
+    pictures: int | None = None
 
     @property
     def key(self) -> str:
         """All options, but those that came later and have their default."""
-        later = [("start", "batch_norm"), ("few", FEW)]
+        later = [("start", "batch_norm"), ("few", FEW), ("allocation", None), ("pictures", None)]
         options = {name: value for name, value in dataclasses.asdict(self).items() if (name, value) not in later}
         return " ".join(f"{name}={value}" for name, value in options.items())
 
@@ -113,6 +118,15 @@ class Data:
         held = place >= 400 - HELD_OUT
         self.images, self.labels = images[~held], labels[~held]
         self.held, self.held_labels = images[held], labels[held]
+
+    def part(self, seed: int, count: int | None) -> Data:
+        """With so many training pictures only, or all."""
+        if count is None:
+            return self
+        drawn = copy.copy(self)
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(1000 + seed))[:count]
+        drawn.images, drawn.labels = self.images[order], self.labels[order]
+        return drawn
 
     def test(self) -> tuple[Tensor, Tensor]:
         return pictures(self.folder / "imagenette" / "val")
@@ -202,6 +216,8 @@ def trained(trial: Trial, data: Data, threads: int) -> dict[str, Any]:
     dense_macs = analyse(model, example, trial=False).macs
     catro = trial.criterion == "catro"
     params = {} if catro else {"importance": trial.criterion}
+    if trial.allocation:
+        params["allocation"] = trial.allocation
     entry: dict[str, Any] = {
         "algorithm": "catro" if catro else "fbnet_pruning",
         "budget": {"macs": trial.budget},
@@ -215,11 +231,9 @@ def trained(trial: Trial, data: Data, threads: int) -> dict[str, Any]:
     document = {"compression": [entry] if recipe is None else [entry, recipe]}
     few = data.few(trial.seed, trial.few)
     controller, model = create_compressed_model(dense, document, few, example_inputs=example)
+    data = data.part(trial.seed, trial.pictures)
     if not catro:  # the classifier is cut to the ten classes as catro cuts it, and nothing else
-        indices = torch.tensor(list(CLASSES.values()))
-        classifier: Any = model.conv_preds
-        classifier.weight.data, classifier.bias.data = classifier.weight.data[indices], classifier.bias.data[indices]
-        classifier.out_channels = len(indices)
+        cut_to_classes(model.get_submodule("conv_preds"), list(CLASSES.values()))
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), trial.lr, 0.9, weight_decay=trial.weight_decay, nesterov=True)
     curve, seconds = fine_tuned(

@@ -24,7 +24,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,7 @@ CRITERIA: dict[str, dict[str, Any]] = {
     "geometric_median": {"importance": "geometric_median"},
     "taylor": {"importance": "taylor"},
     "catro": {"algorithm": "catro", "samples_per_class": SAMPLES_PER_CLASS},
+    "random": {"importance": "random"},
 }
 PEER = "tp_group_norm"
 DISTILLED: dict[str, Any] = {"similarity_weight": 30_000.0, "feature_size": 8}
@@ -76,7 +77,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "recovery_branches": {"lr": 0.015, "form": "branches", **TAUGHT},
 }
 TITLES = {
-    "l2": "L2", "geometric_median": "geometric median", "taylor": "Taylor", "catro": "catro",
+    "l2": "L2", "geometric_median": "geometric median", "taylor": "Taylor", "catro": "catro", "random": "random",
     PEER: "Torch-Pruning, group norm", "plain": "plain", "kd": "logits KD", "spkd": "SPKD", "lop": "LOP",
     "lop_spkd": "LOP + SPKD", "recovery": "recovery", "orthogonal": "orthogonal steps",
     "recovery_orthogonal": "recovery with orthogonal steps",
@@ -98,6 +99,7 @@ class Trial:
     :param round_to: widths are multiples of this; ``"auto"`` is the package's default.
     :param layers: whose similarities are compared.
     :param form: of over-parameterisation, where there is no expansion.
+    :param classes: that are told apart; default: all. The classifier is cut to them.
     """
 
     depth: int
@@ -118,6 +120,7 @@ class Trial:
     round_to: int | str = 1
     layers: str = "all"
     form: str = "none"
+    classes: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -243,18 +246,34 @@ def peer(data: Data, trial: Trial) -> nn.Module:
     return largest_within(most, macs, pruned)
 
 
+def cut_to_classes(classifier: nn.Module, classes: Sequence[int]) -> None:
+    """Cuts the scores as ``catro`` cuts them, for criteria that know no classes.
+
+    :param classifier: a linear layer, or a convolution of one position.
+    :param classes: whose scores stay, in this order.
+    """
+    rows, size = torch.tensor(classes), "out_features" if isinstance(classifier, nn.Linear) else "out_channels"
+    for parameter in classifier.parameters():
+        parameter.data = parameter.data[rows]
+    setattr(classifier, size, len(rows))
+
+
 def pruned_network(data: Data, trial: Trial) -> nn.Module:
-    """Cut inside the blocks, to any width; BatchNorm statistics of the first training images."""
+    """Cut at once; BatchNorm statistics of the first training images."""
     if trial.criterion == PEER:
         model = peer(data, trial)
     else:
         model = data.dense(trial.depth)
-        options = CRITERIA[trial.criterion]
+        catro, options = trial.criterion == "catro", CRITERIA[trial.criterion]
+        classes = {"classes": list(trial.classes)} if catro and trial.classes else {}
         labelled = {"train_loader": data.few(trial.seed)} if trial.criterion in ("catro", "taylor") else {}
         prune(
             model, normalised(data.images[:2]), budget={"macs": trial.budget}, round_to=trial.round_to,
-            target_scopes=INNER if trial.scope == "inner" else None, allocation=trial.allocation, **labelled, **options,
+            target_scopes=INNER if trial.scope == "inner" else None, allocation=trial.allocation,
+            **labelled, **options, **classes,
         )  # fmt: skip
+        if trial.classes and not catro:
+            cut_to_classes(model.get_submodule("linear"), trial.classes)
     return adapted(model, normalised(data.images[:ADAPTATION_IMAGES]).split(500))
 
 
