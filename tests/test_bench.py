@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -11,10 +12,14 @@ from pathlib import Path
 
 import bench
 import bench_tables
+import choice_of_channels as choice
 import features
 import features_cells
 import pytest
+import recovery
+import torch
 from bench_list import BENCHMARKS, PEERS, Benchmark
+from cifar_packs import normalised
 from support.places import BENCHMARKS as FOLDER
 from support.places import ROOT
 
@@ -162,3 +167,72 @@ def test_a_cell_that_is_not_so_ends_the_run() -> None:
 @pytest.mark.parametrize("feature", ["shrinks", "joins", "reasons", "survives", "macs", "optimizer", "schedule"])
 def test_what_this_package_says_of_itself_is_so(feature: str) -> None:
     assert features_cells.PACKAGES["nncf_compactprune"].cells[feature]().answer == "yes"
+
+
+# -- the choice of channels --------------------------------------------------------------------------------------------
+
+
+class Few(recovery.Data):
+    """Noise in the place of CIFAR-10, and a ResNet-20 that is not trained."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randint(0, 256, (600, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        self.labels = torch.arange(600) % 10
+        self.validation, self.validation_labels = normalised(self.images[:100]), self.labels[:100]
+        self.folder = Path()
+
+    @property
+    def test(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return self.validation, self.validation_labels
+
+    def dense(self, depth: int) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return recovery.BUILDERS[depth]().eval()
+
+
+def test_a_seed_has_images_of_its_own_and_labels_of_the_classes() -> None:
+    whole, setting = Few(), dataclasses.replace(choice.SETTINGS["two"], images=30, imbalance=2.0)
+    parts = [choice.Part(whole, setting, seed) for seed in (0, 1)]
+    assert setting.counts == [20, 10]
+    assert [part.labels.bincount().tolist() for part in parts] == [[20, 10], [20, 10]]
+    seen = [{image.numpy().tobytes() for image in part.images} for part in parts]
+    assert not seen[0] & seen[1]
+    assert parts[0].test[1].bincount().tolist() == [10, 10]
+    assert {int(label) for _, labels in parts[0].few(0) for label in labels} == {3, 5}  # those of the whole network
+
+
+def test_criteria_have_the_same_widths_and_classes() -> None:
+    setting = dataclasses.replace(choice.SETTINGS["two"], images=40)
+    part = choice.Part(Few(), setting, 0)
+    models = [recovery.pruned_network(part, setting.trial(criterion, 0)) for criterion in ("catro", "taylor")]
+    shapes = [[tuple(parameter.shape) for parameter in model.parameters()] for model in models]
+    assert shapes[0] == shapes[1]
+    assert shapes[0][-1] == (2,)
+    assert recovery.macs(models[0]) <= 0.2 * recovery.macs(part.dense(20))
+
+
+def test_the_verdict_counts_seeds_that_both_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {(name, criterion, seed): key for key, name, criterion, seed in choice.queue()}
+
+    def rows(places: dict[tuple[str, int], float], macs: int = 1) -> dict[str, dict[str, object]]:
+        return {
+            keys["two", criterion, seed]: {"test": test, "macs": macs} for (criterion, seed), test in places.items()
+        }
+
+    measured = rows({("catro", 0): 80, ("catro", 1): 82, ("l2", 0): 79, ("l2", 1): 81.2, ("taylor", 0): 70})
+    found = choice.found_by_setting(measured)
+    assert choice.lead(found["two"]) == ("l2", pytest.approx(0.9), pytest.approx(0.1), 2)
+    assert choice.verdicts(found)[0].endswith("5 epochs of 2,000 images (+0.90 to L2).")
+    one_seed = choice.found_by_setting(rows({("catro", 0): 80, ("l2", 0): 70}))
+    assert choice.verdicts(one_seed)[0] == "- **ahead**: nowhere."
+    assert "one seed**: ResNet-20" in choice.verdicts(one_seed)[3]
+    with pytest.raises(ValueError, match="equal widths"):
+        choice.found_by_setting(measured | rows({("random", 0): 60}, macs=2))
+
+
+def test_the_table_is_written_from_the_rows(tmp_path: Path) -> None:
+    choice.table(choice.ROWS, tmp_path)
+    assert (tmp_path / "choice_of_channels.md").read_text("utf-8") == (FOLDER / "choice_of_channels.md").read_text(
+        "utf-8"
+    )
