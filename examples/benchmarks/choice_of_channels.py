@@ -23,7 +23,7 @@ import imagenette
 import torch
 import typer
 from recovery import PEER, RECIPES, TITLES, Data, Trial, append, mean_and_spread, read_rows, trained
-from torch import Tensor
+from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 ROWS, STATES = HERE / "choice_of_channels.jsonl", HERE.parent.parent / "runs" / "choice_of_channels"
@@ -85,7 +85,7 @@ class Part(Data):
     """What one setting and seed may see of CIFAR-10; labels count its classes from 0."""
 
     def __init__(self, whole: Data, setting: Setting, seed: int) -> None:
-        self.folder, self.whole = whole.folder, whole
+        self.whole = whole
         self.classes = torch.tensor(setting.classes or range(10))
         chosen = [
             (whole.labels == c).nonzero().ravel()[seed * count : (seed + 1) * count]
@@ -104,6 +104,9 @@ class Part(Data):
     @property
     def test(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return self._renamed(*self.whole.test)
+
+    def dense(self, depth: int) -> nn.Module:
+        return self.whole.dense(depth)
 
     def few(self, seed: int) -> list[tuple[Tensor, Tensor]]:
         """With the labels of the network that is not cut yet."""
@@ -177,7 +180,8 @@ choice of channels differs. BatchNorm is re-estimated on training images, then S
 teacher. A seed is other training images (as many of each class), another order of them, and other labelled samples for
 catro and Taylor (50 of a class). Test images judge once, after the last epoch.
 
-"Ahead" is catro's test accuracy less that of the best other criterion, by seeds that both have: mean ± standard error.
+"Ahead" is catro's test accuracy less that of the best other criterion, among those with the most seeds, by seeds that
+both have: mean ± standard error.
 It counts as ahead or behind from {AHEAD} points and two standard errors on, as level else; one seed decides nothing.
 """
 
@@ -213,7 +217,8 @@ def title_of(name: str) -> str:
 
 
 def lead(found: Found) -> tuple[str, float, float, int] | None:
-    """The best other criterion, and how far catro is ahead of it: mean, standard error, seeds."""
+    """The best other criterion of those with the most seeds, and how far catro is ahead of it: mean, standard error,
+    seeds."""
     ours = found.get("catro", {})
     leads = {}
     for criterion, seeds in found.items():
@@ -222,7 +227,8 @@ def lead(found: Found) -> tuple[str, float, float, int] | None:
             leads[criterion] = both
     if not leads:
         return None
-    best = min(leads, key=lambda criterion: statistics.mean(leads[criterion]))
+    most = max(map(len, leads.values()))
+    best = min((c for c in leads if len(leads[c]) == most), key=lambda criterion: statistics.mean(leads[criterion]))
     values = leads[best]
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return best, statistics.mean(values), error, len(values)
