@@ -131,9 +131,10 @@ class Data:
     def test(self) -> tuple[Tensor, Tensor]:
         return pictures(self.folder / "imagenette" / "val")
 
-    def dense(self) -> nn.Module:
-        model = mobilenet_v1(0.75)
-        model.load_state_dict(load_file(self.folder / "mobilenet_v1_075_224_imagenet.safetensors"), strict=False)
+    def dense(self, width: float = 0.75) -> nn.Module:
+        model = mobilenet_v1(width)
+        name = f"mobilenet_v1_{round(100 * width):03}_224_imagenet.safetensors"
+        model.load_state_dict(load_file(self.folder / name), strict=False)
         return model.eval()
 
     def few(self, seed: int, count: int) -> list[tuple[Tensor, Tensor]]:

@@ -155,11 +155,12 @@ def of_batch(array: Array, size: int | None) -> Array:
 
 
 def export_formats(plugins: Plugins | None = None) -> dict[str, ExportFormat]:
-    """Every format by name.
+    """Every format by name, those first that are written without being asked for.
 
     :param plugins: where they come from; the installed plugins by default.
     """
-    return {name: kind() for name, kind in (plugins or default_plugins()).export_formats.items()}
+    known = (plugins or default_plugins()).export_formats
+    return {name: known[name]() for name in sorted(known, key=lambda name: (not known[name].by_default, name))}
 
 
 def format_of(path: Path, plugins: Plugins | None = None) -> ExportFormat:
