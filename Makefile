@@ -126,7 +126,7 @@ $(VENV)-optimum/.installed: $(VENV)/.installed-dev
 
 # It asks for much that exporting does not need: Core ML, pandas, configuration tools.
 $(VENV)-executorch/.installed: $(VENV)/.installed-dev
-	$(call an_environment_before,$(VENV)-executorch,--no-deps executorch==1.5.1 torchao==0.18.0 ruamel.yaml)
+	$(call an_environment_before,$(VENV)-executorch,-c constraints.txt --no-deps executorch torchao ruamel.yaml)
 	touch $@
 
 $(VENV)-floors/.installed: pyproject.toml constraints-floors.txt
