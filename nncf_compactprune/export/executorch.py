@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +74,7 @@ def _package(name: str) -> Any:
     :raises ResolveError: it is not installed.
     """
     # torchao, which it brings, tells of kernels for GPUs that are not there.
-    with keeping(io.StringIO()), warnings.catch_warnings():
+    with keeping(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return require_package(f"executorch.{name}", _INSTALL)
 

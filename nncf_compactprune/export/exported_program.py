@@ -4,7 +4,6 @@ compiler take them; to load one, ``torch.ao.quantization.fx._decomposed`` must h
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,12 +39,12 @@ class ExportedProgramFormat(ExportFormat):
             node.meta.pop("stack_trace", None)  # with the paths of this machine
         about = {"input_names": ready.input_names, "output_names": ready.output_names, **ready.options.properties()}
         for path in paths.values():
-            with keeping(io.StringIO()):
+            with keeping():
                 torch.export.save(program, path, extra_files={_ABOUT: json.dumps(about)})
 
     def open(self, path: Path) -> Session:
         said = {_ABOUT: ""}
-        with keeping(io.StringIO()):
+        with keeping():
             program = torch.export.load(path, extra_files=said)
             module = program.module()
         given = program.graph_signature.user_inputs

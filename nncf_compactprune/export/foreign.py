@@ -81,11 +81,12 @@ def exporting(whose: str, ready: Prepared, remedy: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def keeping(kept: io.StringIO) -> Iterator[None]:
+def keeping(kept: io.StringIO | None = None) -> Iterator[None]:
     """Keeps what other packages log and print in Python.
 
-    :param kept: where it is written instead.
+    :param kept: where it is written instead; nowhere by default.
     """
+    kept = io.StringIO() if kept is None else kept
     with ExitStack() as stack:
         keeper = _Keeper(kept)
         for handler in _handlers():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nncf_compactprune.host.nncf_hooks import HookState, hook_input, hook_output, hooks
 from nncf_compactprune.host.nncf_quantization import PAIRS, belongs_into_files, smooth_quant_factors
-from nncf_compactprune.host.tensors import NNCF_HOOKS
+from nncf_compactprune.host.tensors import NNCF_HOOKS, device_of
 
 
 class StoredQuantizer(torch.ao.quantization.FakeQuantizeBase, HookState):
@@ -170,7 +170,7 @@ def read_hooks(plain: Any, tensors: Mapping[str, Tensor]) -> Callable[[nn.Module
             raise ValueError(msg)
 
     def put_on(model: nn.Module) -> None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         for module, before, operation, port in places:
             (hook_input if before else hook_output)(model, operation, port, module.to(device).eval())
 

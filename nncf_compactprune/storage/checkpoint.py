@@ -23,12 +23,13 @@ from nncf_compactprune.cut.transaction import transaction
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.calls import in_dict
 from nncf_compactprune.host.stored_quantizers import read_hooks, stored_hooks
-from nncf_compactprune.host.tensors import NNCF_HOOKS, carries_hooks
+from nncf_compactprune.host.tensors import carries_hooks
 from nncf_compactprune.plan.reading import shown
 from nncf_compactprune.plugins import Plugins
 from nncf_compactprune.storage.plan_file import NEXT_PLAN_FILE, PLAN_FILE, plan_digest, plan_for_weights, plan_to_save
 from nncf_compactprune.storage.weights import (
     QUANTIZERS,
+    names_of_quantizers,
     opened_weights,
     persistent_tensors,
     placed,
@@ -155,9 +156,9 @@ def _read_quantizers(file: Any, path: Path, header: Mapping[str, str]) -> Callab
     """
     if QUANTIZERS not in header:
         return None
-    names = [name for name in file.keys() if name.startswith(f"{NNCF_HOOKS}.")]  # noqa: SIM118 - not a dict
+    tensors = {name: file.get_tensor(name).clone() for name in names_of_quantizers(file)}
     try:
-        return read_hooks(json.loads(header[QUANTIZERS]), {name: file.get_tensor(name).clone() for name in names})
+        return read_hooks(json.loads(header[QUANTIZERS]), tensors)
     except (ValueError, RecursionError) as error:
         msg = f"{path}: what it says of its quantizers does not fit together ({shown(str(error))}). Copy it again."
         raise CompactPruneError(msg) from error

@@ -92,6 +92,16 @@ def opened_weights(path: Path) -> Iterator[Any]:
         raise CompactPruneError(msg) from error
 
 
+def names_of_quantizers(file: Any) -> frozenset[str]:
+    """The tensors of a quantized network's hooks; none where the header tells of no quantizers.
+
+    :param file: opened by safetensors.
+    """
+    if QUANTIZERS not in (file.metadata() or {}):
+        return frozenset()
+    return frozenset(name for name in file.keys() if name.startswith(f"{NNCF_HOOKS}."))  # noqa: SIM118 - not a dict
+
+
 def stored_names(
     file: Any, path: Path, model: nn.Module, plan: PruningPlan, tensors: Mapping[str, Tensor], *, strict: bool
 ) -> dict[str, str]:
@@ -111,9 +121,9 @@ def stored_names(
     shapes = plan.shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     stored: dict[str, str] = {}
     unknown, wrong = [], []
-    hooks = f"{NNCF_HOOKS}." if QUANTIZERS in (file.metadata() or {}) else None  # which are read on their own
+    of_quantizers = names_of_quantizers(file)  # which are read on their own
     for key in file.keys():  # noqa: SIM118 - not a dict
-        if hooks is not None and key.startswith(hooks):
+        if key in of_quantizers:
             continue
         name = tied.get(key, key)
         if name not in shapes or name in stored:

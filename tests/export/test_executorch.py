@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.networks import labelled_batches, model32
+from support.networks import Words, model32
+from support.quantizers import QUANTIZATION, quantized
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from nncf_compactprune import create_compressed_model, prune
+from nncf_compactprune import prune
 from nncf_compactprune.cli import app
 from nncf_compactprune.errors import ExportError
 from nncf_compactprune.export import ExportOptions, export_model
@@ -77,15 +78,6 @@ def test_a_batch_that_is_asked_for_is_the_files(tmp_path: Path) -> None:
     assert verify_served(file.path, TorchSide(model, IMAGES)).batch_sizes == (4,)
 
 
-class Words(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.head = nn.Embedding(200, 8), nn.Linear(8, 4)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.head((self.words(ids) * mask[..., None]).sum(1))}
-
-
 @needs
 def test_inputs_keep_their_types(tmp_path: Path) -> None:
     words = {"ids": torch.randint(0, 200, (2, 5)), "mask": torch.ones(2, 5)}
@@ -106,11 +98,8 @@ def test_what_it_does_not_take_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="ExecuTorch could not lower the model"):
         export_model(Fourier().eval(), IMAGES, tmp_path / "net.pte")
     assert not list(tmp_path.iterdir())
-    entry = {"algorithm": "quantization", "params": {"start_epoch": None}}
-    config = {"input_info": {"sample_size": [1, 3, 12, 12]}, "compression": [entry]}
-    ctrl, _ = create_compressed_model(model32("residual"), config, labelled_batches())
     with pytest.raises(ExportError, match="ExecuTorch files hold no quantized model"):
-        export_model(ctrl.strip(), IMAGES, tmp_path / "net.pte")
+        export_model(quantized(model32("residual"), QUANTIZATION), IMAGES, tmp_path / "net.pte")
 
 
 @needs

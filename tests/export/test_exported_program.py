@@ -11,10 +11,11 @@ import numpy as np
 import openvino
 import pytest
 import torch
-from support.networks import labelled_batches, model32
+from support.networks import Words, model32
+from support.quantizers import QUANTIZATION, quantized
 from torch import Tensor, nn
 
-from nncf_compactprune import create_compressed_model, prune
+from nncf_compactprune import prune
 from nncf_compactprune.errors import ConfigError, ExportError
 from nncf_compactprune.export import ExportOptions, export_model
 from nncf_compactprune.run.pipeline import run
@@ -80,10 +81,7 @@ def test_it_is_verified_and_timed_as_served(network: nn.Module, tmp_path: Path) 
 
 
 def test_a_quantized_network_is_int8_in_torch_and_in_openvino(tmp_path: Path) -> None:
-    entry = {"algorithm": "quantization", "params": {"start_epoch": None}}
-    config = {"input_info": {"sample_size": [1, 3, 12, 12]}, "compression": [entry]}
-    ctrl, _ = create_compressed_model(model32("residual"), config, labelled_batches())
-    model = ctrl.strip().eval()
+    model = quantized(model32("residual"), QUANTIZATION)
     (file,) = export_model(model, IMAGES, tmp_path, ["pt2"])
     assert (file.path.name, file.label) == ("model_int8.pt2", "PT2 INT8")
     assert verify_served(file.path, TorchSide(model, IMAGES)).arithmetic == "int8 + f32"
@@ -94,15 +92,6 @@ def test_a_quantized_network_is_int8_in_torch_and_in_openvino(tmp_path: Path) ->
     with torch.no_grad():
         expected = model(IMAGES).numpy()
     assert np.abs(served - expected).max() < 0.05 * np.abs(expected).max()
-
-
-class Words(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.head = nn.Embedding(200, 8), nn.Linear(8, 4)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.head((self.words(ids) * mask[..., None]).sum(1))}
 
 
 def test_inputs_keep_their_types_and_names(tmp_path: Path) -> None:

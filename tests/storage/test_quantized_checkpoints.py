@@ -12,25 +12,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.networks import labelled_batches, model32
+from support.networks import model32
+from support.quantizers import QUANTIZATION, quantized
 from torch import Tensor, nn
 
-from nncf_compactprune import create_compressed_model, load_pruned, save_pruned
+from nncf_compactprune import load_pruned, save_pruned
 from nncf_compactprune.errors import CompactPruneError
 from nncf_compactprune.host.nncf_hooks import hook_parameter, hooks
 from nncf_compactprune.storage.checkpoint import WEIGHTS_FILE, is_quantized_checkpoint
 
 PRUNING = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.6}, "params": {"schedule": "one_shot", "round_to": 1}}
-QUANTIZATION = {"algorithm": "quantization", "params": {"start_epoch": None}}
 FEWER_BITS = {"algorithm": "data_free_quantization", "params": {"weight_bits": 4, "activation_bits": 5}}
 FEWER_BITS |= {"generation": {"source": "dataset", "samples": 12}}
 IMAGES = torch.randn(5, 3, 12, 12)
-
-
-def quantized(model: nn.Module, *entries: dict[str, Any]) -> nn.Module:
-    config = {"input_info": {"sample_size": [1, 3, 12, 12]}, "compression": list(entries)}
-    ctrl, _ = create_compressed_model(model, config, labelled_batches())
-    return ctrl.strip().eval()
 
 
 def content(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -44,12 +38,8 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 4, 4)
-        self.norm, self.qkv, self.out, self.head = (
-            nn.LayerNorm(16),
-            nn.Linear(16, 48),
-            nn.Linear(16, 16),
-            nn.Linear(16, 5),
-        )
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).flatten(2).transpose(1, 2)

@@ -460,6 +460,17 @@ def basis_functions() -> nn.Module:
     return model
 
 
+class Words(nn.Module):
+    """Words and their mask, a dictionary of scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(200, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head((self.words(ids) * mask[..., None]).sum(1))}
+
+
 class Decoder(nn.Module):
     """Features become small pictures, of a number that the module keeps."""
 

@@ -18,7 +18,7 @@ from nncf_compactprune.errors import DataFreeError, first_line
 from nncf_compactprune.host.nncf_hooks import Hook, hook_input, hook_output
 from nncf_compactprune.host.nncf_quantization import quantizer_places
 from nncf_compactprune.host.stored_quantizers import StoredQuantizer
-from nncf_compactprune.host.tensors import named_modules
+from nncf_compactprune.host.tensors import device_of, named_modules
 from nncf_compactprune.host.torch_internals import TransposedConvolution
 
 SEARCH_VALUES = 2**19  # values of an activation that its range is searched on
@@ -109,7 +109,7 @@ def install(
     """
     placed = _placed_by_nncf(model, inputs, target_device, ignored)
     modules = dict(named_modules(model))
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     weights: dict[str, GridQuantizer] = {}
     activations: list[GridQuantizer] = []
     for place in placed:

@@ -39,6 +39,7 @@ from nncf_compactprune.host.calls import (
     with_rows,
 )
 from nncf_compactprune.host.nncf_progress import track
+from nncf_compactprune.host.tensors import device_of
 from nncf_compactprune.host.torch_internals import tensors_of, tree_leaves, tree_map, tree_structure
 from nncf_compactprune.storage.writing import write_whole
 
@@ -164,7 +165,7 @@ def layer_inputs(
     :raises DataFreeError: as :func:`check`; the model is no classifier and has no BatchNorm; the loader holds nothing.
     """
     check(model, example_inputs, settings, has_data=batches is not None)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     if settings.source == "dataset":
         return LayerInputs(to_device(_from_batches(batches or iter(()), example_inputs, settings), device))
     network = SingleInput.of(model, example_inputs)
@@ -188,7 +189,7 @@ def layer_inputs(
 def _inverted(
     model: nn.Module, network: SingleInput, settings: Generation, count: int, generator: torch.Generator
 ) -> Tensor:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     batch = max(LEAST_BATCH, min(BATCH, BATCH * SMALL // places_of(network.shape)))
     starts = torch.split(dead_leaves(count, network.shape, generator), batch)
     labels: Sequence[Tensor | None] = [None] * len(starts)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nncf_compactprune.decide.labelled import class_scores
 from nncf_compactprune.errors import DistillationError, nearest
-from nncf_compactprune.host.tensors import computes_in_bfloat16
+from nncf_compactprune.host.tensors import computes_in_bfloat16, device_of
 
 Precision = Literal["same", "auto", "bfloat16", "float16"]
 _POOLS: dict[int, Callable[..., Tensor]] = {
@@ -231,7 +231,7 @@ class Distillation:
         if not self._recording:
             return
         self.heard = True
-        device = next((p.device for p in student.parameters()), torch.device("cpu"))
+        device = device_of(student)
         if next((p.device for p in self.teacher.parameters()), device) != device:
             self.teacher.to(device)
         with torch.no_grad(), self._autocast(device):
