@@ -194,7 +194,10 @@ def _head_inputs(model: nn.Module, dims: Mapping[int, Mapping[int, tuple[int, ..
         ask = getattr(network, "get_classifier", None)
         if ask is None or not hasattr(network, "reset_classifier"):
             continue
-        classifier = ask()
+        try:
+            classifier = ask()
+        except AttributeError:  # an encoder whose head was deleted
+            continue
         ends = classifier if isinstance(classifier, tuple) else (classifier,)  # a distilled network has two
         names = {id(layer): name for name, layer in named_modules(network)}
         inside = (layer for end in ends if isinstance(end, nn.Module) for layer in end.modules())

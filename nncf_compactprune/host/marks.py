@@ -21,6 +21,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import filterfalse, islice
 from operator import is_
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -264,7 +265,12 @@ def function_caches(classes: Sequence[type]) -> list[Any]:
     found = []
     for space in spaces:
         for value in list(space.values()):
-            inner = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            # no other attribute is asked for: a stand-in for a package that is not installed may raise on any
+            inner = value
+            if isinstance(value, property):
+                inner = value.fget
+            elif isinstance(value, (staticmethod, classmethod, MethodType)):
+                inner = value.__func__
             if type(inner) is _LruCache:
                 found.append(inner)
     return found

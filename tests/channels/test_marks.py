@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -148,3 +149,16 @@ def test_gradients_are_untouched():
     gradients = {name: p.grad for name, p in model.named_parameters()}
     analyse(model, x)
     assert all(p.grad is gradients[name] for name, p in model.named_parameters())
+
+
+class NotInstalled:
+    """What a package puts in the place of an optional one that is not there."""
+
+    def __getattr__(self, name):
+        raise ImportError(name)
+
+
+def test_what_stands_in_for_a_missing_package_is_not_asked(monkeypatch):
+    module = sys.modules[InCachedMethod.__module__]
+    monkeypatch.setattr(module, "optional", NotInstalled(), raising=False)
+    assert analyse(built(InCachedMethod), images()).groups

@@ -12,7 +12,7 @@ from support.cuts import HardCoded, assert_facts_are_true, random_plan, same, sn
 from support.networks import STRUCTURES, images, model32, trained
 from torch import nn
 
-from nncf_compactprune import PruningPlan, apply_plan, create_compressed_model
+from nncf_compactprune import PruningPlan, apply_plan, create_compressed_model, prune
 from nncf_compactprune.channels import trace
 from nncf_compactprune.cut.masks import Masks
 from nncf_compactprune.cut.self_check import in_double, prune_in_place
@@ -405,3 +405,26 @@ def test_masks_and_cut_of_a_schedule_reach_the_ema_of_a_network_with_a_child_cal
     torch.testing.assert_close(shadow(images(torch.float32)), model(images(torch.float32)))
     ctrl.strip()
     assert [p.shape for p in shadow.parameters()] == [p.shape for p in model.parameters()]
+
+
+class Encoder(nn.Module):
+    """As segmentation libraries make it of a timm classifier: its head is deleted, what asks for it stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.num_features = nn.Conv2d(3, 8, 3), 8
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, classes: int) -> None:
+        self.head = nn.Linear(self.num_features, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+def test_an_encoder_without_its_head_is_cut():
+    model = nn.Sequential(Encoder(), nn.Conv2d(8, 4, 1))
+    prune(model, torch.randn(2, 3, 8, 8), budget={"macs": 0.5}, round_to=1)
+    assert model[1].in_channels == model[0].conv.out_channels < 8
