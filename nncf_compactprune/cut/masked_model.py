@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nncf_compactprune.cut.means import MEANS, Kept, means_over_kept
+from nncf_compactprune.channels.rules import BY_CONSENT
+from nncf_compactprune.cut.means import Kept, means_over_kept
 from nncf_compactprune.cut.transaction import for_a_while
 from nncf_compactprune.host.tensors import model_tensors
 from nncf_compactprune.host.torch_internals import TorchDispatchMode
@@ -77,7 +78,7 @@ class NormOverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in MEANS and self._means:
+        if func in BY_CONSENT and self._means:
             over = self._means[self._means_seen % len(self._means)]  # every run takes the same ones
             self._means_seen += 1
             x = args[0]

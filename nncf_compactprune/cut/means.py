@@ -1,4 +1,5 @@
-"""Means over channels, as an RMSNorm takes them: which of the channels are left after a cut.
+"""Means, sums, norms and maxima over channels, as an RMSNorm or spatial attention takes them: which of the channels are
+left after a cut.
 
 Such a mean is no layer with a weight of its own by which it could be recognised: ``x.pow(2).mean(-1)`` may stand
 anywhere. So one run with channel labels says, for every mean in turn, which channels it runs over.
@@ -15,21 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from nncf_compactprune.channels.labels import LabelArray, LabelSpace
-from nncf_compactprune.channels.rules import dims_of, named
+from nncf_compactprune.channels.rules import BY_CONSENT, dims_of, named
 from nncf_compactprune.channels.shapes import ValuesNeeded
 from nncf_compactprune.channels.tracer import Tracer
 from nncf_compactprune.errors import TraceError
 from nncf_compactprune.plan import PruningPlan
 from nncf_compactprune.plugins import Plugins, default_plugins
-
-_aten = torch.ops.aten
-#: overloads that take the mean, variance or deviation over some dimensions
-MEANS = frozenset(
-    [
-        *(_aten.mean.dim, _aten.var.dim, _aten.var.correction, _aten.std.dim, _aten.std.correction),
-        *(_aten.var_mean.correction, _aten.std_mean.correction),
-    ]
-)
 
 Kept: TypeAlias = Mapping[int, Tensor]
 """Dimension to the positions that a mean runs over after the cut; empty where nothing changes."""
@@ -89,7 +81,7 @@ class _Means(Tracer):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in MEANS:
+        if func in BY_CONSENT:
             labels = self.labels(args[0])
             dims = dims_of(named(func, args, kwargs or {}, "dim"), args[0].dim())
             self.calls.append({d: array for d in dims if (array := labels[d]) is not None})

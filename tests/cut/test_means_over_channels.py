@@ -76,3 +76,25 @@ def test_means_over_all_channels_are_caught(model, monkeypatch):
     monkeypatch.setattr(masked_model, "means_over_kept", lambda *_: [])
     with pytest.raises(SelfCheckError, match="differs from the masked one"):
         prune_in_place(model, random_plan(model, TOKENS, allow_approximate=True), TOKENS)
+
+
+class SpatialAttention(nn.Module):
+    """CBAM's: a gate of the largest and the mean channel at each place; behind it, features of length 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(2, 1, 3, padding=1), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = x * self.gate(torch.cat([x.max(1, keepdim=True)[0], x.mean(1, keepdim=True)], 1)).sigmoid()
+        return self.head(nn.functional.normalize(x.mean((2, 3)) + x.amax(1).sum((1, 2))[:, None], dim=1))
+
+
+def test_maxima_norms_and_sums_over_channels_go_by_consent():
+    torch.manual_seed(0)
+    model, images = SpatialAttention().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert not trace(model, images).groups
+    check = prune_in_place(model, random_plan(model, images, allow_approximate=True), images)
+    assert check.error < 1e-12
+    assert model.head.in_features < 16

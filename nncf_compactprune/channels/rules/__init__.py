@@ -19,6 +19,7 @@ from nncf_compactprune.channels.rules import (
     shape,
 )
 from nncf_compactprune.channels.rules.base import RULES, Rule, argument, dims_of, name_of, named, rule
+from nncf_compactprune.channels.rules.reductions import BY_CONSENT
 from nncf_compactprune.plugins.hookspecs import hookimpl
 
 FAMILIES = (
@@ -31,7 +32,18 @@ FAMILIES = (
     reductions,
 )  # importing a family registers its rules
 
-__all__ = ["FAMILIES", "RULES", "Rule", "argument", "compactprune_op_rules", "dims_of", "name_of", "named", "rule"]
+__all__ = [
+    "BY_CONSENT",
+    "FAMILIES",
+    "RULES",
+    "Rule",
+    "argument",
+    "compactprune_op_rules",
+    "dims_of",
+    "name_of",
+    "named",
+    "rule",
+]
 
 
 @hookimpl

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from nncf_compactprune.channels.rules.base import dims_of, name_of, named, rule
@@ -13,7 +14,16 @@ from nncf_compactprune.channels.rules.elementwise import pointwise
 if TYPE_CHECKING:
     from nncf_compactprune.channels.tracer import Tracer
 
-MEANS = ("aten.mean", "aten.var", "aten.std", "aten.var_mean", "aten.std_mean")
+_aten = torch.ops.aten
+#: reductions that go over channels by consent: after the cut, over those that stay
+BY_CONSENT = frozenset(
+    [
+        *(_aten.mean.default, _aten.mean.dim, _aten.var.dim, _aten.var.correction, _aten.std.dim, _aten.std.correction),
+        *(_aten.var_mean.correction, _aten.std_mean.correction, _aten.sum.default, _aten.sum.dim_IntList),
+        *(_aten.max.dim, _aten.min.dim, _aten.amax.default, _aten.amin.default),
+        *(_aten.linalg_vector_norm.default, _aten.norm.ScalarOpt_dim),
+    ]
+)
 
 
 @rule(
@@ -23,8 +33,8 @@ MEANS = ("aten.mean", "aten.var", "aten.std", "aten.var_mean", "aten.std_mean")
 def reduce(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Reductions over positions pass channels on; over channels they would change with every removal.
 
-    A mean over channels (an RMSNorm, a LayerNorm written out) is offered by consent, as a LayerNorm is: it then runs
-    over those that stay.
+    A mean, sum, norm or maximum over channels (an RMSNorm, a LayerNorm written out, spatial attention) is offered by
+    consent, as a LayerNorm is: it then runs over those that stay.
     """
     x = args[0]
     labels = tracer.labels(x)
@@ -35,7 +45,7 @@ def reduce(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
     given = named(func, args, kwargs, "dim")
     identity = func._overloadname == "dims" and given is not None and not given  # any and all over no dimension
     dims = [] if identity else dims_of(given, x.dim())
-    kind = "approximate" if name_of(func) in MEANS else "pinned"
+    kind = "approximate" if func in BY_CONSENT else "pinned"
     for d in dims:
         tracer.pin(labels[d], f"reduced over its channels by {name_of(func)}", kind=kind)
     for result in results:
