@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from nncf_compactprune.channels.terms import goes_by_groups
 from nncf_compactprune.host.nncf_quantization import SCALES, BaseQuantizer
 from nncf_compactprune.host.torch_internals import Convolution, RunningNorm
 from nncf_compactprune.plugins.hookspecs import hookimpl
@@ -20,14 +21,14 @@ Facts = Callable[[nn.Module, Shapes], dict[str, Any]]
 
 
 def convolution(module: Any, shapes: Shapes) -> dict[str, Any]:
-    """``in_channels``, ``out_channels`` and ``groups``; a depthwise convolution has one group a channel."""
+    """``in_channels``, ``out_channels`` and ``groups``; where a group has one channel, the groups shrink along."""
     first, second = shapes["weight"][:2]
-    depthwise = module.groups > 1 and module.groups == module.in_channels
-    if module.transposed:
-        groups = first if depthwise else module.groups
-        return {"in_channels": first, "out_channels": second * groups, "groups": groups}
-    groups = first // (module.out_channels // module.in_channels) if depthwise else module.groups
-    return {"in_channels": second * groups, "out_channels": first, "groups": groups}
+    groups = module.groups
+    if goes_by_groups(groups, module.in_channels, module.out_channels):
+        groups = first // ((module.in_channels if module.transposed else module.out_channels) // groups)
+    across = second * groups
+    inputs, outputs = (first, across) if module.transposed else (across, first)
+    return {"in_channels": inputs, "out_channels": outputs, "groups": groups}
 
 
 def linear(module: Any, shapes: Shapes) -> dict[str, Any]:

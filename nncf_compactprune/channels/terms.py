@@ -55,6 +55,17 @@ def unflattened(module: nn.Unflatten) -> tuple[int, ...] | None:
     return tuple(map(int, sizes)) if all(isinstance(size, int) and size > 0 for size in sizes) else None
 
 
+def goes_by_groups(groups: int, inputs: int, outputs: int) -> bool:
+    """Whether whole groups of a convolution go: where a group has one input, or makes one channel of several. In other
+    grouped convolutions, all groups lose the same positions. One channel of many is such, too: few groups would go.
+
+    :param groups: of the convolution.
+    :param inputs: its input channels.
+    :param outputs: its output channels.
+    """
+    return groups > 1 and (inputs == groups or (outputs == groups and inputs // groups <= groups))
+
+
 @dataclass(frozen=True)
 class AttributeTerm:
     """A number that a module keeps about its channels and that parameters do not show, or a list of numbers.

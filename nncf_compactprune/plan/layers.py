@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from nncf_compactprune.channels.terms import goes_by_groups
 from nncf_compactprune.host.tensors import computed_tensors, own_tensors
 from nncf_compactprune.host.torch_internals import Convolution, RunningNorm
 
@@ -86,15 +87,17 @@ def _convolution(module: Any, own: Mapping[str, OwnTensor]) -> str:
     if any(dim > 1 for dim in weight.dims):
         return "its kernel is cut"
     first, second = weight[0], weight[1]
-    depthwise = groups > 1 and groups == module.in_channels
+    by_groups = goes_by_groups(groups, module.in_channels, module.out_channels)
+    per_group = weight.shape[0] // groups
     counts = _counts(first, weight.shape[0], groups)
-    if depthwise and not counts <= {0, weight.shape[0] // groups}:
-        return "its weight keeps a part of an input channel's outputs"
-    if not depthwise and len(counts) > 1:
+    if by_groups and not counts <= {0, per_group}:
+        return "its weight keeps a part of a group whose channels go together"
+    if not by_groups and len(counts) > 1:
         return f"its weight keeps different numbers of channels in its {groups} groups"
     outputs = first
     if module.transposed:  # [in, out / groups, ...]
-        outputs = tuple(g * weight.shape[1] + p for g in (first if depthwise else range(groups)) for p in second)
+        stay = sorted({i // per_group for i in first}) if by_groups else range(groups)
+        outputs = tuple(g * weight.shape[1] + p for g in stay for p in second)
     return _differs(own, "bias", 0, outputs)
 
 

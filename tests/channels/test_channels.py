@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from support.cuts import random_plan
 from support.networks import STRUCTURES, Classifier, conv_bn, images, trained
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from nncf_compactprune import analyse, apply_plan, prune
 from nncf_compactprune.channels import trace
 from nncf_compactprune.channels.views import blocks, reshape_labels
+from nncf_compactprune.cut.self_check import prune_in_place
 from nncf_compactprune.errors import PlanError, TraceError
 
 
@@ -61,6 +63,19 @@ def test_grouped_convolution_keeps_its_groups_equal():
     graph = trace(trained("grouped"), images())
     group = next(g for g in graph.groups if g.name == "features.1.0")
     np.testing.assert_array_equal(group.members[0].indices[0], [0, 8, 16, 24])
+
+
+def test_where_each_group_makes_one_channel_whole_groups_go():
+    model = trained("merging_groups")
+    graph = trace(model, images())
+    assert [group.size for group in graph.groups] == [16, 16]
+    prune_in_place(model, random_plan(model, images()), images())
+    pairs = model.features[1]
+    assert pairs.width == pairs.merge.groups == pairs.up.groups == pairs.merge.in_channels // 2 < 16
+
+
+def test_what_is_stretched_over_channels_is_as_wide_as_they_are():
+    assert [group.size for group in trace(trained("stretched"), images()).groups] == [16, 24]
 
 
 def test_layer_norm_is_offered_by_consent_only():

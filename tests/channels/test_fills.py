@@ -84,6 +84,20 @@ class Steps(nn.Module):
         return x.new_zeros(len(x), self.width)
 
 
+class AsWideAsItsInput(Steps):
+    """The state is as wide as the input, which is another layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.step = nn.Linear(16, self.width), nn.Linear(2 * self.width, self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.up(x[:, 0]).new_zeros(len(x), self.width)
+        for step in self.up(x).unbind(1):
+            state = self.step(torch.cat([step, state], 1)).tanh()
+        return self.out(torch.cat([state, self.zeros(x)], 1))
+
+
 class Joined(Steps):
     def __init__(self) -> None:
         super().__init__()
@@ -135,3 +149,11 @@ def test_states_of_networks_written_by_hand_go_with_their_layers(network) -> Non
     result = prune(model, X, budget={"params": 0.5}, round_to=1)
     assert result.self_check.error < 1e-5
     assert model.width == model.out.in_features // 2 < 24
+
+
+def test_a_state_that_happens_to_be_as_wide_as_its_input_follows_the_number_of_its_code() -> None:
+    torch.manual_seed(0)
+    model = AsWideAsItsInput().eval()
+    assert [group.size for group in analyse(model, X).groups] == [24, 24]
+    assert prune(model, X, budget={"macs": 0.5}, round_to=1).self_check.error < 1e-5
+    assert model.width == model.step.out_features < 24

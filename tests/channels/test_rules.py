@@ -7,6 +7,7 @@ import torch
 from support.cuts import random_plan
 from torch import nn
 
+from nncf_compactprune.channels import trace
 from nncf_compactprune.channels.rules import RULES
 from nncf_compactprune.channels.tracer import Tracer
 from nncf_compactprune.cut.self_check import prune_in_place
@@ -215,6 +216,12 @@ NETWORKS = {
         torch.zeros_like(y), 3, torch.zeros_like(y).long(), y, "amax", include_self=False),
     "index_reduce": lambda y, m: A.index_reduce(torch.zeros_like(y), 3, POSITIONS, y, "mean"),
     "mv": lambda y, m: y * A.mv(m.matrix, m.weight).view(1, -1, 1, 1), "dot": lambda y, m: y * A.dot(m.bias, m.weight),
+    "vdot": lambda y, m: y * torch.vdot(m.bias, m.weight),
+    "_embedding_bag": lambda y, m: y * A._embedding_bag(
+        m.table, torch.tensor([1, 2, 3]), torch.tensor([0, 1]))[0][..., None, None],
+    "_embedding_bag_forward_only": lambda y, m: y * A._embedding_bag_forward_only(
+        m.table, torch.tensor([1, 2, 3]), torch.tensor([0, 1]), False, 1)[0][..., None, None],
+    "_trilinear": product(lambda r, m: nn.functional.bilinear(r, m.matrix.tanh()[:1].expand(len(r), -1), m.cube)),
     "_safe_softmax": plain("_safe_softmax", 3),
     "tril": plain("tril"), "triu": plain("triu"), "unfold": plain("unfold", 2, 2, 2),
 }  # fmt: skip
@@ -231,6 +238,7 @@ class Net(nn.Module):
         self.register_buffer("mean", torch.rand(8))
         self.register_buffer("var", torch.rand(8) + 0.5)
         self.kernel, self.gain = nn.Parameter(torch.randn(8, 8, 1, 1)), nn.Parameter(torch.rand(8, 1, 1, 1))
+        self.cube = nn.Parameter(torch.randn(8, 8, 8))
         self.matrix, self.table = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(4, 8))
         self.num_heads = 2
         self.qkv = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
@@ -285,6 +293,13 @@ def test_masked_is_compact_for_every_rule(name, monkeypatch):
     assert check.error <= 1e-12
     if name in NAMES - OTHER_DEVICES:  # torch takes the other operations apart before a rule could see them
         assert name in met
+
+
+@pytest.mark.parametrize("name", ["vdot", "_embedding_bag", "_trilinear"])
+def test_channels_of_vectors_bags_and_bilinear_layers_go(name):
+    graph = trace(net(name), images())
+    assert not graph.unsupported_ops
+    assert any(group.size == 8 for group in graph.groups)
 
 
 def test_every_rule_has_a_network():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import pytest
 import torch
 from torch import nn
 
@@ -78,3 +79,10 @@ def test_statistics_that_a_run_in_training_mode_moves_are_taken_back():
     images = torch.randn(4, 3, 14, 14, generator=torch.Generator().manual_seed(0))
     trace(model, images)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("drop", [nn.Dropout2d(0.2), nn.FeatureAlphaDropout(0.2)])
+def test_whole_channels_that_are_dropped_in_training_are_no_fixed_ones(drop):
+    model = Auxiliary()
+    model.body = nn.Sequential(model.body, drop)
+    assert [group.size for group in trace(model, IMAGES).groups] == [16, 16, 8]

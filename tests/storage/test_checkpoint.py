@@ -385,7 +385,7 @@ def refit(plan: PruningPlan, model: nn.Module, **kept) -> PruningPlan:
         ("squeeze_excite", {"features__1__reduce__bias": {}}, r"Conv2d 'features.1.reduce': its bias keeps 8"),
         ("flatten", {"hidden__bias": {0: (0,)}}, r"Linear 'hidden': its bias keeps 1"),
         ("grouped", {"features__1__0__weight": {0: (0, 1, 8)}}, r"different numbers of channels in its 4 groups"),
-        ("depthwise", {"features__4__weight": {0: (0, 2, 3)}}, r"keeps a part of an input channel's outputs"),
+        ("depthwise", {"features__4__weight": {0: (0, 2, 3)}}, r"keeps a part of a group whose channels go together"),
         ("transposed", {"up_grouped__bias": {0: (0, 5)}}, r"ConvTranspose2d 'up_grouped': its bias keeps 2"),
         ("group_norm", {"features__1__weight": {0: (0,)}, "features__1__bias": {0: (0,)}}, r"part of one of its 8"),
         (

@@ -492,6 +492,43 @@ def decoders() -> nn.Module:
     return Classifier(nn.Sequential(*first, *between, Decoder(14)), 16)
 
 
+class Pairs(nn.Module):
+    """Each group of a convolution makes one channel of two; back by a transposed one, whose groups a number counts."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.other = nn.Conv2d(width, width, 1)
+        self.merge = nn.Conv2d(2 * width, width, 3, padding=1, groups=width)
+        self.up = nn.ConvTranspose2d(width, 2 * width, 2, 2, groups=width)
+        self.down = nn.Parameter(torch.randn(2 * width, 1, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.merge(torch.stack([x, self.other(x)], 2).flatten(1, 2))
+        return F.conv_transpose2d(self.up(x), self.down, groups=self.width)
+
+
+def merging_groups() -> nn.Module:
+    return Classifier(nn.Sequential(conv_bn(3, 16), Pairs(16), conv_bn(16, 16, 1)), 16)
+
+
+class Blur(nn.Module):
+    """One filter stretched over all channels; a gate of one channel stretched over all."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(width, 1, 1)
+        self.register_buffer("filter", torch.tensor([1.0, 2.0, 1.0]).view(1, 1, 3, 1) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.filter.expand(x.shape[1], -1, -1, -1), padding=(1, 0), groups=x.shape[1])
+        return x * self.gate(x).sigmoid().expand_as(x)
+
+
+def stretched() -> nn.Module:
+    return Classifier(nn.Sequential(conv_bn(3, 16), Blur(16), conv_bn(16, 24)), 24)
+
+
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
     f.__name__: f
     for f in (
@@ -499,7 +536,7 @@ STRUCTURES: dict[str, Callable[[], nn.Module]] = {
         transposed, glu,
         flatten, group_norm, layer_norm, pixel_shuffle, weight_norm, tied, attention,
         grouped_query_attention, mixed_convolution, multi_scale, partial_convolution,
-        recurrent, convolutional_recurrent, basis_functions, decoders,
+        recurrent, convolutional_recurrent, basis_functions, decoders, merging_groups, stretched,
     )
 }  # fmt: skip
 

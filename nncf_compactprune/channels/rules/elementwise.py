@@ -29,8 +29,8 @@ def broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], r
     """Labels of tensors combined elementwise.
 
     A dimension of size 1 stretched over several positions is a channel that cannot go: without it nothing is left to
-    stretch. A tensor of one value throughout, as ``torch.zeros`` makes it, fits any width; where its code does not, the
-    trial cut fails.
+    stretch. A tensor of one value throughout, as ``torch.zeros`` makes it, fits any width, and so does one that was
+    stretched before, as by ``gate.expand_as(x)``; where its code does not, the trial cut fails.
 
     :param tracer: knows the tensors' labels.
     :param tensors: the operands.
@@ -56,7 +56,7 @@ def broadcast(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], r
                 if tracer.is_uniform(tensor) and shape[d] > 1:
                     filled.append(tensor)
                 else:
-                    fixed = fixed or shape[d] > 1
+                    fixed = fixed or (shape[d] > 1 and tensor.stride(own) > 0)
             elif joined is None:
                 joined = array
             else:
@@ -81,9 +81,8 @@ def copy_into(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
 
 
 @rule(
-    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros",
-    "new_ones", "new_empty", "new_full", "bernoulli", "clone", "detach", "alias", "_to_copy", "lift_fresh",
-    "native_dropout", "nan_to_num", "as_strided", "as_strided_",
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "bernoulli",
+    "clone", "detach", "alias", "_to_copy", "lift_fresh", "native_dropout", "nan_to_num", "as_strided", "as_strided_",
     "_conj", "fill", "zero_", "fill_", "normal_", "uniform_", "bernoulli_", "set_", "resize_", "squeeze_copy",
 )  # fmt: skip
 def passed_on(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -95,6 +94,22 @@ def passed_on(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
             tracer.set(result, tracer.labels(source))
     if name_of(func) in ("aten.as_strided", "aten.as_strided_") and results[0].shape != source.shape:
         tracer.pin_tensor(source, "re-strided to another shape by aten.as_strided")
+
+
+@rule("new_zeros", "new_ones", "new_empty", "new_full")
+def made_like(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """A tensor of a size that the code says, with another at hand: ``dropout2d`` makes its noise so, ``[N, C, 1, 1]``.
+
+    A dimension of the same size has the same channels, unless a number that the code reads says that size.
+    """
+    source = args[0]
+    sizes = list(zip(out.shape, source.shape, strict=False))
+    if out.dim() == source.dim() and all(made in (1, own) for made, own in sizes):
+        labels = list(tracer.labels(source))
+        for d, (made, own) in enumerate(sizes):
+            if made != own or tracer.makers(out, d):
+                labels[d] = None
+        tracer.set(out, labels)
 
 
 @rule("_local_scalar_dense", "equal", "is_same_size", "_is_all_true", "_is_any_true")

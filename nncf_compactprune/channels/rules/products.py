@@ -11,6 +11,8 @@ from torch import Tensor
 from nncf_compactprune.channels.labels import LabelArray
 from nncf_compactprune.channels.rules.base import argument, name_of, rule
 from nncf_compactprune.channels.rules.elementwise import broadcast
+from nncf_compactprune.channels.terms import AttributeTerm, goes_by_groups
+from nncf_compactprune.host.torch_internals import Convolution
 
 if TYPE_CHECKING:
     from nncf_compactprune.channels.tracer import Tracer
@@ -21,7 +23,7 @@ def convolution(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[
     """Convolutions of any dimensionality, grouped, depthwise and transposed.
 
     Grouped: the same position of every group is one channel, so that all groups keep the same width. Depthwise: the
-    output channel is the input channel.
+    output channel is the input channel. Where each group makes one channel of several, these go together.
     """
     x, weight, bias = args[0], args[1], args[2]
     transposed, groups = bool(args[6]), int(args[8])
@@ -31,6 +33,8 @@ def convolution(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[
     for array in labels_weight[2:]:
         tracer.pin(array, "kernel size", kind="structural")
     first, second = labels_weight[0], labels_weight[1]
+    if first is None and weight.shape[0] == groups > 1 and weight.stride(0) == 0:
+        first = labels_in  # one filter, stretched over all channels
     kernel = int(np.prod(weight.shape[2:]))
     if transposed:
         positions = int(np.prod(x.shape)) // x.shape[1 if batched else 0]
@@ -66,8 +70,18 @@ def _depthwise(tracer: Tracer, groups: int, labels_in: LabelArray | None, channe
     per_group = channels.reshape(groups, -1)
     if per_group.shape[1] > 1:
         tracer.unify(per_group[:, 1:], per_group[:, :1])
-    tracer.same(np.ascontiguousarray(per_group[:, 0]), labels_in, "consumes a fixed input")
+    of_groups = np.ascontiguousarray(per_group[:, 0])
+    _counted(tracer, groups, of_groups)
+    tracer.same(of_groups, labels_in, "consumes a fixed input")
     return channels
+
+
+def _counted(tracer: Tracer, groups: int, labels: LabelArray) -> None:
+    """Where code of its own gives the number of groups (``groups=self.channels``), it follows. A layer's own does."""
+    if not isinstance(tracer.running, Convolution):
+        for number in tracer.numbers_in_code():
+            if number.value == groups:
+                tracer.note_attribute(AttributeTerm(number.module, number.attribute, 1, labels))
 
 
 def _grouped(
@@ -89,14 +103,26 @@ def _grouped(
             tracer.pin(array, "grouped convolution with a computed weight")
         return None
     per_group = full.reshape(groups, -1)
-    if (full.size if transposed else part.size * groups) == groups:
+    outputs = part.size * groups if transposed else full.size
+    inputs = full.size if transposed else part.size * groups
+    if inputs == groups:
         # depthwise (with a channel multiplier): a group is a channel
         tracer.pin(part, "depthwise", kind="structural")
         if not transposed:
             return _depthwise(tracer, groups, labels_in, full)
         tracer.mark(full, "producer")
+        _counted(tracer, groups, full)
         tracer.same(full, labels_in, "consumes a fixed input")
         return np.repeat(full, part.size)
+    if goes_by_groups(groups, inputs, outputs):
+        # a group makes one channel of several: these go together
+        tracer.pin(part, "one channel of a group", kind="structural")
+        tracer.mark(full, "producer")
+        tracer.unify(per_group[:, 1:], per_group[:, :1])
+        made = np.ascontiguousarray(per_group[:, 0])
+        _counted(tracer, groups, made)
+        tracer.same(np.repeat(made, inputs // groups), labels_in, "consumes a fixed input")
+        return made
     tracer.unify(per_group[1:], per_group[:1])
     tracer.mark(weight_out, "producer")
     tracer.mark(weight_in, "consumer")
@@ -145,7 +171,7 @@ def matrix_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mappi
         broadcast(tracer, [bias, out], out.shape, f"meets a fixed tensor in {name_of(func)}")
 
 
-@rule("mv", "dot")
+@rule("mv", "dot", "vdot")
 def vector_product(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """A vector is contracted: its channels are those of the other's last dimension."""
     a, vector = tracer.labels(args[0]), tracer.labels(args[1])
@@ -187,6 +213,39 @@ def embedding(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[st
     tracer.pin(rows, "rows of a look-up table", kind="structural")
     tracer.mark(width, "producer")
     tracer.set(out, [None] * (out.dim() - 1) + [width])
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Look-ups, reduced over each bag."""
+    rows, width = tracer.labels(args[0])
+    tracer.pin(rows, "rows of a look-up table", kind="structural")
+    tracer.mark(width, "producer")
+    tracer.set(out[0], [None, width])
+
+
+@rule("_trilinear")
+def trilinear(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """``nn.Bilinear``: three tensors are stretched to one shape, multiplied, and summed over some dimensions."""
+    weight = args[1]
+    shape = [0] * (weight.dim() + len(args[4]))
+    stretched = []
+    for tensor, added in zip(args[:3], args[3:6], strict=True):
+        labels = iter(zip(tracer.labels(tensor), tensor.shape, strict=True))
+        dims = [(None, 1) if d in added else next(labels) for d in range(len(shape))]
+        shape = [max(n, size) for n, (_, size) in zip(shape, dims, strict=True)]
+        stretched.append(dims)
+    result: list[LabelArray | None] = []
+    for d, size in enumerate(shape):
+        arrays = [dims[d][0] for dims in stretched if dims[d][1] == size > 1]
+        result.append(join(tracer, arrays, f"meets a fixed tensor in {name_of(func)}"))
+    if tracer.is_constant(weight):
+        out_features, left, right = tracer.labels(weight)
+        tracer.mark(out_features, "producer")
+        tracer.mark(left, "consumer")
+        tracer.mark(right, "consumer")
+    tracer.count_macs(int(np.prod(shape)), *result)
+    tracer.set(out, [array for d, array in enumerate(result) if d not in args[6]])
 
 
 @rule(
