@@ -48,6 +48,7 @@ def analyse(
     trial: bool = True,
     plugins: Plugins | None = None,
     allow_approximate: bool = False,
+    pins: Sequence[Pin | ViewByNumber] = (),
 ) -> ChannelGraph:
     """Finds which channels of a model can be removed together, why the others stay, and what the model costs.
 
@@ -62,14 +63,15 @@ def analyse(
         enough for ``macs`` and ``params``.
     :param plugins: where the rules for operations come from; the installed plugins by default.
     :param allow_approximate: also offer channels that a LayerNorm normalises over.
+    :param pins: what :func:`culprits` found in a cut before.
     :return: groups, pinned channels with reasons, exact MACs and parameters.
     :raises TraceError: the model does not run on the example input.
     :raises SelfCheckError: the cut fails and no operation could be named for it.
     """
-    pins: list[Pin | ViewByNumber] = []
+    known = list(pins)
     example_inputs = in_dict(example_inputs)
     while True:
-        graph = trace(model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, pins=pins)
+        graph = trace(model, example_inputs, plugins=plugins, allow_approximate=allow_approximate, pins=known)
         if not trial or not graph.groups:
             return graph
         plan = _trial_plan(graph)
@@ -81,7 +83,7 @@ def analyse(
             found = culprits(model, plan, graph, example_inputs, plugins=plugins)
             if not found:
                 raise
-            pins += found
+            known += found
         else:
             return graph
 

@@ -106,6 +106,22 @@ class Mixed(nn.Module):
         return self.head((x + self.b(self.a(x).reshape(len(x), 64, 64).relu())).mean(1))
 
 
+class NotTooNarrow(nn.Module):
+    """Fewer than half of its channels fail, which the trial's share does not come to."""
+
+    def forward(self, x):
+        if x.shape[1] < 5:
+            raise ValueError(x.shape)
+        return x * 1
+
+
+def test_what_only_fails_at_the_widths_of_the_budget_ends_the_search():
+    model = Net(NotTooNarrow()).double().eval()
+    assert analyse(model, images()).groups[1].size == 16
+    with pytest.raises(BudgetError, match="the least is"):
+        prune(model, images(), budget={"macs": 0.02}, round_to=1)
+
+
 def test_memory_formats_make_no_innocent_group_guilty():
     torch.manual_seed(0)
     graph = analyse(Mixed().eval(), torch.randn(1, 3, 32, 32))

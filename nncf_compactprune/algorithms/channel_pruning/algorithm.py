@@ -501,7 +501,7 @@ class ChannelPruning(CompressionAlgorithm):
             except BudgetError:
                 if trial:
                     raise
-                self._analyse(trial=True)  # tells the least that the network's code really lets it come to
+                self._analyse(trial=True, pins=pins)  # tells the least that the network's code really lets it come to
             plan = self._agreed(self.target_rate)
             try:
                 self._prune_now(plan)
@@ -517,10 +517,11 @@ class ChannelPruning(CompressionAlgorithm):
     def _analyse(self, *, trial: bool, pins: Sequence[Pin | ViewByNumber] = (), check: bool = True) -> None:
         """Finds the groups; with a trial, those that the network's code does not let shrink are pinned now."""
         with self.context.timed("trace"):
-            find = analyse if trial else partial(trace, pins=pins)
+            find = analyse if trial else trace
             graph = find(
                 self.context.model,
                 self.context.example_inputs,
+                pins=pins,
                 plugins=self.context.plugins,
                 allow_approximate=self.config.params.allow_approximate,
             )
