@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nncf_compactprune.channels.terms import goes_by_groups
 from nncf_compactprune.host.tensors import computed_tensors, model_tensors, named_modules, own_tensors
-from nncf_compactprune.host.torch_internals import unseen_by_modes
+from nncf_compactprune.host.torch_internals import TransposedConvolution, unseen_by_modes
 from nncf_compactprune.plan import PruningPlan
 
 SAMPLE = 4096
@@ -250,12 +251,16 @@ def _outputs_first(module: nn.Module, dims: Any) -> list[int]:
 
 
 def _joined_groups(module: nn.Module, axes: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
-    """A grouped transposed convolution has its outputs of one group in its weight: the same of every group stay."""
-    groups = getattr(module, "groups", 1)
-    if not getattr(module, "transposed", False) or groups == 1:
+    """A grouped transposed convolution has its outputs of one group in its weight: the same of every group stay, or all
+    of the groups that stay. A bias lies along all outputs."""
+    if not isinstance(module, TransposedConvolution) or module.groups == 1 or module.bias is not None:
         return []
     size, kept = axes[0]
-    return [(groups * size, (torch.arange(groups)[:, None] * size + kept).reshape(-1))]
+    groups = torch.arange(module.groups)
+    if goes_by_groups(module.groups, module.in_channels, module.out_channels):
+        groups = torch.unique(kept // (module.in_channels // module.groups))
+        size, kept = module.out_channels // module.groups, torch.arange(module.out_channels // module.groups)
+    return [(module.out_channels, (groups[:, None] * size + kept).reshape(-1))]
 
 
 def _joined_directions(module: nn.Module, axes: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:

@@ -71,7 +71,7 @@ def test_where_each_group_makes_one_channel_whole_groups_go():
     assert [group.size for group in graph.groups] == [16, 16]
     prune_in_place(model, random_plan(model, images()), images())
     pairs = model.features[1]
-    assert pairs.width == pairs.merge.groups == pairs.up.groups == pairs.merge.in_channels // 2 < 16
+    assert pairs.merge.groups == pairs.up.groups == pairs.down.groups == pairs.merge.in_channels // 2 < 16
 
 
 def test_what_is_stretched_over_channels_is_as_wide_as_they_are():

@@ -231,3 +231,21 @@ def test_an_average_of_the_weights_gets_its_own_list():
     assert ema.features[1].splits == model.features[1].splits
     assert ema.features[1].splits is not model.features[1].splits
     assert torch.equal(ema(x), model(x))
+
+
+class Blur(nn.Module):
+    """A filter for each channel, in a buffer; own code says how many groups there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels, self.stem, self.head = 16, nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+        self.register_buffer("filters", torch.ones(16, 1, 3, 3) / 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(nn.functional.conv2d(self.stem(x).relu(), self.filters, groups=self.channels))
+
+
+def test_a_number_of_groups_follows_a_depthwise_convolution_in_own_code() -> None:
+    model = Blur()
+    prune(model, torch.randn(2, 3, 8, 8), budget={"macs": 0.5}, round_to=1)
+    assert model.channels == len(model.filters) == model.stem.out_channels < 16

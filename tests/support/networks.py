@@ -493,19 +493,17 @@ def decoders() -> nn.Module:
 
 
 class Pairs(nn.Module):
-    """Each group of a convolution makes one channel of two; back by a transposed one, whose groups a number counts."""
+    """Each group of a convolution makes one channel of two; transposed ones make two of one, and one of two."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.width = width
         self.other = nn.Conv2d(width, width, 1)
         self.merge = nn.Conv2d(2 * width, width, 3, padding=1, groups=width)
-        self.up = nn.ConvTranspose2d(width, 2 * width, 2, 2, groups=width)
-        self.down = nn.Parameter(torch.randn(2 * width, 1, 2, 2))
+        self.up = nn.ConvTranspose2d(width, 2 * width, 2, 2, groups=width, bias=False)
+        self.down = nn.ConvTranspose2d(2 * width, width, 2, 2, groups=width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.merge(torch.stack([x, self.other(x)], 2).flatten(1, 2))
-        return F.conv_transpose2d(self.up(x), self.down, groups=self.width)
+        return self.down(self.up(self.merge(torch.stack([x, self.other(x)], 2).flatten(1, 2))))
 
 
 def merging_groups() -> nn.Module:

@@ -171,7 +171,7 @@ def _positions(kind: str, member: Member, x: Tensor, weight: Tensor, groups: int
         repeated = member.indices[:, None, :] + (np.arange(groups) * width)[None, :, None]
         return repeated.reshape(len(member.indices), -1)
     if kind == "transposed":
-        return None if member.dim != 0 or (groups == x.shape[1] and groups > 1) else member.indices
+        return member.indices if member.dim == 0 and member.role == "consumer" else None
     if member.role != "consumer" or x.shape[-1] <= int(member.indices.max()):
         return None
     return member.indices
