@@ -126,7 +126,7 @@ class ChannelGraph:
     :param groups: prunable groups in order of their first parameter.
     :param pinned: channels that stay, with reasons; dimensions that never were channels are left out.
     :param cost: exact MACs and parameters as functions of the group widths.
-    :param parameters: name to shape of every floating parameter and buffer, in model order: the plan's fingerprint.
+    :param parameters: name to shape of every floating parameter and buffer, in model order.
     :param attributes: numbers that modules keep about channels, beside those that follow from their own parameters.
     :param tied: other names of shared parameters, to the name used here.
     :param unsupported_ops: operations without a rule, with how often they met channels.
@@ -134,6 +134,7 @@ class ChannelGraph:
     :param branches: residual branches that may go as a whole, with the groups that go with them; empty where that was
         not asked for.
     :param keep_one: why the other groups keep at least one channel, by their index.
+    :param fleeting: buffers that no checkpoint holds; the plan's fingerprint is of the other ``parameters``.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -146,6 +147,7 @@ class ChannelGraph:
     by_number: frozenset[str] = frozenset()
     branches: Mapping[Branch, tuple[int, ...]] = field(default_factory=dict)
     keep_one: Mapping[int, str] = field(default_factory=dict)
+    fleeting: frozenset[str] = frozenset()
 
     @property
     def in_branches(self) -> frozenset[int]:
@@ -213,6 +215,7 @@ def build_graph(
         tied=tensors.tied,
         unsupported_ops=dict(unsupported_ops),
         by_number=by_number,
+        fleeting=tensors.fleeting,
     )
 
 

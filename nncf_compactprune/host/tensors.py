@@ -51,7 +51,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def temporary_buffers(module: nn.Module) -> list[Tensor]:
     """A module's own buffers that its state dict leaves out."""
-    left_out = (module._buffers.get(name) for name in module._non_persistent_buffers_set)
+    left_out = (module._buffers.get(name) for name in getattr(module, "_non_persistent_buffers_set", ()))
     return [buffer for buffer in left_out if buffer is not None]
 
 
@@ -91,11 +91,13 @@ class ModelTensors:
     :param parameters: by name, shared ones once, in model order.
     :param buffers: the same.
     :param tied: other names of shared parameters, to the name used in ``parameters``.
+    :param fleeting: buffers that no checkpoint holds. A run may give them another shape, as tables of positions.
     """
 
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
     tied: dict[str, str]
+    fleeting: frozenset[str] = frozenset()
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters, then buffers."""
@@ -110,6 +112,10 @@ class ModelTensors:
         """Shapes of those that can carry channels."""
         return {name: tuple(tensor.shape) for name, tensor in self.named() if carries_channels(tensor)}
 
+    def lasting_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same without fleeting buffers: what tells an architecture from others."""
+        return {name: shape for name, shape in self.shapes().items() if name not in self.fleeting}
+
 
 def model_tensors(model: nn.Module) -> ModelTensors:
     """Collects a model's parameters and buffers."""
@@ -117,8 +123,10 @@ def model_tensors(model: nn.Module) -> ModelTensors:
     buffers: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
+    fleeting: set[str] = set()
     for module_name, module in named_modules(model):
         prefix = f"{module_name}." if module_name else ""
+        fleeting.update(prefix + local for local in module._non_persistent_buffers_set)
         for own, collected in ((module._parameters, parameters), (module._buffers, buffers)):
             for local, tensor in own.items():
                 if tensor is None:
@@ -128,7 +136,7 @@ def model_tensors(model: nn.Module) -> ModelTensors:
                     collected[name] = tensor
                 else:
                     tied[prefix + local] = name
-    return ModelTensors(parameters, buffers, tied)
+    return ModelTensors(parameters, buffers, tied, frozenset(fleeting))
 
 
 def copy_in(ema: object, model: nn.Module) -> nn.Module:

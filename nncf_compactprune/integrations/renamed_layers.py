@@ -35,7 +35,8 @@ def as_named_here(plan: PruningPlan, names: Mapping[str, str], model: nn.Module)
     :param model: the dense network.
     :return: the same plan where all its names are there; or where some are not to be found, so that it is refused.
     """
-    shapes = model_tensors(model).shapes()
+    tensors = model_tensors(model)
+    shapes = tensors.shapes()
     if plan.removed or all(name in shapes for name in plan.kept):
         return plan
     here = {file: name for name, file in names_in_files(model).items()}
@@ -48,7 +49,9 @@ def as_named_here(plan: PruningPlan, names: Mapping[str, str], model: nn.Module)
     if not all(name in shapes for name in kept):
         return plan
     attributes = _attributes_here(plan, found, model)
-    return dataclasses.replace(plan, kept=kept, attributes=attributes, fingerprint=fingerprint(shapes))
+    return dataclasses.replace(
+        plan, kept=kept, attributes=attributes, fingerprint=fingerprint(tensors.lasting_shapes())
+    )
 
 
 def _attributes_here(

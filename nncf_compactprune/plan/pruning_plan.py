@@ -153,7 +153,8 @@ class PruningPlan:
         :raises PlanError: another model, unknown parameter, dimension out of range, positions out of range, repeated,
             unordered or empty.
         """
-        shapes = model_tensors(model).shapes()
+        tensors = model_tensors(model)
+        shapes = tensors.shapes()
         for name, dims in self.kept.items():
             if name not in shapes:
                 kind = type(model).__name__
@@ -164,7 +165,8 @@ class PruningPlan:
         _validate_attributes(model, self.attributes)
         self._validate_branches(model)
         self._validate_classes(shapes)
-        if fingerprint(shapes) != self.fingerprint:
+        # plans of before had fleeting buffers in it
+        if self.fingerprint not in (fingerprint(tensors.lasting_shapes()), fingerprint(shapes)):
             msg = (
                 f"plan: made for another model: parameter names or shapes of {type(model).__name__} differ from the "
                 "dense model it was made on. Build that model first (same architecture, same options, not yet pruned)."
@@ -434,7 +436,7 @@ def make_plan(graph: ChannelGraph, keep: Sequence[npt.NDArray[np.bool_]], *, alg
     sizes = np.array(widths, np.float64)
     plan = PruningPlan(
         kept=kept,
-        fingerprint=fingerprint(graph.parameters),
+        fingerprint=fingerprint({n: s for n, s in graph.parameters.items() if n not in graph.fleeting}),
         before=Cost(graph.macs, graph.params),
         after=Cost(graph.cost.macs(sizes), graph.cost.params(sizes)),
         groups=tuple(GroupChange(g.name, g.size, w) for g, w in zip(graph.groups, widths, strict=True)),

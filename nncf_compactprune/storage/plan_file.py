@@ -38,7 +38,7 @@ def plan_to_save(model: nn.Module) -> PruningPlan:
     plan = plan_of(model)
     if plan is None:
         count = sum(parameter.numel() for parameter in tensors.parameters.values())
-        return PruningPlan({}, fingerprint(tensors.shapes()), before=Cost(0, count), after=Cost(0, count))
+        return PruningPlan({}, fingerprint(tensors.lasting_shapes()), before=Cost(0, count), after=Cost(0, count))
     now = tensors.shapes()
     for name, dims in plan.kept.items():
         for dim, positions in dims.items():

@@ -556,6 +556,28 @@ def test_hard_coded_width_is_told_by_example_inputs(tmp_path):
         load_pruned(HardCoded, tmp_path, example_inputs=torch.randn(1, 3, 8, 8))
 
 
+class WithTable(nn.Module):
+    """Its table of positions is no part of a checkpoint, and is as large as the last input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.table) != x.shape[1]:
+            self.table = torch.arange(float(x.shape[1]))[:, None]
+        return self.last((self.first(x) + self.table).relu())
+
+
+def test_a_table_that_a_run_fills_does_not_make_it_another_network(tmp_path):
+    model, x = WithTable().eval(), torch.randn(2, 5, 6)
+    model(x)
+    prune_in_place(model, random_plan(model, x), x)
+    save_pruned(model, tmp_path)
+    assert torch.equal(load_pruned(WithTable(), tmp_path).eval()(x), model(x))
+
+
 @pytest.mark.parametrize("given", [None, "resnet50", lambda: "resnet50"])
 def test_what_is_no_model(saved, given):
     with pytest.raises(CompactPruneError, match=r"expected a torch.nn.Module or a function that builds one"):
