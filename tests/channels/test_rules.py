@@ -89,6 +89,10 @@ def numbers(f):
     return lambda y, m: f(y).to(y.dtype)
 
 
+def unpooled(m, largest, places):
+    return A.max_unpool2d(m.other(largest), places, [6, 6])
+
+
 POSITIONS = torch.arange(6)
 NETWORKS = {
     "pointwise": lambda y, m: torch.relu(y) + m.bias.view(1, -1, 1, 1),
@@ -185,6 +189,9 @@ NETWORKS = {
     "grid_sampler_3d": lambda y, m: A.grid_sampler_3d(
         y[:, :, None], torch.zeros(2, 1, 3, 3, 3, dtype=y.dtype) + 0.2, 0, 0, False),
     "constant_pad_nd": plain("constant_pad_nd", [1, 1]), "pad": plain("pad", [1, 1]),
+    "max_unpool2d": lambda y, m: unpooled(m, *A.max_pool2d_with_indices(y, PAIR)),
+    "max_unpool3d": lambda y, m: A.max_unpool3d(
+        *A.max_pool3d_with_indices(y[:, :, None], [1, 2, 2]), [1, 6, 6], [1, 2, 2], [0, 0, 0]),
     "pixel_shuffle": plain("pixel_shuffle", 2), "pixel_unshuffle": plain("pixel_unshuffle", 2),
     "channel_shuffle": plain("channel_shuffle", 2), "native_channel_shuffle": plain("native_channel_shuffle", 2),
     "im2col": plain("im2col", PAIR, ONE, [0, 0], PAIR),
@@ -295,8 +302,8 @@ def test_masked_is_compact_for_every_rule(name, monkeypatch):
         assert name in met
 
 
-@pytest.mark.parametrize("name", ["vdot", "_embedding_bag", "_trilinear"])
-def test_channels_of_vectors_bags_and_bilinear_layers_go(name):
+@pytest.mark.parametrize("name", ["vdot", "_embedding_bag", "_trilinear", "max_unpool2d", "max_unpool3d"])
+def test_channels_of_less_common_operations_go(name):
     graph = trace(net(name), images())
     assert not graph.unsupported_ops
     assert any(group.size == 8 for group in graph.groups)

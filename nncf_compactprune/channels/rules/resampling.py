@@ -42,6 +42,20 @@ def spatial(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str,
         tracer.set(result, passed)
 
 
+@rule("max_unpool2d", "max_unpool3d")
+def unpool(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Puts the values of each channel where that channel's maxima were: the indices have the same channels."""
+    x, indices = args[0], args[1]
+    labels = tracer.labels(x)
+    passed: list[LabelArray | None] = [None] * out.dim()
+    for d, (own, other) in enumerate(zip(labels, tracer.labels(indices), strict=True)):
+        if d <= out.dim() - (3 if name_of(func) == "aten.max_unpool2d" else 4):
+            passed[d] = tracer.same(own, other, "unpooled by fixed indices")
+        else:
+            tracer.pin(own, f"resampled as a spatial dimension by {name_of(func)}")
+    tracer.set(out, passed)
+
+
 @rule("constant_pad_nd")
 def constant_pad(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
     """Padding a channel dimension inserts channels that must stay (their count is written in the code)."""
