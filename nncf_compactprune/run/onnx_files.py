@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,9 @@ def read_onnx(file: str, shapes: Sequence[Sequence[int]] | None = None) -> tuple
     except Exception as error:
         msg = f"'{file}': onnx2torch cannot read it: {type(error).__name__}: {first_line(error)}"
         raise ResolveError(msg) from error
-    fix_sizes(model)
-    fix_flattening(model, examples)
+    seen = seen_reshapes(model, examples)
+    fix_sizes(model, seen)
+    fix_flattening(model, seen)
     train_weights(model)
     _compare(model, examples, path)
     return model, examples
@@ -155,43 +156,17 @@ class FixedResize(nn.Module):
 
 
 class FixedReshape(nn.Module):
-    """A reshape whose sizes are constants of the file; 0 keeps a size, and 1 in front is a batch of any size.
+    """A reshape whose sizes are constants of the file.
 
-    :param reshape: onnx2torch's, whose place it takes.
-    :param shape: the sizes.
+    :param shape: the sizes; 0 keeps one.
     """
 
-    def __init__(self, reshape: nn.Module, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         self.shape = shape
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = (size == 0 or (size == 1 and at == 0) for at, size in enumerate(self.shape))
-        return x.reshape([x.shape[at] if keep else self.shape[at] for at, keep in enumerate(kept)])
-
-
-#: by onnx2torch's class: it reads sizes from tensors, which torch's exporter takes for unknown numbers
-FIXED = {"OnnxResize": FixedResize, "OnnxReshape": FixedReshape}
-
-
-def fix_sizes(model: fx.GraphModule) -> None:
-    """Sizes that are constants of the file become numbers of the network, in place.
-
-    :param model: as onnx2torch gives it.
-    """
-    buffers = dict(model.named_buffers())
-    for node in model.graph.nodes:
-        module = model.get_submodule(node.target if node.op == "call_module" else "")
-        if type(module).__name__ not in FIXED:
-            continue
-        given = inspect.signature(module.forward).bind(*node.args, **node.kwargs).arguments
-        (_, x), *sizes = ((name, value) for name, value in given.items() if value is not None)
-        if all(isinstance(value, fx.Node) and value.target in buffers for _, value in sizes):
-            numbers = {name: buffers[value.target].tolist() for name, value in sizes}
-            model.add_submodule(node.target, FIXED[type(module).__name__](module, **numbers))
-            node.args, node.kwargs = (x,), {}
-    model.graph.eliminate_dead_code()
-    model.recompile()
+        return x.reshape([size or x.shape[at] for at, size in enumerate(self.shape)])
 
 
 class _Reshapes(fx.Interpreter):
@@ -207,8 +182,8 @@ class _Reshapes(fx.Interpreter):
         return super().call_module(target, args, kwargs)
 
 
-def fix_flattening(model: fx.GraphModule, examples: Sequence[Tensor]) -> None:
-    """Reshapes to the batch and one size more lose what computes these, in place: exporters do not take it.
+def seen_reshapes(model: fx.GraphModule, examples: Sequence[Tensor]) -> dict[str, tuple[int, list[int]]]:
+    """The batch of what each reshape is given, and the sizes that it is to have, by the reshape's name.
 
     :param model: as onnx2torch gives it.
     :param examples: of its inputs.
@@ -216,10 +191,50 @@ def fix_flattening(model: fx.GraphModule, examples: Sequence[Tensor]) -> None:
     run = _Reshapes(model)
     with torch.no_grad(), suppress(Exception):  # that it does not run is told where it is compared with the file
         run.run(*examples)
+    return run.seen
+
+
+def fix_sizes(model: fx.GraphModule, seen: Mapping[str, tuple[int, list[int]]]) -> None:
+    """Sizes that are constants of the file become numbers of the network, in place.
+
+    onnx2torch reads them from tensors, which torch's exporter takes for unknown numbers. Where one example is reshaped
+    to one, any number of them may be.
+
+    :param model: as onnx2torch gives it.
+    :param seen: of :func:`seen_reshapes`.
+    """
+    buffers = dict(model.named_buffers())
     for node in model.graph.nodes:
-        batch, sizes = run.seen.get(node.target, (0, []))
+        module = model.get_submodule(node.target if node.op == "call_module" else "")
+        if type(module).__name__ not in ("OnnxResize", "OnnxReshape"):
+            continue
+        given = inspect.signature(module.forward).bind(*node.args, **node.kwargs).arguments
+        (_, x), *sizes = ((name, value) for name, value in given.items() if value is not None)
+        if not all(isinstance(value, fx.Node) and value.target in buffers for _, value in sizes):
+            continue
+        numbers = {name: buffers[value.target].tolist() for name, value in sizes}
+        fixed: nn.Module
+        if type(module).__name__ == "OnnxResize":
+            fixed = FixedResize(module, **numbers)
+        else:
+            batch, (first, *others) = seen.get(node.target, (0, numbers["shape"]))
+            fixed = FixedReshape([0 if first == batch == 1 else first, *others])
+        model.add_submodule(node.target, fixed)
+        node.args, node.kwargs = (x,), {}
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
+def fix_flattening(model: fx.GraphModule, seen: Mapping[str, tuple[int, list[int]]]) -> None:
+    """Reshapes to the batch and one size more lose what computes these, in place: exporters do not take it.
+
+    :param model: as onnx2torch gives it.
+    :param seen: of :func:`seen_reshapes`.
+    """
+    for node in model.graph.nodes:
+        batch, sizes = seen.get(node.target, (0, []))
         if len(sizes) == 2 and sizes[0] in (batch, 0):  # what is left is one size, whoever says it
-            model.add_submodule(node.target, FixedReshape(model.get_submodule(node.target), [0, -1]))
+            model.add_submodule(node.target, FixedReshape([0, -1]))
             node.args, node.kwargs = node.args[:1], {}
     model.graph.eliminate_dead_code()
     model.recompile()
@@ -263,7 +278,8 @@ def _examples(graph: onnx.ModelProto, file: str, shapes: Sequence[Sequence[int]]
             raise ResolveError(msg)
         sides = tensor.shape.dim
         for position, side in enumerate(sides):
-            side.dim_value = shapes[at][position] if shapes else side.dim_value or (UNKNOWN_SIDE if position else 1)
+            unknown = UNKNOWN_SIDE if position else 1
+            side.dim_value = shapes[at][position] if shapes else side.dim_value if side.dim_value > 0 else unknown
         examples.append(torch.randn([side.dim_value for side in sides], generator=generator))
     if not examples:
         msg = f"'{file}' has no input."

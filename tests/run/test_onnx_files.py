@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from nncf_compactprune import prune
 from nncf_compactprune.errors import ResolveError
-from nncf_compactprune.export import export_model
+from nncf_compactprune.export import ExportOptions, export_model
 from nncf_compactprune.run.models import resolve_model
 from nncf_compactprune.run.pipeline import load_run, run
 
@@ -137,6 +137,34 @@ def test_a_file_that_asks_for_its_batch_and_pads_by_rule_is_pruned_trained_and_w
     graph = onnxruntime.InferenceSession(tmp_path / "b.onnx")
     (again,) = graph.run(None, {graph.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(again), found.model(x).detach(), atol=1e-5, rtol=1e-4)
+
+
+class WithGrid(nn.Module):
+    """Adds the place of each pixel, which it computes, as YOLO heads do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = conv_bn(3, 8)
+
+    def forward(self, x):
+        x = self.body(x)
+        steps = torch.arange(x.shape[3]).float().reshape(1, -1).expand(x.shape[2], -1)
+        return x + steps
+
+
+def test_a_one_in_front_is_a_batch_only_where_one_example_is_reshaped(tmp_path: Path) -> None:
+    model, x = WithGrid().eval(), torch.randn(1, 3, 12, 16)
+    export_model(model, x, tmp_path / "a.onnx", options=ExportOptions(dynamic_size=True))
+    found = resolve_model(f"onnx:{tmp_path / 'a.onnx'}", options={"shapes": [[1, 3, 12, 16]]})
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_minus_one_is_an_open_side(file: Path, tmp_path: Path) -> None:
+    graph = onnx.load(file)
+    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1  # as PaddlePaddle says it
+    onnx.save(graph, tmp_path / "open.onnx")
+    assert resolve_model(f"onnx:{tmp_path / 'open.onnx'}").example_inputs.shape == (1, 3, 16, 16)
 
 
 def test_a_run_needs_nothing_but_the_file(file: Path, tmp_path: Path) -> None:
