@@ -20,6 +20,7 @@ from nncf_compactprune.host.torch_internals import answer_for_onnx2torch, tensor
 
 UNKNOWN_SIDE = 224  # of a picture, where the file leaves it open
 OPSET = 17  # of torch's first exporter, at most
+LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 TOLERANCE, SMALLEST = 1e-3, 1e-6  # between torch and ONNX Runtime: over the largest output, and beside it
 
 
@@ -48,14 +49,17 @@ def read_onnx(file: str, shapes: Sequence[Sequence[int]] | None = None) -> tuple
     answer_for_onnx2torch()
     try:
         graph = onnx.shape_inference.infer_shapes(graph, data_prop=True)
+        complete_shapes(graph, examples)
         explicit_pads(graph)
         model = converter.convert(graph).eval()
     except Exception as error:
         msg = f"'{file}': onnx2torch cannot read it: {type(error).__name__}: {first_line(error)}"
         raise ResolveError(msg) from error
+    fold_constants(model)
     seen = seen_reshapes(model, examples)
     fix_sizes(model, seen)
     fix_flattening(model, seen)
+    weights_into_layers(model)
     train_weights(model)
     _compare(model, examples, path)
     return model, examples
@@ -98,6 +102,35 @@ def as_older_opset(graph: onnx.ModelProto) -> None:
         if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.input) > 1:
             axes = onnx.numpy_helper.to_array(values[node.input.pop()])
             node.attribute.append(onnx.helper.make_attribute("axes", axes.tolist()))
+
+
+def complete_shapes(graph: onnx.ModelProto, examples: Sequence[Tensor]) -> None:
+    """Writes down in place which shapes values have on the examples, where onnx does not infer them: behind a reshape to
+    sizes that are computed, say. onnx2torch asks for the rank of what a BatchNorm is given.
+
+    :param graph: with the shapes that onnx infers.
+    :param examples: of its inputs.
+    """
+    values = (*graph.graph.value_info, *graph.graph.output)
+    known = {one.name for one in values if one.type.tensor_type.HasField("shape")}
+    unknown = {name for node in graph.graph.node for name in node.output} - known - {""}
+    if not unknown:
+        return
+    probe = onnx.ModelProto()
+    probe.CopyFrom(graph)
+    del probe.graph.output[:]
+    probe.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in sorted(unknown))
+    with suppress(Exception):  # that it does not run is told where it is compared with the file
+        for name, value in zip(sorted(unknown), _run(probe.SerializeToString(), examples), strict=True):
+            kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+            graph.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, value.shape))
+
+
+def _run(file: str | bytes, examples: Sequence[Tensor]) -> Sequence[Any]:
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    feeds = {one.name: x.numpy() for one, x in zip(session.get_inputs(), examples, strict=True)}
+    results: Sequence[Any] = session.run(None, feeds)
+    return results
 
 
 def explicit_pads(graph: onnx.ModelProto) -> None:
@@ -169,6 +202,21 @@ class FixedReshape(nn.Module):
         return x.reshape([size or x.shape[at] for at, size in enumerate(self.shape)])
 
 
+class EqualParts(nn.Module):
+    """A split into parts of one size, which is what the input's width says.
+
+    :param count: how many.
+    :param axis: along which.
+    """
+
+    def __init__(self, count: int, axis: int) -> None:
+        super().__init__()
+        self.count, self.axis = count, axis
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.chunk(self.count, self.axis)
+
+
 class _Reshapes(fx.Interpreter):
     """Remembers the sizes that reshapes are given as tensors, and the batch of what they reshape."""
 
@@ -206,6 +254,12 @@ def fix_sizes(model: fx.GraphModule, seen: Mapping[str, tuple[int, list[int]]]) 
     buffers = dict(model.named_buffers())
     for node in model.graph.nodes:
         module = model.get_submodule(node.target if node.op == "call_module" else "")
+        if type(module).__name__ in ("OnnxSplit", "OnnxSplit13"):
+            sizes = buffers[node.args[1].target].tolist() if len(node.args) > 1 else getattr(module, "split", None)
+            if sizes is None or len(set(sizes)) == 1:
+                model.add_submodule(node.target, EqualParts(module.num_splits, module.axis))
+                node.args = node.args[:1]
+            continue
         if type(module).__name__ not in ("OnnxResize", "OnnxReshape"):
             continue
         given = inspect.signature(module.forward).bind(*node.args, **node.kwargs).arguments
@@ -240,6 +294,68 @@ def fix_flattening(model: fx.GraphModule, seen: Mapping[str, tuple[int, list[int
     model.recompile()
 
 
+def fold_constants(model: fx.GraphModule) -> None:
+    """What is computed from constants alone becomes one, in place: PaddlePaddle reshapes biases before it adds them.
+
+    :param model: as onnx2torch gives it.
+    """
+    buffers = dict(model.named_buffers())
+    for at, node in enumerate(model.graph.nodes):
+        given = node.all_input_nodes
+        if node.op != "call_module" or not given or not all(one.target in buffers for one in given):
+            continue
+        with torch.no_grad():
+            value = model.get_submodule(node.target)(*fx.map_arg(node.args, lambda one: buffers[one.target]))
+        if isinstance(value, Tensor):
+            model.register_buffer(f"folded_{at}", value)
+            buffers[f"folded_{at}"] = value
+            with model.graph.inserting_before(node):
+                node.replace_all_uses_with(model.graph.get_attr(f"folded_{at}"))
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
+def weights_into_layers(model: fx.GraphModule) -> None:
+    """Products with a matrix of the file become linear layers, and vectors that are added to what a layer gives its
+    bias, in place: layers are what is re-fitted and quantized.
+
+    :param model: as onnx2torch gives it.
+    """
+    buffers = dict(model.named_buffers())
+    for node in model.graph.nodes:
+        module = model.get_submodule(node.target if node.op == "call_module" else "")
+        if type(module).__name__ == "OnnxMatMul" and buffers.get(node.args[1].target, torch.empty(0)).dim() == 2:
+            matrix = buffers[node.args[1].target]
+            linear = nn.Linear(*matrix.shape, bias=False)
+            linear.weight.data = matrix.t().contiguous()
+            model.add_submodule(node.target, linear)
+            node.args = node.args[:1]
+        elif getattr(module, "math_op_function", None) is torch.add:
+            _into_bias(model, node, buffers)
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
+def _into_bias(model: fx.GraphModule, node: fx.Node, buffers: Mapping[str, Tensor]) -> None:
+    """Gives a layer's bias what a sum adds to each of its channels; the sum goes."""
+    for result, added in (node.args, node.args[::-1]):
+        if result.op != "call_module" or len(result.users) > 1 or added.target not in buffers:
+            continue
+        module, value = model.get_submodule(result.target), buffers[added.target]
+        layer = module[-1] if isinstance(module, nn.Sequential) else module  # behind its padding
+        if not isinstance(layer, LAYERS):
+            continue
+        is_linear = isinstance(layer, nn.Linear)
+        channels = layer.out_features if is_linear else layer.out_channels
+        each = (channels,) if is_linear else (channels, *(1,) * (layer.weight.dim() - 2))
+        if tuple(value.shape) not in (each, each if is_linear else (1, *each)):
+            continue
+        bias = value.flatten() if layer.bias is None else layer.bias.detach() + value.flatten()
+        layer.bias = nn.Parameter(bias.clone())
+        node.replace_all_uses_with(result)
+        return
+
+
 def train_weights(model: fx.GraphModule) -> None:
     """Matrices of products and vectors of the file become parameters, in place: onnx2torch keeps them as constants.
 
@@ -250,10 +366,10 @@ def train_weights(model: fx.GraphModule) -> None:
     buffers = dict(model.named_buffers())
     for node in model.graph.nodes:
         tensor = buffers.get(str(node.target)) if node.op == "get_attr" else None
-        if tensor is None or not tensor.is_floating_point() or tensor.numel() == 1:
+        if tensor is None or not tensor.is_floating_point() or tensor.numel() <= 1:
             continue
         modules = [model.get_submodule(user.target) for user in node.users if user.op == "call_module"]
-        if tensor.dim() == 1 or any(type(module).__name__ == "OnnxMatMul" for module in modules):
+        if max(tensor.shape) == tensor.numel() or any(type(module).__name__ == "OnnxMatMul" for module in modules):
             owner, _, name = str(node.target).rpartition(".")
             delattr(model.get_submodule(owner), name)
             model.get_submodule(owner).register_parameter(name, nn.Parameter(tensor))
@@ -290,9 +406,7 @@ def _examples(graph: onnx.ModelProto, file: str, shapes: Sequence[Sequence[int]]
 def _compare(model: nn.Module, examples: tuple[Tensor, ...], path: Path) -> None:
     """Refuses a module that does not compute what the file says."""
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        feeds = {one.name: x.numpy() for one, x in zip(session.get_inputs(), examples, strict=True)}
-        expected = session.run(None, feeds)
+        expected = _run(str(path), examples)
         with torch.no_grad():
             found = list(tensors_of(call_model(model, examples)))
     except Exception as error:

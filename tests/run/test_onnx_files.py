@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from support.networks import Classifier, ResidualBlock, conv_bn
 from torch import fx, nn
 
-from nncf_compactprune import prune
+from nncf_compactprune import analyse, prune
 from nncf_compactprune.errors import ResolveError
 from nncf_compactprune.export import ExportOptions, export_model
 from nncf_compactprune.run.models import resolve_model
@@ -137,6 +137,66 @@ def test_a_file_that_asks_for_its_batch_and_pads_by_rule_is_pruned_trained_and_w
     graph = onnxruntime.InferenceSession(tmp_path / "b.onnx")
     (again,) = graph.run(None, {graph.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(again), found.model(x).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_layers_get_what_is_multiplied_and_added_behind_them(tmp_path: Path) -> None:
+    """PaddlePaddle writes a bias as a sum with a vector that is reshaped first, and a linear layer as a product."""
+    torch.manual_seed(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["a"], pads=[0, 0, 1, 1]),
+        helper.make_node("Reshape", ["conv_bias", "form"], ["reshaped"]),
+        helper.make_node("Add", ["a", "reshaped"], ["b"]),
+        helper.make_node("Relu", ["b"], ["c"]),
+        helper.make_node("GlobalAveragePool", ["c"], ["d"]),
+        helper.make_node("Flatten", ["d"], ["e"]),
+        helper.make_node("MatMul", ["e", "matrix"], ["f"]),
+        helper.make_node("Add", ["bias", "f"], ["y"]),
+    ]
+    weights = {"kernel": torch.randn(16, 3, 2, 2), "conv_bias": torch.randn(16), "form": torch.tensor([1, 16, 1, 1])}
+    weights |= {"matrix": torch.randn(16, 5), "bias": torch.randn(5)}
+    file = saved(tmp_path / "a.onnx", nodes, ["batch", 3, 16, 16], **weights)
+    model = resolve_model(f"onnx:{file}").model
+    (conv,) = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    (linear,) = (module for module in model.modules() if isinstance(module, nn.Linear))
+    torch.testing.assert_close(conv.bias.detach(), weights["conv_bias"])
+    torch.testing.assert_close(linear.bias.detach(), weights["bias"])
+    assert sum(parameter.numel() for parameter in model.parameters()) == 16 * (12 + 1) + 5 * (16 + 1)
+
+
+class Halves(nn.Module):
+    """Splits its channels, as YOLOv8's blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = conv_bn(3, 16), conv_bn(8, 8), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        a, b = self.first(x).chunk(2, 1)
+        return self.last(torch.cat([a, self.second(b)], 1))
+
+
+def test_a_split_into_equal_parts_follows_the_width(tmp_path: Path) -> None:
+    export_model(Halves().eval(), torch.randn(2, 3, 8, 8), tmp_path / "a.onnx")
+    found = resolve_model(f"onnx:{tmp_path / 'a.onnx'}")
+    assert [group.reason for group in analyse(found.model, found.example_inputs).pinned] == ["model output"]
+
+
+def test_shapes_that_onnx_does_not_infer_are_looked_up(tmp_path: Path) -> None:
+    norm = {name: torch.rand(4) for name in ("scale", "shift", "mean", "var")}
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["a"]),
+        helper.make_node("Shape", ["a"], ["shape"]),
+        helper.make_node("Abs", ["shape"], ["sizes"]),  # onnx follows no sizes through it
+        helper.make_node("Reshape", ["a", "sizes"], ["b"]),
+        helper.make_node("BatchNormalization", ["b", *norm], ["c"]),
+        helper.make_node("GlobalAveragePool", ["c"], ["d"]),
+        helper.make_node("Flatten", ["d"], ["e"]),
+        helper.make_node("Gemm", ["e", "matrix"], ["y"]),
+    ]
+    weights = {"kernel": torch.randn(4, 3, 1, 1), "matrix": torch.randn(4, 5)}
+    file = saved(tmp_path / "a.onnx", nodes, ["batch", 3, 8, 8], **weights, **norm)
+    model = resolve_model(f"onnx:{file}").model
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 class WithGrid(nn.Module):
