@@ -20,7 +20,7 @@ from nncf_compactprune.host.torch_internals import answer_for_onnx2torch, tensor
 
 UNKNOWN_SIDE = 224  # of a picture, where the file leaves it open
 OPSET = 17  # of torch's first exporter, at most
-LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 TOLERANCE, SMALLEST = 1e-3, 1e-6  # between torch and ONNX Runtime: over the largest output, and beside it
 
 
@@ -105,8 +105,8 @@ def as_older_opset(graph: onnx.ModelProto) -> None:
 
 
 def complete_shapes(graph: onnx.ModelProto, examples: Sequence[Tensor]) -> None:
-    """Writes down in place which shapes values have on the examples, where onnx does not infer them: behind a reshape to
-    sizes that are computed, say. onnx2torch asks for the rank of what a BatchNorm is given.
+    """Writes down in place which shapes values have on the examples, where onnx does not infer them: behind a
+    reshape to sizes that are computed. onnx2torch asks for the rank of what a BatchNorm is given.
 
     :param graph: with the shapes that onnx infers.
     :param examples: of its inputs.
@@ -205,15 +205,14 @@ class FixedReshape(nn.Module):
 class EqualParts(nn.Module):
     """A split into parts of one size, which is what the input's width says.
 
-    :param count: how many.
-    :param axis: along which.
+    :param split: onnx2torch's, whose place it takes.
     """
 
-    def __init__(self, count: int, axis: int) -> None:
+    def __init__(self, split: Any) -> None:
         super().__init__()
-        self.count, self.axis = count, axis
+        self.count, self.axis = split.num_splits, split.axis
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
         return x.chunk(self.count, self.axis)
 
 
@@ -255,10 +254,11 @@ def fix_sizes(model: fx.GraphModule, seen: Mapping[str, tuple[int, list[int]]]) 
     for node in model.graph.nodes:
         module = model.get_submodule(node.target if node.op == "call_module" else "")
         if type(module).__name__ in ("OnnxSplit", "OnnxSplit13"):
-            sizes = buffers[node.args[1].target].tolist() if len(node.args) > 1 else getattr(module, "split", None)
-            if sizes is None or len(set(sizes)) == 1:
-                model.add_submodule(node.target, EqualParts(module.num_splits, module.axis))
-                node.args = node.args[:1]
+            x, *said = node.all_input_nodes
+            sizes = buffers[str(said[0].target)].tolist() if said else getattr(module, "split", None) or [0]
+            if len(set(sizes)) == 1:
+                model.add_submodule(str(node.target), EqualParts(module))
+                node.args = (x,)
             continue
         if type(module).__name__ not in ("OnnxResize", "OnnxReshape"):
             continue
@@ -301,11 +301,11 @@ def fold_constants(model: fx.GraphModule) -> None:
     """
     buffers = dict(model.named_buffers())
     for at, node in enumerate(model.graph.nodes):
-        given = node.all_input_nodes
-        if node.op != "call_module" or not given or not all(one.target in buffers for one in given):
+        given = [buffers.get(str(one.target)) for one in node.all_input_nodes]
+        if node.op != "call_module" or not given or any(value is None for value in given):
             continue
         with torch.no_grad():
-            value = model.get_submodule(node.target)(*fx.map_arg(node.args, lambda one: buffers[one.target]))
+            value = model.get_submodule(str(node.target))(*fx.map_arg(node.args, lambda one: buffers[str(one.target)]))
         if isinstance(value, Tensor):
             model.register_buffer(f"folded_{at}", value)
             buffers[f"folded_{at}"] = value
@@ -323,37 +323,42 @@ def weights_into_layers(model: fx.GraphModule) -> None:
     """
     buffers = dict(model.named_buffers())
     for node in model.graph.nodes:
-        module = model.get_submodule(node.target if node.op == "call_module" else "")
-        if type(module).__name__ == "OnnxMatMul" and buffers.get(node.args[1].target, torch.empty(0)).dim() == 2:
-            matrix = buffers[node.args[1].target]
-            linear = nn.Linear(*matrix.shape, bias=False)
-            linear.weight.data = matrix.t().contiguous()
-            model.add_submodule(node.target, linear)
-            node.args = node.args[:1]
-        elif getattr(module, "math_op_function", None) is torch.add:
-            _into_bias(model, node, buffers)
+        module = model.get_submodule(str(node.target) if node.op == "call_module" else "")
+        given = node.all_input_nodes
+        if type(module).__name__ == "OnnxMatMul" and len(given) == 2:
+            matrix = buffers.get(str(given[1].target))
+            if matrix is not None and matrix.dim() == 2:
+                linear = nn.Linear(matrix.shape[0], matrix.shape[1], bias=False)
+                linear.weight.data = matrix.t().contiguous()
+                model.add_submodule(str(node.target), linear)
+                node.args = (given[0],)
+        elif getattr(module, "math_op_function", None) is torch.add and len(given) == 2:
+            for result, added in (given, given[::-1]):
+                value = buffers.get(str(added.target))
+                if value is not None and len(result.users) == 1 and _into_bias(model, result, value):
+                    node.replace_all_uses_with(result)
+                    break
     model.graph.eliminate_dead_code()
     model.recompile()
 
 
-def _into_bias(model: fx.GraphModule, node: fx.Node, buffers: Mapping[str, Tensor]) -> None:
-    """Gives a layer's bias what a sum adds to each of its channels; the sum goes."""
-    for result, added in (node.args, node.args[::-1]):
-        if result.op != "call_module" or len(result.users) > 1 or added.target not in buffers:
-            continue
-        module, value = model.get_submodule(result.target), buffers[added.target]
-        layer = module[-1] if isinstance(module, nn.Sequential) else module  # behind its padding
-        if not isinstance(layer, LAYERS):
-            continue
-        is_linear = isinstance(layer, nn.Linear)
-        channels = layer.out_features if is_linear else layer.out_channels
-        each = (channels,) if is_linear else (channels, *(1,) * (layer.weight.dim() - 2))
-        if tuple(value.shape) not in (each, each if is_linear else (1, *each)):
-            continue
-        bias = value.flatten() if layer.bias is None else layer.bias.detach() + value.flatten()
-        layer.bias = nn.Parameter(bias.clone())
-        node.replace_all_uses_with(result)
-        return
+def _into_bias(model: fx.GraphModule, node: fx.Node, added: Tensor) -> bool:
+    """Adds a number for each channel to a layer's bias; False: it is another sum, or another operation."""
+    layer = model.get_submodule(str(node.target) if node.op == "call_module" else "")
+    if isinstance(layer, nn.Sequential):  # behind its padding
+        layer = layer[-1]
+    if isinstance(layer, nn.Linear):
+        shapes = [[layer.out_features]]
+    elif isinstance(layer, CONVOLUTIONS):
+        each = [layer.out_channels, *[1] * (layer.weight.dim() - 2)]
+        shapes = [each, [1, *each]]
+    else:
+        return False
+    if list(added.shape) not in shapes:
+        return False
+    bias = added.flatten() if layer.bias is None else layer.bias.detach() + added.flatten()
+    layer.bias = nn.Parameter(bias.clone())
+    return True
 
 
 def train_weights(model: fx.GraphModule) -> None:
