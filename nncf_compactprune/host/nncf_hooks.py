@@ -345,3 +345,20 @@ def _noting_modules(model: nn.Module) -> Iterator[dict[str, str]]:
         yield found
     finally:
         setattr(FunctionHookMode, method, named)
+
+
+def _hook_parameters_in_tuples() -> None:
+    """NNCF lets hooks see parameters among arguments and in lists of them, and passes over tuples: a mask of a parameter
+    in ``torch.cat((a, b))`` did nothing, and no graph could be built."""
+    process = FunctionHookMode.process_parameters
+
+    def of_tuples_too(mode: FunctionHookMode, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        def hooked(value: Any) -> Any:
+            return tuple(map(mode.execute_hooks_for_parameter, value)) if type(value) is tuple else value
+
+        return process(mode, [hooked(value) for value in args], {name: hooked(value) for name, value in kwargs.items()})
+
+    FunctionHookMode.process_parameters = of_tuples_too
+
+
+_hook_parameters_in_tuples()

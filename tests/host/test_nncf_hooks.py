@@ -65,6 +65,25 @@ def test_a_parameter_hook_sees_each_use() -> None:
     assert hooks(model)[0].module is hook
 
 
+class Joined(nn.Module):
+    """Concatenates a parameter and a buffer, in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.token = nn.Linear(3, 3), nn.Parameter(torch.ones(1, 3))
+        self.register_buffer("other", torch.ones(1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.linear(x), self.token, self.other), 0)
+
+
+def test_parameters_in_a_tuple_are_hooked_and_in_the_graph() -> None:
+    model, x = Joined(), torch.randn(2, 3)
+    assert {"token", "other"} < set().union(*(one.parameters for one in operations(model, x)))
+    hook_parameter(model, "token", Scale())
+    torch.testing.assert_close(model(x)[2:], torch.tensor([[2.0] * 3, [1.0] * 3]))
+
+
 def test_operations_are_hooked_at_input_and_output() -> None:
     model, x = Twice(), torch.randn(2, 3)
     expected = model(x)
