@@ -348,8 +348,8 @@ def _noting_modules(model: nn.Module) -> Iterator[dict[str, str]]:
 
 
 def _hook_parameters_in_tuples() -> None:
-    """NNCF lets hooks see parameters among arguments and in lists of them, and passes over tuples: a mask of a parameter
-    in ``torch.cat((a, b))`` did nothing, and no graph could be built."""
+    """NNCF lets hooks see parameters among arguments and in lists of them, and passes over tuples: a mask of what
+    ``torch.cat((a, b))`` joins did nothing, and no graph could be built."""
     process = FunctionHookMode.process_parameters
 
     def of_tuples_too(mode: FunctionHookMode, args: list[Any], kwargs: dict[str, Any]) -> Any:
