@@ -384,6 +384,10 @@ def _examples(graph: onnx.ModelProto, file: str, shapes: Sequence[Sequence[int]]
     """One example of each input; the shapes are written into the graph, where onnx infers the others from them."""
     weights = {one.name for one in graph.graph.initializer}
     inputs = [one for one in graph.graph.input if one.name not in weights]
+    if shapes is not None and not (isinstance(shapes, list | tuple) and all(map(_is_shape, shapes))):
+        wanted = "one list of sides above 0 for each input, like [[1, 3, 224, 224]]"
+        msg = f"'{file}': shapes: expected {wanted}, got {shapes}."
+        raise ResolveError(msg)
     if shapes is not None and [len(shape) for shape in shapes] != [
         len(one.type.tensor_type.shape.dim) for one in inputs
     ]:
@@ -406,6 +410,10 @@ def _examples(graph: onnx.ModelProto, file: str, shapes: Sequence[Sequence[int]]
         msg = f"'{file}' has no input."
         raise ResolveError(msg)
     return tuple(examples)
+
+
+def _is_shape(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(isinstance(side, int) and side > 0 for side in given)
 
 
 def _compare(model: nn.Module, examples: tuple[Tensor, ...], path: Path) -> None:

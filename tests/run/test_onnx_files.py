@@ -255,6 +255,9 @@ def test_what_cannot_be_read_is_told(file: Path, tmp_path: Path, monkeypatch: py
         resolve_model(f"onnx:{tmp_path / 'text.onnx'}")
     with pytest.raises(ResolveError, match=r"expected a shape for each input \(.* with 4 dimensions\)"):
         resolve_model(f"onnx:{file}", options={"shapes": [[3, 16, 16]]})
+    for wrong in ([1, 3, 16, 16], [[1, 3, -1, 16]], "1,3,16,16"):
+        with pytest.raises(ResolveError, match=r"expected one list of sides above 0 for each input, like"):
+            resolve_model(f"onnx:{file}", options={"shapes": wrong})
     with pytest.raises(ResolveError, match=r"does not run on \[1, 5, 16, 16\].*\"model_options\""):
         resolve_model(f"onnx:{file}", options={"shapes": [[1, 5, 16, 16]]})
     tokens = helper.make_tensor_value_info("tokens", TensorProto.INT64, [1, 4])
