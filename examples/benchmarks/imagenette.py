@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,15 +96,20 @@ def queue() -> list[Trial]:
     ]
 
 
-def pictures(folder: Path) -> tuple[Tensor, Tensor]:
-    """All pictures of a folder as bytes ``[n, 3, 224, 224]``, and their places among the ten classes."""
-    images, labels = [], []
-    for label, name in enumerate(CLASSES):
-        for file in sorted((folder / name).iterdir()):
-            with Image.open(file) as opened:
-                images.append(np.asarray(opened.convert("RGB")).transpose(2, 0, 1))
-            labels.append(label)
-    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+def files_of(folder: Path) -> tuple[list[Path], Tensor]:
+    """All pictures of a folder, and their places among the ten classes."""
+    files = [sorted((folder / name).iterdir()) for name in CLASSES]
+    labels = [label for label, of_class in enumerate(files) for _ in of_class]
+    return list(itertools.chain(*files)), torch.tensor(labels)
+
+
+def decoded(files: Sequence[Path]) -> Tensor:
+    """Pictures as bytes ``[n, 3, 224, 224]``."""
+    images = torch.empty(len(files), 3, 224, 224, dtype=torch.uint8)
+    for image, file in zip(images, files, strict=True):
+        with Image.open(file) as opened:
+            image.copy_(torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1))
+    return images
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -109,15 +117,23 @@ def normalised(images: Tensor) -> Tensor:
 
 
 class Data:
-    """Pictures in memory; the held-out ones are the last of every class."""
+    """Pictures, read when they are asked for; the held-out ones are the last of every class."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        images, labels = pictures(folder / "imagenette" / "train")
+        files, labels = files_of(folder / "imagenette" / "train")
         place = torch.cat([torch.arange(int((labels == c).sum())) for c in range(len(CLASSES))])
-        held = place >= 400 - HELD_OUT
-        self.images, self.labels = images[~held], labels[~held]
-        self.held, self.held_labels = images[held], labels[held]
+        trained_on, held = (place < 400 - HELD_OUT).nonzero().ravel(), (place >= 400 - HELD_OUT).nonzero().ravel()
+        self.files, self.labels = [files[i] for i in trained_on], labels[trained_on]
+        self._held, self.held_labels = [files[i] for i in held], labels[held]
+
+    @cached_property
+    def images(self) -> Tensor:
+        return decoded(self.files)
+
+    @cached_property
+    def held(self) -> Tensor:
+        return decoded(self._held)
 
     def part(self, seed: int, count: int | None) -> Data:
         """With so many training pictures only, or all."""
@@ -125,11 +141,12 @@ class Data:
             return self
         drawn = copy.copy(self)
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(1000 + seed))[:count]
-        drawn.images, drawn.labels = self.images[order], self.labels[order]
+        drawn.images, drawn.labels, drawn.files = self.images[order], self.labels[order], [self.files[i] for i in order]
         return drawn
 
     def test(self) -> tuple[Tensor, Tensor]:
-        return pictures(self.folder / "imagenette" / "val")
+        files, labels = files_of(self.folder / "imagenette" / "val")
+        return decoded(files), labels
 
     def dense(self, width: float = 0.75) -> nn.Module:
         model = mobilenet_v1(width)
@@ -141,7 +158,8 @@ class Data:
         """Batches of training pictures with ImageNet's labels."""
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))[:count]
         indices = torch.tensor(list(CLASSES.values()))
-        return [(normalised(self.images[part]), indices[self.labels[part]]) for part in order.split(50)]
+        parts = [([self.files[i] for i in part], self.labels[part]) for part in order.split(50)]
+        return [(normalised(decoded(files)), indices[labels]) for files, labels in parts]
 
 
 def of_ten_classes(folder: Path, width: str) -> dict[str, Tensor]:
