@@ -27,9 +27,8 @@ test-main: $(VENV)/.installed-dev ## The tests, with the versions of constraints
 	$(BIN)/python -m pytest -n 2
 
 # What meets torch, NNCF, typer and their kin directly; `make test-floors FLOORS=tests` runs the other rooms, too.
-FLOORS ?= tests/accuracy_aware tests/config tests/cut/test_surgery.py tests/cut/test_transaction.py tests/decide \
-	tests/export tests/host tests/plan tests/plugins tests/storage tests/test_cli.py tests/test_controller.py \
-	tests/test_controller_rate.py
+FLOORS ?= tests/config tests/cut/test_surgery.py tests/decide tests/export tests/host tests/plugins tests/storage \
+	tests/test_cli.py tests/test_controller.py tests/test_controller_rate.py
 
 # Old packages meet a newer Python and newer packages of their own: their warnings are no errors here.
 test-floors: $(VENV)-floors/.installed ## The tests of what needs no optional package, with the oldest versions allowed.

@@ -36,6 +36,7 @@ from nncf_compactprune.serving.departure import between, from_torch, module_valu
 from nncf_compactprune.serving.noise import noise_for
 from nncf_compactprune.serving.open import open_server
 from nncf_compactprune.serving.reference import RealInputs, ServedBatch, TorchSide
+from nncf_compactprune.serving.saturation import REMEDY, saturates
 from nncf_compactprune.serving.server import Server, Serving
 
 SERVED_TOLERANCES = {"f32": 1e-4, "f16": 2e-2, "bf16": 5e-2, "int8": 1e-1}
@@ -138,13 +139,17 @@ def verify_served(
     given = None if source is None else source.samples  # some of which are served twice, alone and in a batch
     whose = "torch's" if torch_side is not None else "in f32 it"
     limit = tolerance if tolerance is not None else _limit(server, labelled or judged)
+    off = []
     if limit is not None and not compared.error <= limit:
-        problems.append(_departs(path, server, torch_side, batches[0], compared, limit, plugins))
+        off.append(_departs(path, server, torch_side, batches[0], compared, limit, plugins))
     if labelled and compared.torch_correct - compared.correct > max_drop * compared.labelled:
-        problems.append(
+        off.append(
             f"accuracy {compared.accuracy:.2%} as served, {whose} is {compared.torch_accuracy:.2%} on the same "
             f"{compared.labelled} samples. A loss of {100 * max_drop:g} % of the samples is accepted."
         )
+    if off and runs and server.quantized and saturates(server):
+        off.append(REMEDY)
+    problems += off
     return ServedCheck(
         path,
         server.runtime,

@@ -199,7 +199,7 @@ class Pooled(nn.Module):
 def test_global_maxima_are_right_in_openvino_from_both_formats(kind: str, tmp_path) -> None:
     torch.manual_seed(0)
     model = Pooled(kind).eval()
-    compress(model, entry(params={"start_epoch": None}))[0].strip()
+    compress(model, entry(overflow_fix="enable", params={"start_epoch": None}))[0].strip()  # right on any processor
     expected = model.eval()(X).detach()
     for file in export_model(model, X, tmp_path):
         compiled = openvino.Core().compile_model(file.path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -77,7 +77,11 @@ class Talking(nn.Module):
         return torch.linalg.eigvals(x).real
 
 
-@pytest.mark.parametrize("start", [WITHOUT_TORCHVISION, WITH_TORCHVISION], ids=["without", "with"])
+@pytest.mark.parametrize(
+    "start",
+    [pytest.param(WITHOUT_TORCHVISION, marks=pytest.mark.slow), WITH_TORCHVISION],
+    ids=["without", "with"],
+)
 def test_a_good_export_prints_nothing(start: str, tmp_path: Path) -> None:
     code = textwrap.dedent(start) + textwrap.dedent(EXPORT)
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)

@@ -29,7 +29,7 @@ def language_model(kind: str) -> nn.Module:
 TOKENS = {"input_ids": torch.tensor([[3, 7, 9, 11, 4, 2]]), "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Mixtral"])
+@pytest.mark.parametrize("kind", ["Llama", pytest.param("Mixtral", marks=pytest.mark.slow)])
 def test_a_language_model_becomes_files_and_keeps_its_settings(kind: str, tmp_path: Path) -> None:
     model = language_model(kind)
     before = model.config.to_dict()

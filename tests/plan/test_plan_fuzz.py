@@ -31,7 +31,7 @@ from nncf_compactprune.plugins import default_plugins
 from nncf_compactprune.storage import checkpoint
 from nncf_compactprune.storage.checkpoint import load_pruned, save_pruned
 
-PLAN_CASES = 1700  # for each of the structures below: 10,200 in all
+PLAN_CASES = 1000  # for each of the structures below
 WEIGHT_CASES = 250
 NAMES = ("residual", "depthwise", "grouped", "weight_norm", "tied", "group_norm")
 

@@ -26,9 +26,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
     (folder / "net.py").write_text(NET_SOURCE)
     pruning = {"algorithm": "fbnet_pruning", "budget": {"macs": 0.6}, "params": {"schedule": "one_shot"}}
+    quantization = {"algorithm": "quantization", "overflow_fix": "enable", "params": {"start_epoch": None}}
     config = {
         "model": f"python:{folder / 'net.py'}:build", "dataset": "digits", "pretrain_epochs": 1, "epochs": 1,
-        "compression": [pruning, {"algorithm": "quantization", "params": {"start_epoch": None}}],
+        "compression": [pruning, quantization],
         "export": {"precisions": ["fp32"], "layout": "ovms"}, "output_dir": str(folder / "out"),
     }  # fmt: skip
     path = folder / "config.json"

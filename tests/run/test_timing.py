@@ -36,7 +36,7 @@ def run_with(tmp_path: Path, runtime: str, asked: float) -> tuple[pipeline.RunOu
     return pipeline.run(tmp_path / "config.json", say=said.append, plugins=with_fakes(plugins)), said
 
 
-@pytest.mark.parametrize("runtime", ["fake", "lucky"])
+@pytest.mark.parametrize("runtime", ["fake", pytest.param("lucky", marks=pytest.mark.slow)])
 def test_the_table_has_the_time_under_the_budgets_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str
 ) -> None:

@@ -84,7 +84,10 @@ def test_the_smallest_network_that_holds_is_found_told_and_reported(tmp_path: Pa
     assert load_run(outcome.directory).model is not None
 
 
-@pytest.mark.parametrize("section", [ADAPTIVE, EARLY], ids=["adaptive", "early_exit"])
+@pytest.mark.parametrize(
+    "section",
+    [pytest.param(ADAPTIVE, id="adaptive", marks=pytest.mark.slow), pytest.param(EARLY, id="early_exit")],
+)
 def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: Any) -> None:
     changes: dict[str, Any] = {"accuracy_aware_training": section}
     if section is EARLY:  # the schedule arrives in the last epoch only, so that there are some to lose

@@ -9,7 +9,7 @@ at hand.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -33,6 +33,8 @@ from nncf_compactprune.host.tensors import carries_hooks, named_modules
 from nncf_compactprune.host.torch_internals import TransposedConvolution
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
+#: a pair of products of more bits leaves 16, where processors with AVX2 or AVX-512 and no VNNI keep it
+PAIR_BITS = 15
 QUANTIZED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TransposedConvolution)
 ROUNDING_RIDGE = 0.01
 
@@ -61,9 +63,14 @@ class QuantizationParams(Section):
 
 
 class DataFreeQuantizationConfig(AlgorithmConfig):
-    """A ``data_free_quantization`` entry."""
+    """A ``data_free_quantization`` entry.
+
+    :param overflow_fix: ``"enable"``, ``"first_layer_only"``, ``"disable"``: weights of 8 bits get 7 where activations
+        have 8, for processors with AVX2 or AVX-512 and no VNNI.
+    """
 
     unread: ClassVar[Mapping[str, str]] = {"initializer": FOLLOWS}
+    overflow_fix: Literal["enable", "disable", "first_layer_only"] = "first_layer_only"
     params: QuantizationParams = QuantizationParams()
     generation: GenerationConfig = GenerationConfig()
 
@@ -113,8 +120,7 @@ class DataFreeQuantization(CompressionAlgorithm):
             raise DataFreeError(msg)
         ends = ends_of(model, context.example_inputs)
         owners = layers_by_operation(model, context.example_inputs)
-        edges = {owners.get(operation) for operation in (ends.first, *ends.last)}
-        bits = {n: params.edge_bits if n in edges else params.weight_bits for n in layers}
+        bits = self._weight_bits(layers, owners.get(ends.first), {owners.get(operation) for operation in ends.last})
         ignored = self._out_of_scope() | ends.in_float
         with context.timed("quantization"), evaluating(model, changes=True), whole_or_nothing(model) as log:
             if params.equalise:
@@ -146,6 +152,17 @@ class DataFreeQuantization(CompressionAlgorithm):
             self.refits = Refits(run.run(progress="Quantizing layers"), run.left)
         self.quantizers = len(weights) + len(activations)
         self._done = True
+
+    def _weight_bits(self, layers: Iterable[str], first: str | None, last: Collection[str | None]) -> dict[str, int]:
+        """By layer, a bit less where a processor's sums of 16 bits would overflow."""
+        params, fix = self.config.params, self.config.overflow_fix
+        bits = {}
+        for layer in layers:
+            edge = layer == first or layer in last
+            weight, activation = (params.edge_bits,) * 2 if edge else (params.weight_bits, params.activation_bits)
+            halved = fix == "enable" or (fix == "first_layer_only" and layer == first)
+            bits[layer] = min(weight, PAIR_BITS - activation) if halved else weight
+        return bits
 
     def stage(self) -> CompressionStage:
         return CompressionStage.FULLY_COMPRESSED if self._done else CompressionStage.UNCOMPRESSED

@@ -22,6 +22,7 @@ from nncf_compactprune.config import json_schema
 from nncf_compactprune.cut.surgery import plan_of
 from nncf_compactprune.errors import CompactPruneError, ConfigError, DataFreeError, ScopeError
 from nncf_compactprune.export import verify_export
+from nncf_compactprune.host.nncf_hooks import hooks
 
 X = images(torch.float32)
 DATA = F.avg_pool2d(randn(256, 3, 24, 24), 2) * 3
@@ -234,9 +235,24 @@ def test_few_bits_leave_few_levels(bits: int) -> None:
     assert max(len(row.unique()) for row in rows) <= 2**bits - 1
     assert len(model.head.weight[0].unique()) > 2  # an edge has 8 bits
     nearest = [h for h in model.modules() if isinstance(h, GridQuantizer)]
-    assert {h.bits for h in nearest} == {bits, 8}
+    assert {h.bits for h in nearest} == {bits, 7, 8}  # 7: the first layer's weights
     assert not any(h.pending for h in nearest)
     assert distance(dense, model) < (0.7 if bits == 4 else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("fix", "activation_bits", "first", "others"),
+    [("disable", 8, 8, 8), ("first_layer_only", 8, 7, 8), ("enable", 8, 7, 7), ("enable", 7, 7, 8)],
+)
+def test_a_bit_less_where_sums_of_sixteen_bits_would_overflow(fix, activation_bits, first, others) -> None:
+    model = network()
+    params = {"activation_bits": activation_bits}
+    compress(model, {**quantize_entry(), "params": params, "overflow_fix": fix})[0].strip()
+    bits = {hook.operation: hook.module.bits for hook in hooks(model) if hook.port == 1}
+    by_layer = [bits[name] for name in sorted(bits, key=lambda name: "head" in name)]
+    assert by_layer[0] == first, bits
+    assert set(by_layer[1:-1]) == {others}, bits
+    assert by_layer[-1] == (7 if fix == "enable" else 8), bits  # an edge has 8 bits, inputs too
 
 
 def test_equalised_depthwise_weights_with_one_scale() -> None:

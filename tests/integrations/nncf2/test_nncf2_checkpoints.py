@@ -172,7 +172,9 @@ def test_quantizers_begin_anew(log: pytest.LogCaptureFixture) -> None:
     assert 0 < error < 0.05  # of eight bits
 
 
-@pytest.mark.parametrize(("format_", "suffix"), [(None, ".onnx"), ("openvino", ".xml")])
+@pytest.mark.parametrize(
+    ("format_", "suffix"), [(None, ".onnx"), pytest.param("openvino", ".xml", marks=pytest.mark.slow)]
+)
 def test_a_quantized_network_is_exported_where_it_was_asked_for(
     tmp_path: Path, format_: str | None, suffix: str
 ) -> None:
