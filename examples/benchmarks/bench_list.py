@@ -336,6 +336,21 @@ BENCHMARKS = (
         ),
     ),
     Benchmark(
+        "fbnetv3",
+        "timm's FBNetV3 b, d and g at 65, 52 and 37 % of their MACs: reach, files, time",
+        (script("fbnetv3", "measure --work {work}"), script("fbnetv3", "report --work {work}")),
+        20,
+        ("fbnetv3.md",),
+        peer="torch-pruning",
+    ),
+    Benchmark(
+        "saturation",
+        "INT8 on processors whose sums of products saturate: accuracy in PyTorch, OpenVINO and ONNX Runtime",
+        (script("saturation", "--data {data}"),),
+        20,
+        ("saturation.md",),
+    ),
+    Benchmark(
         "round_to",
         "Time at half of the MACs by the multiples that widths are rounded to, in OpenVINO and ONNX Runtime",
         (script("round_to"),),
