@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -94,11 +96,14 @@ def test_words_with_a_mask(entry) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "shape"), [(stacked(1), (2, 40)), (stacked(3), (2, 4, 8, 8)), (rows(), (12,))], ids=["1d", "3d", "rows"]
+    ("build", "shape"),
+    [(partial(stacked, 1), (2, 40)), (partial(stacked, 3), (2, 4, 8, 8)), (rows, (12,))],
+    ids=["1d", "3d", "rows"],
 )
-def test_sounds_films_and_rows(model: nn.Module, shape: tuple[int, ...]) -> None:
+def test_sounds_films_and_rows(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
     data = randn(256, *shape)
-    dense = with_statistics_of(model, data)
+    dense = with_statistics_of(build(), data)
     loader = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in data.split(64)]
     fresh = randn(64, *shape, seed=7)
     plain = error(compressed(dense, {"algorithm": "fbnet_pruning"}, None, data[:2]), dense, fresh)
