@@ -356,7 +356,7 @@ BENCHMARKS = (
         20,
         ("saturation.md",),
         behind=(
-            "7 bits in all layers (`\"enable\"`) cost `quantization` accuracy on MobileNetV1: 70.87 against 71.80 %. The "
+            '7 bits in all layers (`"enable"`) cost `quantization` accuracy on MobileNetV1: 70.87 against 71.80 %. The '
             "first layer alone is enough on both networks.",
         ),
     ),
