@@ -33,7 +33,7 @@ from nncf_compactprune.host.tensors import carries_hooks, named_modules
 from nncf_compactprune.host.torch_internals import TransposedConvolution
 from nncf_compactprune.plugins.hookspecs import Algorithm, hookimpl
 
-#: a pair of products of more bits leaves 16, where processors with AVX2 or AVX-512 and no VNNI keep it
+#: of a weight and an activation together: two products fit into 16 bits, in which x86 without VNNI adds them
 PAIR_BITS = 15
 QUANTIZED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TransposedConvolution)
 ROUNDING_RIDGE = 0.01
