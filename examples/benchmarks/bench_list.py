@@ -263,8 +263,6 @@ BENCHMARKS = (
         ("data_free.md", "data_free_mobilenet.md"),
         peer="torch-pruning",
         behind=(
-            "MobileNetV1 in 8 bits: 71.73 % with no data, 71.87 with 300 real images and `nncf.quantize`. That is "
-            "two of 1,500 pictures.",
             "Single weights: half as many zeros more than L1 with biases and BatchNorm corrected were aimed at. At "
             "equal accuracy it is 1.13 to 1.34 times the zeros on MobileNetV1, and 0.94 to 1.23 on ResNet-20.",
         ),
