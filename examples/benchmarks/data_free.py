@@ -113,10 +113,9 @@ class Bench:
         yield from self.dataset.test_loader(500)
 
     @torch.no_grad()
-    def accuracy(self, model: nn.Module) -> float:
-        """Top-1 on all test images."""
-        model.eval()
-        hits = torch.cat([model(x).argmax(1) == y for x, y in self.test()])
+    def accuracy(self, run: Callable[[Tensor], Tensor]) -> float:
+        """Top-1 on all test images of a network in eval mode, or of what serves one."""
+        hits = torch.cat([run(x).argmax(1) == y for x, y in self.test()])
         return float(hits.float().mean())
 
     def compressed(self, *entries: dict[str, Any], real: int = 0, **generation: Any) -> nn.Module:
@@ -125,10 +124,11 @@ class Bench:
             generation = {"source": "dataset", "samples": real}
         elif not generation:
             generation = {"cache": str(self.cache)}
-        document = {
-            "input_info": {"sample_size": [1, *self.real.shape[1:]]},
-            "compression": [{**entry, "generation": generation} for entry in entries],
-        }
+        return self.by_entries(*({**entry, "generation": generation} for entry in entries), real=bool(real))
+
+    def by_entries(self, *entries: dict[str, Any], real: bool) -> nn.Module:
+        """By entries of a config, with a loader of the real images or without one."""
+        document = {"input_info": {"sample_size": [1, *self.real.shape[1:]]}, "compression": list(entries)}
         loader = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in self.real.split(50)]
         ctrl, _ = create_compressed_model(self.network(), document, loader if real else None)
         return ctrl.strip()
@@ -363,7 +363,7 @@ def measure(data: Path, network: str, task: str, at: Any, method: str) -> dict[s
     seconds = time.perf_counter() - started
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     row: dict[str, Any] = {"network": network, "task": task, "at": str(at), "method": method, "commit": commit()}
-    row["accuracy"] = bench.accuracy(model)
+    row["accuracy"] = bench.accuracy(model.eval())
     if network == SMALLER:
         row["macs"] = (
             analyse(model, bench.example, trial=False).macs

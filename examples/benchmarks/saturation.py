@@ -10,7 +10,7 @@ judged in PyTorch, OpenVINO and ONNX Runtime. On a processor whose sums do not s
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +19,9 @@ import torch
 import typer
 from data_free import MOBILE, Bench, Pictures
 from pages import measured_on, write_page
-from torch import Tensor, nn
+from torch import Tensor
 
-from nncf_compactprune import create_compressed_model, export_model
+from nncf_compactprune import export_model
 from nncf_compactprune.serving import Serving, open_server
 from nncf_compactprune.serving.saturation import MOST, largest_sum
 from nncf_compactprune.serving.server import Server
@@ -29,50 +29,32 @@ from nncf_compactprune.serving.server import Server
 NETWORKS: dict[str, type[Bench]] = {"resnet20": Bench, MOBILE: Pictures}
 CALIBRATION = 300
 ENTRIES: dict[str, dict[str, Any]] = {
-    "quantization": {"preset": "mixed", "params": {"start_epoch": None}},
+    "quantization": {"preset": "mixed", "params": {"start_epoch": None, "subset_size": CALIBRATION}},
     "data_free_quantization": {"generation": {"source": "dataset", "samples": CALIBRATION}},
 }
 RUNTIMES = {"OpenVINO": ".xml", "ONNX Runtime": ".onnx"}
 FIXES = ("disable", "first_layer_only", "enable")
-BATCH = 50
-
-
-def accuracy(bench: Bench, run: Callable[[Tensor], Tensor]) -> str:
-    """Top-1 on all test images, in percent."""
-    right = total = 0
-    for images, labels in bench.test():
-        for part, expected in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-            right += int((run(part).argmax(1) == expected).sum())
-            total += len(part)
-    return f"{100 * right / total:.2f}"
-
-
-def quantized(bench: Bench, algorithm: str, fix: str) -> nn.Module:
-    document = {
-        "input_info": {"sample_size": [1, *bench.real.shape[1:]]},
-        "compression": {"algorithm": algorithm, "overflow_fix": fix, **ENTRIES[algorithm]},
-    }
-    loader = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in bench.real[:CALIBRATION].split(BATCH)]
-    return create_compressed_model(bench.network(), document, loader)[0].strip()
 
 
 def rows(data: Path) -> Iterator[list[str]]:
     """Cells of the table, as they are measured."""
     for name, kind in NETWORKS.items():
         bench = kind(data, name)
-        with torch.no_grad():
-            yield [name, "float", "", accuracy(bench, bench.network()), "", ""]
+        yield [name, "float", "", percent(bench.accuracy(bench.network())), "", ""]
         for algorithm in ENTRIES:
             for fix in FIXES:
-                model = quantized(bench, algorithm, fix)
-                cells = [name, f"`{algorithm}`", f'`"{fix}"`']
-                with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                    cells.append(accuracy(bench, model))
+                model = bench.by_entries({"algorithm": algorithm, "overflow_fix": fix, **ENTRIES[algorithm]}, real=True)
+                cells = [name, f"`{algorithm}`", f'`"{fix}"`', percent(bench.accuracy(model.eval()))]
+                with tempfile.TemporaryDirectory() as folder:
                     for suffix, precision in ((".xml", "f32"), (".onnx", None)):
                         (file,) = export_model(model, bench.example, Path(folder) / f"model{suffix}")
                         server = open_server(file.path, Serving(precision=precision))
-                        cells.append(accuracy(bench, partial(served, server)))
+                        cells.append(percent(bench.accuracy(partial(served, server))))
                 yield cells
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f}"
 
 
 def served(server: Server, images: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def model_tensors(model: nn.Module) -> ModelTensors:
     fleeting: set[str] = set()
     for module_name, module in named_modules(model):
         prefix = f"{module_name}." if module_name else ""
-        fleeting.update(prefix + local for local in module._non_persistent_buffers_set)
+        passing = {id(buffer) for buffer in temporary_buffers(module)}
         for own, collected in ((module._parameters, parameters), (module._buffers, buffers)):
             for local, tensor in own.items():
                 if tensor is None:
@@ -134,6 +134,8 @@ def model_tensors(model: nn.Module) -> ModelTensors:
                 name = first.setdefault(id(tensor), prefix + local)
                 if name == prefix + local:
                     collected[name] = tensor
+                    if id(tensor) in passing:
+                        fleeting.add(name)
                 else:
                     tied[prefix + local] = name
     return ModelTensors(parameters, buffers, tied, frozenset(fleeting))
